@@ -1,0 +1,11 @@
+"""Shared set-up: the checkout becomes importable as `comfyui_paro`."""
+
+import importlib.util
+from pathlib import Path
+
+_spec = importlib.util.spec_from_file_location(
+    "_checkout", Path(__file__).resolve().parent.parent / "scripts" / "_checkout.py"
+)
+_checkout = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_checkout)
+_checkout.register()
