@@ -145,7 +145,9 @@ def problem_with(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Spa
     if pattern.tables.dim() != 2 or pattern.tables.shape[1] != g.grid_tokens:
         return f"tables: expected [n_orders, {g.grid_tokens}], got {tuple(pattern.tables.shape)}"
     if g.block_q not in BLOCK_Q_CHOICES or g.block_k != BLOCK_K:
-        return f"block sizes: queries {BLOCK_Q_CHOICES} and keys {BLOCK_K} are supported, got {g.block_q} and {g.block_k}"
+        return (
+            f"block sizes: queries {BLOCK_Q_CHOICES} and keys {BLOCK_K} are supported, got {g.block_q} and {g.block_k}"
+        )
     if pattern.mask is not None:
         expected = (q.shape[1], g.q_blocks, g.k_blocks)
         if tuple(pattern.mask.shape) != expected or pattern.mask.dtype != torch.bool:

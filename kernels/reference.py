@@ -140,9 +140,7 @@ def sparse_attention_reference(
     bias_in_order = None
     if key_bias is not None:
         bias_in_order = (
-            key_bias.to(work)[:, None, :]
-            .expand(-1, heads, -1)
-            .gather(2, index[None].expand(q.shape[0], -1, -1))
+            key_bias.to(work)[:, None, :].expand(-1, heads, -1).gather(2, index[None].expand(q.shape[0], -1, -1))
         )
 
     result = torch.empty_like(rq)

@@ -96,9 +96,7 @@ def block_statistics_reference(
                 q_rows = qh[position]
                 row_bias = row_lse[position].masked_fill(~real, torch.inf)[..., None]
                 weights = torch.exp(q_rows @ kh.T * scale - row_bias)
-                tiles = torch.nn.functional.pad(weights, (0, key_padding)).unflatten(
-                    2, (g.k_blocks, g.block_k)
-                )
+                tiles = torch.nn.functional.pad(weights, (0, key_padding)).unflatten(2, (g.k_blocks, g.block_k))
                 out = slice(first, first + chosen.numel())
                 mass[h, out] += tiles.sum((1, 3)) / batch
                 if epsilon is not None:
