@@ -10,7 +10,7 @@ import torch
 
 
 def hadamard_matrix(size: int, device=None, dtype=torch.float32) -> torch.Tensor:
-    """Orthonormal Hadamard matrix `[size, size]` (Sylvester); block-diagonal of the largest power of two dividing size."""
+    """Orthonormal Hadamard matrix `[size, size]`: blocks of the largest power of two that divides size (Sylvester)."""
     power = size & -size
     h = torch.ones(1, 1, device=device, dtype=dtype)
     while h.shape[0] < power:

@@ -72,7 +72,7 @@ def _quantize_weights(p: torch.Tensor, pv: str) -> torch.Tensor:
 def _chunk_bias(
     pattern: SparsePattern, rows: slice, heads: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Additive masks for the query rows `rows` of the reordered sequence: over keys `[H, n, L]` and pools `[H, n, P]`."""
+    """Additive masks for query rows `rows` of the reordered sequence: over keys `[H, n, L]`, over pools `[H, n, P]`."""
     g = pattern.geometry
     if pattern.mask is None:
         return None, None

@@ -59,7 +59,7 @@ def block_statistics_reference(
 ) -> BlockStatistics:
     """Statistics of the grid-to-grid part under one order per head.
 
-    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, lse `[B, Hq, L]` of the full rows (context keys included). rows int `[Hq, N]`:
+    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, lse `[B, Hq, L]` of full rows (context keys included). rows int `[Hq, N]`:
     grid index at each position of the head's order. q_blocks: int64 indices of the query blocks to look at (default
     all). epsilon: also maxima and the share of weights below epsilon. pool: also the pooled mass with this pool size.
     """

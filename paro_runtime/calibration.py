@@ -1,7 +1,7 @@
 """Calibration: collect what passes by, then make a plan of it.
 
-One calibrator serves one model and grid. A run in passing feeds it the last dense step; *PARO Calibrate* feeds it chosen
-steps of several prompts. Sums live on the CPU, so the GPU holds one site at a time.
+One calibrator serves one model and grid. A run in passing feeds it the last dense step; *PARO Calibrate* feeds it
+chosen steps of several prompts. Sums live on the CPU, so the GPU holds one site at a time.
 """
 
 from __future__ import annotations
@@ -49,11 +49,10 @@ def _add(total: torch.Tensor, more: torch.Tensor, keep: torch.Tensor) -> torch.T
     return (total.float().where(keep, 0) + more.float()).to(total.dtype)
 
 
-def _stored(seen: Observation) -> Observation:
-    """The observation on the CPU, its tables scaled so that an even spread of attention is 1 (half precision's range)."""
+def _stored(seen: Observation, block_q: int) -> Observation:
+    """The observation on the CPU, its tables scaled so that evenly spread attention is 1: half precision's range."""
     dtype = torch.float32 if seen.mass.numel() <= FULL_PRECISION_ELEMENTS else torch.float16
-    # A row block of block_q rows spreads block_q over its key blocks.
-    scale = seen.mass.shape[2] / seen.mass.sum(2).amax().clamp_min(1e-20)
+    scale = seen.mass.shape[2] / block_q
 
     def store(table: torch.Tensor | None) -> torch.Tensor | None:
         return None if table is None else (table * scale).to(dtype).cpu()
@@ -99,19 +98,19 @@ class Calibrator:
         if self.layout.grid != layout.grid:
             raise PlanError(f"calibration: began on the grid {self.layout.grid}, now sees {layout.grid}")
         options = StatisticsOptions(self.options.density, self.options.order, self.options.pool)
-        seen = _stored(
-            observe(
-                q,
-                k,
-                layout,
-                query_block(layout.grid_tokens),
-                options,
-                scale=scale,
-                key_bias=key_bias,
-                previous_scores=None if previous is None else previous.scores,
-                backend=backend,
-            )
+        block_q = query_block(layout.grid_tokens)
+        seen = observe(
+            q,
+            k,
+            layout,
+            block_q,
+            options,
+            scale=scale,
+            key_bias=key_bias,
+            previous_scores=None if previous is None else previous.scores,
+            backend=backend,
         )
+        seen = _stored(seen, block_q)
         with self._lock:
             if site in self._sums:
                 self._sums[site].add(seen)

@@ -45,6 +45,6 @@ def order_table(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
 def token_coordinates(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
     """float32 `[F*H*W, 3]`: centre of each token in the order, in fractions of the grid's extent along F, H, W."""
     index = order_table(name, grid).long()
-    f, h, w = grid
+    _, h, w = grid
     columns = [index // (h * w), index // w % h, index % w]
     return torch.stack([(c.float() + 0.5) / n for c, n in zip(columns, grid, strict=True)], 1)
