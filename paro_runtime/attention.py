@@ -10,7 +10,8 @@ import torch
 
 from ..kernels.api import sparse_attention as run_kernel
 from ..kernels.problem import PRECISIONS, Precision, SparsePattern
-from .orders import order_table
+from ..kernels.support import triton_reason
+from .orders import ORIGINAL, order_table
 from .plan import SitePlan
 from .statistics import geometry_of
 from .tokens import TokenLayout
@@ -60,7 +61,7 @@ def pattern_of(
         entry.orders,
         entry.mask(device),
         entry.tail_bias,
-        block_q=plan_block_q,
+        block_q=block_q,
         pool=pool,
         kv_heads=kv_heads,
         device=device,
@@ -141,3 +142,48 @@ def _self_check(device, dtype, head_dim, precision, backend) -> str | None:
     if not error <= bound:
         return f"self-check: relative error {error:.3g} against dense attention, at most {bound} is allowed"
     return None
+
+
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision
+) -> tuple[str, str | None]:
+    """The backend to use and, if there is none, why. `auto`: Triton on a GPU that can, the reference elsewhere."""
+    if name == "reference" or (name == "auto" and device.type == "cpu"):
+        return "reference", None
+    reason = triton_reason(device, dtype, head_dim, precision)
+    if reason is None:
+        return "triton", None
+    return ("reference", None) if name == "auto" else ("triton", reason)
+
+
+def dense_pattern(layout: TokenLayout, heads: int, kv_heads: int, device: torch.device) -> SparsePattern:
+    """Every block, the model's own order."""
+    return build_pattern(layout, (ORIGINAL,) * heads, None, None, kv_heads=kv_heads, device=device)
+
+
+def run_by_heads(q, k, v, pattern: SparsePattern, precision: Precision, scale, key_bias, backend, groups=4):
+    """`sparse_attention` in groups of heads, for less scratch memory. Arguments and result as there."""
+    out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for kv in torch.arange(k.shape[1]).chunk(groups):
+        first, last = int(kv[0]), int(kv[-1]) + 1
+        heads = slice(first * group, last * group)
+        part = SparsePattern(
+            pattern.geometry,
+            pattern.tables,
+            pattern.order_of_head[first:last],
+            None if pattern.mask is None else pattern.mask[heads],
+            None if pattern.tail_bias is None else pattern.tail_bias[heads],
+            pattern.pool,
+        )
+        out[:, heads] = run_kernel(
+            q[:, heads],
+            k[:, first:last],
+            v[:, first:last],
+            part,
+            precision,
+            scale=scale,
+            key_bias=key_bias,
+            backend=backend,
+        )
+    return out
