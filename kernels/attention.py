@@ -107,10 +107,8 @@ def prepare(
             ).contiguous()
     if values_scaled:
         largest = partial[1].amax(1).clamp_min(1e-12)
-        if precision.pv == "16":
-            v_scales = torch.exp2(largest.log2().ceil())
-        else:
-            v_scales = largest / VALUE_LEVELS[precision.pv]
+        sixteen_bit = precision.pv == "16"
+        v_scales = torch.exp2(largest.log2().ceil()) if sixteen_bit else largest / VALUE_LEVELS[precision.pv]
     prepare_keys_values[(blocks, heads, batch)](
         k, v, key_bias, k_out, v_out, bias_out, k_scales, k_means, v_scales, pooled, pooled_v,
         pattern.tables, pattern.order_of_head, rotation,

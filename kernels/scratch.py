@@ -9,7 +9,7 @@ import torch
 ALIGNMENT = 256
 
 
-class ScratchOutOfMemory(RuntimeError):
+class ScratchOutOfMemory(RuntimeError):  # noqa: N818
     """The scratch buffer of an attention call does not fit, not even for one key head at a time."""
 
 
@@ -41,7 +41,7 @@ class Scratch:
         return len(self._requests) - 1
 
     def allocate(self) -> list[torch.Tensor]:
-        """The tensors, uninitialised, in the order asked. Raises torch.OutOfMemoryError; the old buffer is then gone."""
+        """The tensors, uninitialised, in the order asked. On torch.OutOfMemoryError the old buffer is gone."""
         with _lock:
             key = _key(self.device)
             buffer = _buffers.get(key)

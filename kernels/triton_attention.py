@@ -37,23 +37,24 @@ def _scores(q, k_block, k_scale, q_scale, key_bias, columns, valid, PADDED_D, QK
 @triton.jit
 def _row_maximum(raw, scale, QK, BIASED):
     highest = tl.max(raw, 1)
-    if BIASED:
-        return highest
-    if QK == "16":
-        return highest * scale
-    return (highest - MAGIC) * scale
+    if not BIASED:
+        if QK == "16":
+            highest = highest * scale
+        else:
+            highest = (highest - MAGIC) * scale
+    return highest
 
 
 @triton.jit
 def _weights(raw, scale, maximum, P_LOG2: tl.constexpr, QK, BIASED, MARGIN: tl.constexpr):
     """exp2(score - maximum) * 2^P_LOG2: one fused multiply-add and one exponential per element."""
     if BIASED:
-        return tl.exp2(raw - (maximum - P_LOG2)[:, None])
-    if QK == "16":
-        shift = maximum - P_LOG2
+        exponent = raw - (maximum - P_LOG2)[:, None]
+    elif QK == "16":
+        exponent = raw * scale[:, None] - (maximum - P_LOG2)[:, None]
     else:
-        shift = maximum + ((MAGIC + MARGIN) * scale - P_LOG2)
-    return tl.exp2(raw * scale[:, None] - shift[:, None])
+        exponent = raw * scale[:, None] - (maximum + ((MAGIC + MARGIN) * scale - P_LOG2))[:, None]
+    return tl.exp2(exponent)
 
 
 @triton.jit
@@ -62,15 +63,18 @@ def _product(p, v_block, columns, total, PADDED_D: tl.constexpr, PV):
     channels = tl.arange(0, PADDED_D)
     if PV == "16":
         v = tl.load(v_block + columns[:, None] * PADDED_D + channels[None, :])
-        return tl.dot(p.to(v.dtype), v, total)
-    v = tl.trans(tl.load(v_block + channels[:, None] * BLOCK + columns[None, :]))
-    # A thread holds score columns {2t, 2t+1, 8+2t, 9+2t} but feeds four consecutive ones to an 8-bit product. V's
-    # rows are shuffled to match, so this relabelling moves no data.
-    p = tl.reshape(p, [p.shape[0], BLOCK // 16, 2, 4, 2])
-    p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [p.shape[0], BLOCK])
-    if PV == "fp8":
-        return tl.dot(p.to(tl.float8e4nv), v, total)
-    return tl.dot(round_to_int8(p), v, total, out_dtype=tl.int32)
+        result = tl.dot(p.to(v.dtype), v, total)
+    else:
+        v = tl.trans(tl.load(v_block + channels[:, None] * BLOCK + columns[None, :]))
+        # A thread holds score columns {2t, 2t+1, 8+2t, 9+2t} but feeds four consecutive ones to an 8-bit product. V's
+        # rows are shuffled to match, so this relabelling moves no data.
+        p = tl.reshape(p, [p.shape[0], BLOCK // 16, 2, 4, 2])
+        p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [p.shape[0], BLOCK])
+        if PV == "fp8":
+            result = tl.dot(p.to(tl.float8e4nv), v, total)
+        else:
+            result = tl.dot(round_to_int8(p), v, total, out_dtype=tl.int32)
+    return result
 
 
 @triton.jit
@@ -182,9 +186,13 @@ def _quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PAD
     largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-12)
     if QK == "16":
         scale = power_of_two_at_least(largest)
-        return (wide / scale[:, None]).to(tl.bfloat16 if x.dtype == tl.bfloat16 else tl.float16), scale * scale_log2
-    LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
-    return round_to_int8(wide * (LEVELS / largest)[:, None]), largest * (scale_log2 / LEVELS)
+        quantized = (wide / scale[:, None]).to(tl.bfloat16 if x.dtype == tl.bfloat16 else tl.float16)
+        factor = scale * scale_log2
+    else:
+        LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
+        quantized = round_to_int8(wide * (LEVELS / largest)[:, None])
+        factor = largest * (scale_log2 / LEVELS)
+    return quantized, factor
 
 
 @triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "q_blocks", "k_blocks", "k_blocks_grid", "pools"])
