@@ -197,7 +197,7 @@ def _quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PAD
 
 @triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "q_blocks", "k_blocks", "k_blocks_grid", "pools"])
 def attention_forward(
-    Q, OUT, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias, kept,
+    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias, kept,
     tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol, stride_od,
     heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
@@ -231,6 +231,16 @@ def attention_forward(
     )
     q_head = Q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     q, q_scale = _quantized_queries(q_head, rows, stride_ql, stride_qd, rotation, scale_log2, D, PADDED_D, QK, ROTATE)
+
+    # Through memory and back: a loaded tile goes to the tensor cores from shared memory, and a loaded scale is laid out
+    # as the scores are; as computed values both would be converted in every step.
+    staged = ((batch * heads + head) * q_blocks * TILES + q_block * TILES + tile).to(tl.int64) * ROWS
+    tile_offsets = (staged + tl.arange(0, ROWS))[:, None] * PADDED_D + tl.arange(0, PADDED_D)[None, :]
+    tl.store(q_staged + tile_offsets, q)
+    tl.store(q_scales + staged + tl.arange(0, ROWS), q_scale)
+    tl.debug_barrier()
+    q = tl.load(q_staged + tile_offsets)
+    q_scale = tl.load(q_scales + staged + tl.arange(0, ROWS))
 
     K += kv_head.to(tl.int64) * k_blocks * (BLOCK * PADDED_D)
     V += kv_head.to(tl.int64) * k_blocks * (BLOCK * PADDED_D)
@@ -327,6 +337,10 @@ def attention_forward(
                 PADDED_D, QK, P_LOG2, POOL,
             )  # fmt: skip
 
+    # Looked up again rather than kept in registers across the loops.
+    rows = source_rows(
+        tables + order.to(tl.int64) * grid_tokens, positions, grid_tokens, q_blocks_grid * BLOCK_Q, prefix, length
+    )
     channels = tl.arange(0, PADDED_D)
     result = accumulator / total[:, None]
     if VALUES_SCALED:
