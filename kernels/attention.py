@@ -20,6 +20,7 @@ from .triton_prepass import channel_statistics, prepare_keys_values, quantize_po
 log = logging.getLogger("paro")
 
 STATISTICS_CHUNK = 512
+LARGEST_TILE = 128
 # Largest value of 8-bit V; 2**P_LOG2 is the same for P at its row's maximum.
 VALUE_LEVELS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 P_LOG2 = {"16": 0.0, "fp8": math.log2(448), "int8": math.log2(127), "int4": math.log2(15)}
@@ -38,6 +39,8 @@ class KeysValues:
     pooled_scales: torch.Tensor | None
     pooled_v: torch.Tensor | None
     rotation: torch.Tensor | None
+    q_staged: torch.Tensor
+    q_scales: torch.Tensor
 
 
 def padded_dim(head_dim: int) -> int:
@@ -54,13 +57,17 @@ def _rotation(head_dim: int, device, dtype) -> tuple[torch.Tensor, float]:
 
 
 def prepare(
+    q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     pattern: SparsePattern,
     precision: Precision,
     key_bias: torch.Tensor | None = None,
 ) -> KeysValues:
-    """Reorder, smooth, rotate, quantise and pool K and V `[B, Hkv, L, D]` into scratch memory."""
+    """Reorder, smooth, rotate, quantise and pool K and V `[B, Hkv, L, D]` into scratch memory.
+
+    The kernel quantises Q itself; only the room for it is reserved here.
+    """
     g = pattern.geometry
     batch, heads, length, dim = k.shape
     padded = padded_dim(dim)
@@ -89,7 +96,12 @@ def prepare(
     scratch.ask(pooled_shape, k_type)
     scratch.ask(pooled_shape, pooled_v_type)
     scratch.ask((batch * heads, triton.cdiv(pools, 64)) if tail else (1,), torch.float32)
-    k_out, v_out, k_scales, partial, bias_out, pooled, pooled_k, pooled_v, pooled_scales = scratch.allocate()
+    q_rows = q.shape[0] * q.shape[1] * (_padded_rows(g.grid_tokens) + _padded_rows(g.context_tokens))
+    scratch.ask((q_rows, padded), k_type)
+    scratch.ask((q_rows,), torch.float32)
+    (
+        k_out, v_out, k_scales, partial, bias_out, pooled, pooled_k, pooled_v, pooled_scales, q_staged, q_scales,
+    ) = scratch.allocate()  # fmt: skip
 
     rotation, rotation_scale = _rotation(dim, device, k.dtype) if rotate else (None, 1.0)
     k_means = v_scales = None
@@ -132,7 +144,14 @@ def prepare(
         pooled_scales if tail else None,
         pooled_v if tail else None,
         rotation,
+        q_staged,
+        q_scales,
     )
+
+
+def _padded_rows(tokens: int) -> int:
+    """Rows of whole query tiles, whichever tile is used."""
+    return triton.cdiv(tokens, LARGEST_TILE) * LARGEST_TILE
 
 
 def _kernel_pv(precision: Precision) -> str:
@@ -162,7 +181,7 @@ def forward(
         lists.head_order, lists.row_order, lists.start, lists.full, lists.count, lists.blocks,
     )  # fmt: skip
     attention_forward[(batch * heads * q_blocks * (block_q // tile.rows),)](
-        q, out, prepared.k, prepared.v, prepared.k_scales, prepared.v_scales,
+        q, out, prepared.q_staged, prepared.q_scales, prepared.k, prepared.v, prepared.k_scales, prepared.v_scales,
         # A kernel without a bias still forms the address.
         prepared.k_scales if prepared.key_bias is None else prepared.key_bias,
         prepared.pooled_k, prepared.pooled_v, prepared.pooled_scales, pattern.tail_bias, pattern.kept,
@@ -217,7 +236,7 @@ def launch_attention(
                 whole = heads >= k.shape[1]
                 part = pattern if whole else _heads_of(pattern, kv, rows)
                 part_lists = lists if whole or lists is None else lists.of_heads(rows)
-                prepared = prepare(k[:, kv], v[:, kv], part, precision, key_bias)
+                prepared = prepare(q[:, rows], k[:, kv], v[:, kv], part, precision, key_bias)
                 forward(q[:, rows], prepared, part, part_lists, precision, scale, out[:, rows], tile)
             return out
         except torch.OutOfMemoryError as error:

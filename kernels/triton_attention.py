@@ -126,20 +126,22 @@ def _two_blocks(
     )  # fmt: skip
     both = tl.maximum(_row_maximum(raw0, scale0, QK, BIASED), _row_maximum(raw1, scale1, QK, BIASED))
     highest = tl.maximum(maximum, both)
-    p0 = _weights(raw0, scale0, highest, P_LOG2, QK, BIASED, MARGIN)
-    p1 = _weights(raw1, scale1, highest, P_LOG2, QK, BIASED, MARGIN)
     rescale = tl.exp2(maximum - highest)
-    total = total * rescale + tl.sum(p0 + p1, 1)
     v0 = V + first * (BLOCK * PADDED_D)
     v1 = V + second * (BLOCK * PADDED_D)
+    p0 = _weights(raw0, scale0, highest, P_LOG2, QK, BIASED, MARGIN)
+    # The second block's exponentials come after the first block's product is issued and run beside it.
     if PV == "16":
         accumulator = _product(p0, v0, columns, accumulator * rescale[:, None], PADDED_D, PV)
+        p1 = _weights(raw1, scale1, highest, P_LOG2, QK, BIASED, MARGIN)
         accumulator = _product(p1, v1, columns, accumulator, PADDED_D, PV)
     else:
         product = _product(p0, v0, columns, _empty_product(accumulator, PV), PADDED_D, PV)
+        p1 = _weights(raw1, scale1, highest, P_LOG2, QK, BIASED, MARGIN)
         product = _product(p1, v1, columns, product, PADDED_D, PV)
         wide = tl.zeros_like(accumulator) + rescale[:, None]
         accumulator = tl.fma(accumulator, wide, product.to(tl.float32))
+    total = total * rescale + tl.sum(p0 + p1, 1)
     return accumulator, total, highest
 
 
