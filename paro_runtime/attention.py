@@ -53,7 +53,7 @@ def build_pattern(
 
 
 def pattern_of(
-    entry: SitePlan, plan_block_q: int, pool: int, layout: TokenLayout, kv_heads: int, device
+    entry: SitePlan, layout: TokenLayout, *, block_q: int, pool: int, kv_heads: int, device: torch.device
 ) -> SparsePattern:
     """The kernels' pattern of a planned site, on `device`."""
     return build_pattern(

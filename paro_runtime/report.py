@@ -105,7 +105,8 @@ class Report:
         grid = "x".join(map(str, self.grid))
         lines = [
             self.status(),
-            f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}, {self.backend} kernels, {self.precision}",
+            f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
+            f"kernels: {self.backend}, {self.precision}",
             f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self.mass_kept:.1%}",
             f"calibration took {self.calibration_seconds:.2f} s",
         ]
