@@ -53,14 +53,18 @@ def calibration_model(
     family: Family,
     policy: Policy,
     calibrator: Calibrator,
-    steps: frozenset[int] | None,
+    steps: Callable[[int], frozenset[int] | None],
     on_status: Callable[[str], None] | None = None,
 ) -> Any:
-    """A clone that runs dense and shows what passes by to the calibrator; `steps` None means every step."""
+    """A clone that runs dense and shows what passes by to the calibrator.
+
+    steps: the steps to watch, given how many there are; None for all.
+    """
     clone = remove(model)
 
     def start(sigmas: list[float]) -> Session:
-        return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=steps, on_status=on_status)
+        watched = steps(len(sigmas) - 1)
+        return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=watched, on_status=on_status)
 
     install(clone, Lifecycle(family, start, strict=True))
     return clone
