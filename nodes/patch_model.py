@@ -91,7 +91,7 @@ class PAROPatchModel(io.ComfyNode):
 
 
 def _load(name: str | None) -> Plan | None:
-    """The plan, or None for `auto` and for a file that is not there. Raises PlanError for a file that cannot be used."""
+    """The plan, or None for `auto` and for a file that is not there. Raises PlanError for a file it cannot use."""
     store = plan_store()
     if name is None or name == AUTO or store.locate(name) is None:
         return None

@@ -130,7 +130,7 @@ class PAROSettings(io.ComfyNode):
                     default=_DEFAULT.strict,
                     optional=True,
                     extra_dict=ADVANCED,
-                    tooltip="Stop with an error where PARO would otherwise fall back to dense attention. For benchmarks.",
+                    tooltip="Stop with an error where PARO would otherwise fall back to dense attention: for tests.",
                 ),
                 io.Boolean.Input(
                     "verbose",
