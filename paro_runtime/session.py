@@ -53,7 +53,7 @@ class Policy:
 
 @dataclass
 class _Grid:
-    """One token grid within a run. `source` says where its plan comes from; `seen_step`: the step its own calibrator saw."""
+    """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw."""
 
     layout: TokenLayout
     plan: Plan | None = None
