@@ -5,8 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from .calibrate import PAROCalibrate
-from .demo import PARODemoConditioning, PARODemoDecode, PARODemoReport
+from .demo import PARODemoConditioning, PARODemoDecode
 from .patch_model import PAROPatchModel
+from .report import PAROReport
 from .settings import PAROSettings
 from .storage import register_folders
 
@@ -18,4 +19,4 @@ class PAROExtension(ComfyExtension):
         register_folders()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [PAROSettings, PAROPatchModel, PAROCalibrate, PARODemoConditioning, PARODemoDecode, PARODemoReport]
+        return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PARODemoConditioning, PARODemoDecode]

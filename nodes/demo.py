@@ -1,13 +1,9 @@
-"""Nodes for the tiny bundled model, which has neither a text encoder nor a VAE, and one that reads a run's report."""
+"""Nodes for the tiny bundled model, which has neither a text encoder nor a VAE."""
 
 from __future__ import annotations
 
-import json
+from comfy_api.latest import io
 
-import torch
-from comfy_api.latest import io, ui
-
-from ..paro_runtime.host.patching import last_report
 from .schema import CATEGORY, schema
 
 DEMO = f"{CATEGORY}/demo"
@@ -74,45 +70,3 @@ class PARODemoDecode(io.ComfyNode):
         video = data.decode(data.from_host_latent(samples["samples"].float()))
         grey = (video.flatten(0, 1) + 1) / 2
         return io.NodeOutput(grey[..., None].expand(-1, -1, -1, 3).contiguous())
-
-
-class PARODemoReport(io.ComfyNode):
-    """The report of a patched model's last run."""
-
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return schema(
-            node_id="PARODemoReport",
-            display_name="PARO Report",
-            category=DEMO,
-            search_aliases=["PARO demo", "PARO report"],
-            description="What PARO did in the run that made this latent, as text and as a picture of its plan.",
-            inputs=[
-                io.Model.Input("model", tooltip="The patched model that the sampler used."),
-                io.Latent.Input("samples", tooltip="The sampler's result: the report is read once it is there."),
-            ],
-            outputs=[
-                io.String.Output("report", tooltip="One fact a line."),
-                io.String.Output("json", tooltip="The same for programs."),
-                io.Image.Output("picture", tooltip="Order (colour) and density (brightness) of every head."),
-            ],
-            is_output_node=True,
-            # The same inputs may stand for a later run.
-            not_idempotent=True,
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, **inputs: object) -> float:
-        return float("nan")
-
-    @classmethod
-    def execute(cls, model: object, samples: dict) -> io.NodeOutput:
-        report = last_report(model)
-        if report is None:
-            raise ValueError("model: no run of PARO to report; connect the output of PARO Patch Model")
-        picture = report.picture()
-        if picture is None:
-            picture = torch.zeros(1, 64, 64, 3)
-        text = json.dumps(report.as_dict())
-        shown = {"text": (text,), **ui.PreviewImage(picture, cls=cls).as_dict()}
-        return io.NodeOutput(report.text(), text, picture, ui=shown)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,8 @@ class EmbeddedHost:
         self.model = load_tiny_wan()
         self.grid = grid
         self.seed = seed
+        # Every demo calibrates on the way: a plan of an earlier one must not stand in.
+        shutil.rmtree(folder / "plans", ignore_errors=True)
         self.store = PlanStore([], folder / "plans")
         self.progress = progress
         self.version = torch.__version__
