@@ -341,7 +341,8 @@ class Evaluation:
             session._count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
             return
         with session._lock:
-            self._grid.seen_step = self.step
+            if session.calibrator is None:  # a given calibrator is closed by whoever gave it
+                self._grid.seen_step = self.step
             session.calibration_seconds += time.perf_counter() - began
 
     def _dense(self, q, k, v, scale, key_bias, dense) -> torch.Tensor:

@@ -10,6 +10,7 @@ import runpy
 import sys
 from pathlib import Path
 
+
 def import_torchvision() -> None:
     """Import torchvision even where its build does not match torch's: ComfyUI needs only its transforms.
 

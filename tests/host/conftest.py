@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from comfyui_paro.scripts._host import find_host, host_version
 
-NO_HOST = "NO COMFYUI FOUND: host tests did not run. Set COMFYUI_PATH to a checkout (REQUIRE_COMFYUI=1 makes this fail)."
+NO_HOST = (
+    "NO COMFYUI FOUND: host tests did not run. Set COMFYUI_PATH to a checkout (REQUIRE_COMFYUI=1 makes this fail)."
+)
 
 
 def pytest_report_header() -> str:

@@ -42,8 +42,8 @@ def build_wan(path: Path, model_type: str = "t2v", **changes: Any) -> Path:
     """Save a two-layer, two-head Wan with text width 64."""
     from comfy.ldm.wan.model import WanModel
 
-    values = dict(dim=128 * HEADS, ffn_dim=128, num_layers=LAYERS, num_heads=HEADS, freq_dim=256)
-    values |= dict(text_dim=TEXT_WIDTH, in_dim=16, out_dim=16, **changes)
+    values = {"dim": 128 * HEADS, "ffn_dim": 128, "num_layers": LAYERS, "num_heads": HEADS, "freq_dim": 256}
+    values |= {"text_dim": TEXT_WIDTH, "in_dim": 16, "out_dim": 16} | changes
     model = WanModel(model_type=model_type, device="cpu", operations=comfy.ops.disable_weight_init, **values)
     # The text width is not visible in the weights; the host reads it from the metadata.
     config = json.dumps({"transformer": {"text_dim": TEXT_WIDTH}})
@@ -55,9 +55,10 @@ def build_flux(path: Path) -> Path:
     """Save a Flux with one double and two single blocks, two heads."""
     from comfy.ldm.flux.model import Flux
 
-    values = dict(in_channels=16, out_channels=16, vec_in_dim=64, context_in_dim=64, hidden_size=128 * HEADS)
-    values |= dict(mlp_ratio=4.0, num_heads=HEADS, depth=1, depth_single_blocks=LAYERS, axes_dim=[16, 56, 56])
-    values |= dict(theta=10000, patch_size=2, qkv_bias=True, guidance_embed=True, txt_ids_dims=[])
+    values = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "context_in_dim": 64, "mlp_ratio": 4.0}
+    values |= {"hidden_size": 128 * HEADS, "num_heads": HEADS, "depth": 1, "depth_single_blocks": LAYERS}
+    values |= {"axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "txt_ids_dims": []}
+    values |= {"qkv_bias": True, "guidance_embed": True}
     model = Flux(device="cpu", dtype=torch.float32, operations=comfy.ops.disable_weight_init, **values)
     save_file(_fill(model), path)
     return path
@@ -127,7 +128,7 @@ def full_plan(model: Any, family: str, layout: TokenLayout, order: str, sites: l
     block_q = query_block(layout.grid_tokens)
     blocks = (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // 64))
     entry = SitePlan.create([order] * HEADS, torch.ones(HEADS, *blocks, dtype=torch.bool), None, torch.ones(HEADS))
-    return Plan(identify(model, family), layout, block_q, {site: entry for site in sites})
+    return Plan(identify(model, family), layout, block_q, dict.fromkeys(sites, entry))
 
 
 def wan_sites() -> list[Site]:
