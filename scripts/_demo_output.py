@@ -12,7 +12,7 @@ from comfyui_paro.bench.metrics import cosine, psnr, ssim
 from comfyui_paro.tests.tiny_wan.data import decode
 from PIL import Image
 
-SCALE = 4
+SCALE = 2
 
 
 def frames(video: torch.Tensor) -> list[Image.Image]:
@@ -31,8 +31,8 @@ def animation(path: Path, video: torch.Tensor) -> None:
 def difference(path: Path, dense: torch.Tensor, paro: torch.Tensor) -> None:
     """Three rows of frames: dense, PARO, and four times their absolute difference."""
     rows = [dense, paro, (dense - paro).abs() * 4 - 1]
-    sheet = [np.concatenate([np.asarray(f) for f in frames(row)], 1) for row in rows]
-    Image.fromarray(np.concatenate(sheet, 0)).save(path)
+    framed = [[np.pad(np.asarray(f), 2, constant_values=255) for f in frames(row)] for row in rows]
+    Image.fromarray(np.concatenate([np.concatenate(row, 1) for row in framed], 0)).save(path)
 
 
 def write_results(out: Path, runs: dict, labels, host: str, version: str, args: argparse.Namespace) -> dict:
