@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-LAUNCHER = Path(__file__).resolve().parent / "comfy_host.py"
+LAUNCHER = Path(__file__).resolve().parent / "comfy_boot.py"
 START_SECONDS = 180
 FOLDERS = ("custom_nodes", "models/diffusion_models", "input", "output", "user")
 

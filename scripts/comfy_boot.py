@@ -1,6 +1,6 @@
-"""Find a ComfyUI checkout and start it, in this process or as a server: for tests, the demo and screenshots.
+"""Start a ComfyUI checkout, in this process or as a server: for tests, the demo and screenshots.
 
-As a script it is the launcher of the server: `python scripts/comfy_host.py CHECKOUT [arguments of main.py]`.
+As a script it is the launcher of the server: `python scripts/comfy_boot.py CHECKOUT [arguments of main.py]`.
 """
 
 from __future__ import annotations
@@ -9,37 +9,6 @@ import os
 import runpy
 import sys
 from pathlib import Path
-
-PACK = Path(__file__).resolve().parent.parent
-
-
-def find_host() -> Path | None:
-    """COMFYUI_PATH, the ComfyUI around this pack, ../ComfyUI, ~/ComfyUI, or None.
-
-    Raises FileNotFoundError when COMFYUI_PATH is set and holds no ComfyUI: a wrong path must not go unnoticed.
-    """
-    given = os.environ.get("COMFYUI_PATH")
-    if given:
-        if not is_host(Path(given).expanduser()):
-            raise FileNotFoundError(f"COMFYUI_PATH: {given} holds no ComfyUI (comfyui_version.py is missing)")
-        return Path(given).expanduser().resolve()
-    around = [PACK.parent.parent] if PACK.parent.name == "custom_nodes" else []
-    for candidate in (*around, PACK.parent / "ComfyUI", Path.home() / "ComfyUI"):
-        if is_host(candidate):
-            return candidate.resolve()
-    return None
-
-
-def is_host(path: Path) -> bool:
-    """Whether a folder is a ComfyUI checkout."""
-    return (path / "comfyui_version.py").is_file() and (path / "main.py").is_file()
-
-
-def host_version(path: Path) -> str:
-    """Its version, such as 0.33.0."""
-    values: dict = {}
-    exec((path / "comfyui_version.py").read_text(encoding="utf-8"), values)
-    return values["__version__"]
 
 
 def import_torchvision() -> None:
