@@ -1,0 +1,1 @@
+"""Benchmarks: speed on a GPU, fidelity on data we can make ourselves."""

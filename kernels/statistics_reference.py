@@ -1,0 +1,112 @@
+"""Block statistics of post-softmax attention in plain PyTorch, streamed over rows: never an L x L matrix.
+
+Two passes (reference for the Triton kernels): the log-sum-exp of every row, then sums, maxima and counts of small
+values per block under an order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .problem import Geometry
+from .reference import CHUNK_ELEMENTS, pool_counts, pool_rows
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Per head, for the query blocks that were looked at; float32, means over the batch.
+
+    mass    [H, n, k_blocks]: sum of attention weights over the block's rows and keys (a row sums to 1 over all keys).
+    maximum [H, n, k_blocks]: largest weight, or None.  small [H, n, k_blocks]: share of weights below epsilon, or None.
+    pooled  [H, n, k_blocks]: what `mass` would be if each key were its pool's mean key (for the tail), or None.
+    """
+
+    mass: torch.Tensor
+    maximum: torch.Tensor | None = None
+    small: torch.Tensor | None = None
+    pooled: torch.Tensor | None = None
+
+
+def row_logsumexp_reference(
+    q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, key_bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-sum-exp over keys of `scale * q k^T + key_bias`, float32 `[B, Hq, L]`. key_bias `[B, L]`."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    result = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    step = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], step):
+        scores = (q[:, :, start : start + step].float() @ k.transpose(2, 3)) * scale
+        if key_bias is not None:
+            scores += key_bias.float()[:, None, None, :]
+        result[:, :, start : start + step] = scores.logsumexp(3)
+    return result
+
+
+def block_statistics_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+    rows: torch.Tensor,
+    *,
+    q_blocks: torch.Tensor | None = None,
+    scale: float | None = None,
+    epsilon: float | None = None,
+    pool: int | None = None,
+) -> BlockStatistics:
+    """Statistics of the grid-to-grid part under one order per head.
+
+    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, lse `[B, Hq, L]` of full rows (context keys included). rows int `[Hq, N]`:
+    grid index at each position of the head's order. q_blocks: int64 indices of the query blocks to look at (default
+    all). epsilon: also maxima and the share of weights below epsilon. pool: also the pooled mass with this pool size.
+    """
+    g = geometry
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    batch, heads = q.shape[:2]
+    group = heads // k.shape[1]
+    blocks = torch.arange(g.q_blocks, device=q.device) if q_blocks is None else q_blocks
+    shape = (heads, blocks.numel(), g.k_blocks)
+    mass = torch.zeros(shape, device=q.device)
+    maximum = small = pooled = None
+    if epsilon is not None:
+        maximum, small = torch.zeros(shape, device=q.device), torch.zeros(shape, device=q.device)
+    if pool is not None:
+        pooled = torch.zeros(shape, device=q.device)
+    key_padding = -g.grid_tokens % g.block_k
+    cells = torch.full((g.k_blocks,), g.block_k, device=q.device)
+    cells[-1] -= key_padding
+    step = max(1, CHUNK_ELEMENTS // (g.block_q * g.grid_tokens))
+    for b in range(batch):
+        for h in range(heads):
+            source = rows[h].long() + g.prefix
+            kh = k[b, h // group].float()[source]
+            qh = q[b, h].float()[source]
+            row_lse = lse[b, h][source]
+            if pool is not None:
+                pooled_keys = pool_rows(kh, pool)
+                log_counts = pool_counts(g.grid_tokens, pool, q.device).float().log()
+            for first in range(0, blocks.numel(), step):
+                chosen = blocks[first : first + step]
+                position = chosen[:, None] * g.block_q + torch.arange(g.block_q, device=q.device)
+                real = position < g.grid_tokens
+                position = position.clamp_max(g.grid_tokens - 1)
+                q_rows = qh[position]
+                row_bias = row_lse[position].masked_fill(~real, torch.inf)[..., None]
+                weights = torch.exp(q_rows @ kh.T * scale - row_bias)
+                tiles = torch.nn.functional.pad(weights, (0, key_padding)).unflatten(2, (g.k_blocks, g.block_k))
+                out = slice(first, first + chosen.numel())
+                mass[h, out] += tiles.sum((1, 3)) / batch
+                if epsilon is not None:
+                    torch.maximum(maximum[h, out], tiles.amax((1, 3)), out=maximum[h, out])
+                    counted = (tiles < epsilon) & real[:, :, None, None]
+                    counted = counted.sum((1, 3)) - (real.sum(1)[:, None] * (g.block_k - cells)[None])
+                    small[h, out] += counted / (real.sum(1)[:, None] * cells[None]) / batch
+                if pool is not None:
+                    tail = torch.exp(q_rows @ pooled_keys.T * scale + log_counts - row_bias).sum(1)
+                    per_block = g.block_k // pool
+                    tail = torch.nn.functional.pad(tail, (0, -tail.shape[1] % per_block))
+                    pooled[h, out] += tail.unflatten(1, (g.k_blocks, per_block)).sum(2) / batch
+    return BlockStatistics(mass, maximum, small, pooled)

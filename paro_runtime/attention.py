@@ -1,0 +1,189 @@
+"""The one door to the kernels: chooses Triton or the reference, checks new hardware once, says why it declines."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+import torch
+
+from ..kernels.api import sparse_attention as run_kernel
+from ..kernels.problem import PRECISIONS, Precision, SparsePattern
+from ..kernels.support import triton_reason
+from .orders import ORIGINAL, order_table
+from .plan import SitePlan
+from .statistics import geometry_of
+from .tokens import TokenLayout
+
+log = logging.getLogger("paro")
+
+# Largest relative L2 error against dense attention that a healthy kernel shows on unit normal data, with some room.
+SELF_CHECK_BOUNDS = {"16": 1e-2, "int8": 4e-2, "int4": 3.5e-1}
+
+
+def build_pattern(
+    layout: TokenLayout,
+    orders: Sequence[str],
+    mask: torch.Tensor | None,
+    tail_bias: torch.Tensor | None,
+    *,
+    block_q: int = 64,
+    pool: int = 64,
+    kv_heads: int | None = None,
+    device: torch.device | str = "cpu",
+) -> SparsePattern:
+    """The kernels' pattern from order names per query head, a mask `[H, q_blocks, k_blocks]` and biases `[H]`.
+
+    With fewer key heads than query heads the heads of a group must share an order; raises ValueError if they do not.
+    """
+    kv_heads = kv_heads or len(orders)
+    if len(orders) % kv_heads:
+        raise ValueError(f"orders: {len(orders)} query heads do not group over {kv_heads} key heads")
+    group = len(orders) // kv_heads
+    per_key_head = list(orders[::group])
+    if any(orders[i] != per_key_head[i // group] for i in range(len(orders))):
+        raise ValueError("orders: query heads that share a key head must share its order")
+    names = list(dict.fromkeys(per_key_head))
+    tables = torch.stack([order_table(name, layout.grid) for name in names]).to(device)
+    index = torch.tensor([names.index(name) for name in per_key_head], dtype=torch.int32, device=device)
+    bias = None if tail_bias is None else tail_bias.float().to(device)
+    mask = None if mask is None else mask.to(device)
+    return SparsePattern(geometry_of(layout, block_q), tables, index, mask, bias, pool)
+
+
+def pattern_of(
+    entry: SitePlan, layout: TokenLayout, *, block_q: int, pool: int, kv_heads: int, device: torch.device
+) -> SparsePattern:
+    """The kernels' pattern of a planned site, on `device`."""
+    return build_pattern(
+        layout,
+        entry.orders,
+        entry.mask(device),
+        entry.tail_bias,
+        block_q=block_q,
+        pool=pool,
+        kv_heads=kv_heads,
+        device=device,
+    )
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    layout: TokenLayout,
+    orders: Sequence[str],
+    mask: torch.Tensor | None,
+    tail_bias: torch.Tensor | None = None,
+    precision: str | Precision = "int8",
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    block_q: int = 64,
+    pool: int = 64,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Block-sparse attention in each head's order.
+
+    q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, any strides, fp16, bf16 or fp32; L = prefix + F*H*W + suffix. orders:
+    a name per query head. mask: bool `[Hq, q_blocks, k_blocks]` over the reordered grid, None keeps everything.
+    tail_bias float `[Hq]` adds the pooled tail; without it the softmax is over kept blocks only. key_bias: additive
+    `[B, L]`. Returns `[B, Hq, L, D]` in q's dtype. Raises ValueError with one line for a call that does not fit.
+    """
+    pattern = build_pattern(
+        layout, orders, mask, tail_bias, block_q=block_q, pool=pool, kv_heads=k.shape[1], device=q.device
+    )
+    chosen = PRECISIONS[precision] if isinstance(precision, str) else precision
+    return run_kernel(q, k, v, pattern, chosen, scale=scale, key_bias=key_bias, backend=backend)
+
+
+def resolve_precision(name: str, recipe_precision: str) -> str:
+    """`auto` becomes the recipe's precision."""
+    return recipe_precision if name == "auto" else name
+
+
+_checked: dict[tuple, str | None] = {}
+_checked_lock = threading.Lock()
+
+
+def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, precision: str, backend: str) -> str | None:
+    """Compare the kernel with dense attention on a small slice, once per (device, dtype, D, precision).
+
+    Returns why the kernel must not be used here, or None. A wrong kernel on unknown hardware must cost nobody a
+    generation; the slice has odd sizes, context tokens and a kept block beside every dropped one.
+    """
+    key = (device, dtype, head_dim, precision, backend)
+    with _checked_lock:
+        if key not in _checked:
+            _checked[key] = _self_check(*key)
+            if _checked[key]:
+                log.warning("PARO is off on %s: %s", device, _checked[key])
+        return _checked[key]
+
+
+def _self_check(device, dtype, head_dim, precision, backend) -> str | None:
+    layout = TokenLayout(5, (3, 7, 11), 3)
+    # On the CPU first: the values must not depend on the device's generator.
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, layout.length, head_dim, generator=generator).to(device, dtype) for _ in range(3))
+    try:
+        out = sparse_attention(
+            q, k, v, layout=layout, orders=("HWF", "WFH"), mask=None, precision=precision, backend=backend
+        )
+    except Exception as error:  # any failure of new hardware or a new compiler ends here, as a reason
+        return f"self-check failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    error = ((out.float() - expected).norm() / expected.norm()).item()
+    chosen = PRECISIONS[precision]
+    bound = max(SELF_CHECK_BOUNDS["int8" if chosen.pv in ("fp8", "int8") else "16"], SELF_CHECK_BOUNDS[chosen.qk])
+    if chosen.pv in ("fp8", "int4"):
+        bound = max(bound, 8e-2 if chosen.pv == "fp8" else SELF_CHECK_BOUNDS["int4"])
+    if not error <= bound:
+        return f"self-check: relative error {error:.3g} against dense attention, at most {bound} is allowed"
+    return None
+
+
+def resolve_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision
+) -> tuple[str, str | None]:
+    """The backend to use and, if there is none, why. `auto`: Triton on a GPU that can, the reference elsewhere."""
+    if name == "reference" or (name == "auto" and device.type == "cpu"):
+        return "reference", None
+    reason = triton_reason(device, dtype, head_dim, precision)
+    if reason is None:
+        return "triton", None
+    return ("reference", None) if name == "auto" else ("triton", reason)
+
+
+def dense_pattern(layout: TokenLayout, heads: int, kv_heads: int, device: torch.device) -> SparsePattern:
+    """Every block, the model's own order."""
+    return build_pattern(layout, (ORIGINAL,) * heads, None, None, kv_heads=kv_heads, device=device)
+
+
+def run_by_heads(q, k, v, pattern: SparsePattern, precision: Precision, scale, key_bias, backend, groups=4):
+    """`sparse_attention` in groups of heads, for less scratch memory. Arguments and result as there."""
+    out = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for kv in torch.arange(k.shape[1]).chunk(groups):
+        first, last = int(kv[0]), int(kv[-1]) + 1
+        heads = slice(first * group, last * group)
+        part = SparsePattern(
+            pattern.geometry,
+            pattern.tables,
+            pattern.order_of_head[first:last],
+            None if pattern.mask is None else pattern.mask[heads],
+            None if pattern.tail_bias is None else pattern.tail_bias[heads],
+            pattern.pool,
+        )
+        out[:, heads] = run_kernel(
+            q[:, heads],
+            k[:, first:last],
+            v[:, first:last],
+            part,
+            precision,
+            scale=scale,
+            key_bias=key_bias,
+            backend=backend,
+        )
+    return out

@@ -1,0 +1,50 @@
+"""Token orders: permutations of a grid's tokens, known by name.
+
+The six axis orders name the axes from slowest to fastest: FHW is the model's own order, HWF makes all frames of one
+place neighbours. On one frame F does not matter, so HW and WH stand for FHW and FWH. Files store names, never numbers:
+at least three numberings of these orders exist.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import permutations
+
+import torch
+
+AXIS_ORDERS = tuple("".join(axes) for axes in permutations("FHW"))
+ORIGINAL = AXIS_ORDERS[0]
+
+
+def candidate_orders(grid: tuple[int, int, int]) -> tuple[str, ...]:
+    """Axis orders that differ on this grid, FHW first: ties prefer the model's own order.
+
+    An axis of length 1 may stand anywhere without changing the permutation, so of the orders that coincide only the
+    first is offered: two for an image, one for a line.
+    """
+    seen: dict[str, str] = {}
+    for name in AXIS_ORDERS:
+        seen.setdefault("".join(axis for axis in name if grid["FHW".index(axis)] > 1), name)
+    return tuple(seen.values())
+
+
+@lru_cache(maxsize=64)
+def order_table(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
+    """int32 `[F*H*W]` on the CPU: the grid index of the token at each position of the order.
+
+    Raises ValueError for a name that is not an axis order.
+    """
+    if name not in AXIS_ORDERS:
+        raise ValueError(f"order: {name!r} is none of {', '.join(AXIS_ORDERS)}")
+    f, h, w = grid
+    index = torch.arange(f * h * w, dtype=torch.int32).view(f, h, w)
+    return index.permute(["FHW".index(axis) for axis in name]).reshape(-1).contiguous()
+
+
+@lru_cache(maxsize=64)
+def token_coordinates(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
+    """float32 `[F*H*W, 3]`: centre of each token in the order, in fractions of the grid's extent along F, H, W."""
+    index = order_table(name, grid).long()
+    _, h, w = grid
+    columns = [index // (h * w), index // w % h, index % w]
+    return torch.stack([(c.float() + 0.5) / n for c, n in zip(columns, grid, strict=True)], 1)

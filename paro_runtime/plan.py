@@ -1,0 +1,271 @@
+"""Plans: for one model and grid, the order, mask and tail of every head. Frozen, and safe to read from a stranger.
+
+A plan file is a safetensors file. Its metadata key `paro` holds JSON that declares every shape; every tensor is checked
+against the declaration before it is read, so a wrong file costs one line and little memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES
+from .orders import AXIS_ORDERS
+from .tokens import TokenLayout
+
+FORMAT = 1
+LIMITS = {"metadata_bytes": 4 << 20, "sites": 4096, "heads": 1024, "grid_tokens": 1 << 24, "mask_bytes": 4 << 30}
+
+
+class PlanError(ValueError):
+    """A plan that cannot be used; the message is one line that names what was expected and what was found."""
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """One self-attention call of a model: block type, block index, n-th self-attention within that block."""
+
+    block_type: str
+    block_index: int
+    call: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{self.block_type}.{self.block_index}.{self.call}"
+
+    @classmethod
+    def parse(cls, name: str) -> Site:
+        block_type, index, call = name.rsplit(".", 2)
+        return cls(block_type, int(index), int(call))
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which model: family name, signature of its parameter names and shapes, signature of sampled weights."""
+
+    family: str
+    architecture: str
+    weights: str
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """bool tensor -> uint8 `[ceil(n / 8)]`, lowest bit first."""
+    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Inverse of `pack_bits`."""
+    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
+    return bits.flatten()[: math.prod(shape)].view(shape).bool()
+
+
+@dataclass(frozen=True, eq=False)
+class SitePlan:
+    """Heads of one site. orders: name per head. packed: bits of the mask `[heads, q_blocks, k_blocks]`.
+
+    tail_bias float32 [heads] or None; density and mass_kept float32 [heads], as calibrated.
+    """
+
+    orders: tuple[str, ...]
+    packed: torch.Tensor
+    shape: tuple[int, int, int]
+    tail_bias: torch.Tensor | None
+    density: torch.Tensor
+    mass_kept: torch.Tensor
+
+    @classmethod
+    def create(cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor) -> SitePlan:
+        """From a bool mask `[heads, q_blocks, k_blocks]` on any device."""
+        return cls(
+            tuple(orders),
+            pack_bits(mask).cpu(),
+            tuple(mask.shape),
+            None if tail_bias is None else tail_bias.float().cpu(),
+            mask.float().mean((1, 2)).cpu(),
+            mass_kept.float().cpu(),
+        )
+
+    def mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
+        """bool `[heads, q_blocks, k_blocks]` on `device`."""
+        return unpack_bits(self.packed.to(device), self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All sites of one model on one grid.
+
+    settings  what shapes the masks (density asked for, order, budget, tail), as a flat dict.
+    made      how it was made: steps, prompts, pack version, free text; never interpreted.
+    """
+
+    identity: ModelIdentity
+    layout: TokenLayout
+    block_q: int
+    sites: dict[Site, SitePlan]
+    pool: int = BLOCK_K
+    settings: dict = field(default_factory=dict)
+    made: dict = field(default_factory=dict)
+
+    @property
+    def density(self) -> float:
+        """Kept blocks / all blocks, mean over heads and sites."""
+        densities = [site.density for site in self.sites.values()]
+        return torch.cat(densities).mean().item() if densities else 1.0
+
+    @property
+    def mass_kept(self) -> float:
+        """Attention kept, mean over heads and sites."""
+        kept = [site.mass_kept for site in self.sites.values()]
+        return torch.cat(kept).mean().item() if kept else 1.0
+
+    def orders_histogram(self) -> dict[str, int]:
+        """Heads per order, in the order of `AXIS_ORDERS`."""
+        names = [name for site in self.sites.values() for name in site.orders]
+        return {name: names.count(name) for name in AXIS_ORDERS if name in names}
+
+    def unsuitable(self, identity: ModelIdentity, layout: TokenLayout) -> str | None:
+        """Why this plan cannot serve that model and grid, in one line, or None."""
+        if self.identity.family != identity.family or self.identity.architecture != identity.architecture:
+            return (
+                f"plan: made for {self.identity.family} {self.identity.architecture}, "
+                f"the model is {identity.family} {identity.architecture}"
+            )
+        if self.layout.grid != layout.grid:
+            return f"plan: made for the grid {_grid(self.layout)}, the model runs on {_grid(layout)}"
+        return None
+
+
+def _grid(layout: TokenLayout) -> str:
+    return "x".join(map(str, layout.grid))
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan; the file appears whole or not at all."""
+    tensors, sites = {}, []
+    for number, (site, entry) in enumerate(sorted(plan.sites.items())):
+        key = f"{number:04d}"
+        sites.append({"name": site.name, "shape": list(entry.shape), "tail": entry.tail_bias is not None})
+        tensors[f"{key}.orders"] = torch.tensor([AXIS_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
+        tensors[f"{key}.mask"] = entry.packed
+        tensors[f"{key}.density"] = entry.density
+        tensors[f"{key}.mass_kept"] = entry.mass_kept
+        if entry.tail_bias is not None:
+            tensors[f"{key}.tail_bias"] = entry.tail_bias
+    header = {
+        "format": FORMAT,
+        "identity": asdict(plan.identity),
+        "layout": [plan.layout.prefix, list(plan.layout.grid), plan.layout.suffix],
+        "block_q": plan.block_q,
+        "block_k": BLOCK_K,
+        "pool": plan.pool,
+        "order_names": AXIS_ORDERS,
+        "sites": sites,
+        "settings": plan.settings,
+        "made": plan.made,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    save_file(tensors, partial, metadata={"paro": json.dumps(header)})
+    partial.replace(path)
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan file. Raises PlanError with one line on anything unexpected."""
+    name = Path(path).name
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read(file, name)
+    except PlanError:
+        raise
+    except FileNotFoundError:
+        raise PlanError(f"plan {name}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise PlanError(f"plan {name}: not a complete safetensors file ({str(error).splitlines()[0]})") from None
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        raise PlanError(f"plan {name}: damaged header ({type(error).__name__}: {str(error)[:120]})") from None
+
+
+def _read(file, name: str) -> Plan:
+    text = (file.metadata() or {}).get("paro")
+    if text is None:
+        raise PlanError(f"plan {name}: a safetensors file, but not a PARO plan")
+    if len(text) > LIMITS["metadata_bytes"]:
+        raise PlanError(f"plan {name}: header of {len(text)} bytes, at most {LIMITS['metadata_bytes']} are read")
+    header = json.loads(text)
+    if header["format"] != FORMAT:
+        raise PlanError(f"plan {name}: format {header['format']!r}, this version reads {FORMAT}")
+    prefix, grid, suffix = header["layout"]
+    numbers = [prefix, suffix, *grid, header["block_q"], header["block_k"], header["pool"]]
+    if not all(type(n) is int for n in numbers):
+        raise PlanError(f"plan {name}: the layout's numbers must be whole, found {numbers}")
+    layout = TokenLayout(prefix, tuple(grid), suffix)
+    if layout.length > LIMITS["grid_tokens"]:
+        raise PlanError(f"plan {name}: {layout.length} tokens, at most {LIMITS['grid_tokens']} are read")
+    block_q, pool = header["block_q"], header["pool"]
+    if block_q not in BLOCK_Q_CHOICES or header["block_k"] != BLOCK_K or pool < 1 or BLOCK_K % pool:
+        raise PlanError(f"plan {name}: blocks of {block_q} x {header['block_k']} and pools of {pool} are not supported")
+    names = header["order_names"]
+    if not isinstance(names, list) or any(order not in AXIS_ORDERS for order in names):
+        raise PlanError(f"plan {name}: order names {names!r} are not all known")
+    blocks = (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // BLOCK_K))
+    if not 0 < len(header["sites"]) <= LIMITS["sites"]:
+        raise PlanError(f"plan {name}: {len(header['sites'])} sites, expected 1 to {LIMITS['sites']}")
+    sites, budget = {}, LIMITS["mask_bytes"]
+    for number, entry in enumerate(header["sites"]):
+        heads, *found = entry["shape"]
+        if type(heads) is not int or not 0 < heads <= LIMITS["heads"] or tuple(found) != blocks:
+            raise PlanError(f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}")
+        budget -= heads * math.prod(blocks) // 8
+        if budget < 0:
+            raise PlanError(f"plan {name}: masks over {LIMITS['mask_bytes']} bytes")
+        sites[Site.parse(entry["name"])] = _read_site(
+            file, name, f"{number:04d}", (heads, *blocks), names, entry["tail"]
+        )
+    if len(sites) != len(header["sites"]):
+        raise PlanError(f"plan {name}: a site is named twice")
+    identity = ModelIdentity(**{key: str(value) for key, value in header["identity"].items()})
+    settings, made = dict(header["settings"]), dict(header["made"])
+    return Plan(identity, layout, block_q, sites, pool, settings, made)
+
+
+def _read_site(file, name: str, key: str, shape: tuple[int, int, int], names: list[str], tail: bool) -> SitePlan:
+    heads = shape[0]
+    expected = {
+        "orders": ("U8", [heads]),
+        "mask": ("U8", [-(-math.prod(shape) // 8)]),
+        "density": ("F32", [heads]),
+        "mass_kept": ("F32", [heads]),
+    }
+    if tail:
+        expected["tail_bias"] = ("F32", [heads])
+    tensors = {}
+    for part, (dtype, size) in expected.items():
+        view = file.get_slice(f"{key}.{part}")
+        if view.get_dtype() != dtype or view.get_shape() != size:
+            raise PlanError(
+                f"plan {name}: {key}.{part} is {view.get_dtype()} {view.get_shape()}, expected {dtype} {size}"
+            )
+        tensors[part] = file.get_tensor(f"{key}.{part}")
+    if int(tensors["orders"].max()) >= len(names):
+        raise PlanError(
+            f"plan {name}: {key}.orders holds {int(tensors['orders'].max())}, there are {len(names)} orders"
+        )
+    for part in ("density", "mass_kept", "tail_bias"):
+        if part in tensors and not tensors[part].isfinite().all():
+            raise PlanError(f"plan {name}: {key}.{part} holds a value that is not finite")
+    mask = unpack_bits(tensors["mask"], shape)
+    if not mask.any(2).all():
+        raise PlanError(f"plan {name}: {key}.mask has a row that keeps no block")
+    if (mask.float().mean((1, 2)) - tensors["density"]).abs().max() > 1e-3:
+        raise PlanError(f"plan {name}: {key}.mask does not have the density it declares")
+    if tail and tensors["tail_bias"].abs().max() > 20:
+        raise PlanError(f"plan {name}: {key}.tail_bias is beyond 20")
+    orders = tuple(names[i] for i in tensors["orders"].tolist())
+    return SitePlan(orders, tensors["mask"], shape, tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"])

@@ -1,0 +1,84 @@
+"""Where plans live: a writable folder of the user's, and read-only ones such as the pack's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from .plan import ModelIdentity, Plan, PlanError, load_plan, save_plan
+from .recipes import MaskOptions
+from .tokens import TokenLayout
+
+log = logging.getLogger("paro")
+SUFFIX = ".safetensors"
+
+
+class PlanStore:
+    """Plans by name. A name is a file name without folders; it never leads out of the store's folders."""
+
+    def __init__(self, folders: Sequence[Path], writable: Path) -> None:
+        self.writable = Path(writable)
+        self.folders = [self.writable, *(Path(f) for f in folders if Path(f) != self.writable)]
+
+    def names(self) -> list[str]:
+        """File names of every plan, the user's first; of equal names the user's counts."""
+        found: dict[str, None] = {}
+        for folder in self.folders:
+            for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
+                found.setdefault(path.name)
+        return list(found)
+
+    def _path(self, name: str) -> Path:
+        """Where a name is, or would be written. Raises PlanError for a name with a folder in it."""
+        if not name or name in (".", "..") or any(c in name for c in '/\\:\0*?"<>|') or len(name) > 200:
+            raise PlanError(f"plan: {name!r} is not a plain file name")
+        name = name if name.endswith(SUFFIX) else name + SUFFIX
+        for folder in self.folders:
+            if (folder / name).is_file():
+                return folder / name
+        return self.writable / name
+
+    def locate(self, name: str) -> Path | None:
+        """The file of a name, or None if there is none. Raises PlanError for a name with a folder in it."""
+        path = self._path(name)
+        return path if path.is_file() else None
+
+    def load(self, name: str) -> Plan:
+        """Read a plan. Raises PlanError."""
+        return load_plan(self._path(name))
+
+    def save(self, plan: Plan, name: str | None = None) -> Path:
+        """Write a plan to the user's folder, under its automatic name by default; returns the path."""
+        path = self.writable / self._path(name or automatic_name(plan)).name
+        save_plan(plan, path)
+        return path
+
+    def find(
+        self, identity: ModelIdentity, layout: TokenLayout, block_q: int, options: MaskOptions
+    ) -> tuple[Plan | None, str | None]:
+        """The plan saved earlier for this model, grid and options; else None and, if one was refused, why."""
+        name = _automatic_name(identity, layout, block_q, options.as_dict())
+        path = self._path(name)
+        if not path.is_file():
+            return None, None
+        try:
+            plan = load_plan(path)
+        except PlanError as error:
+            return None, str(error)
+        reason = plan.unsuitable(identity, layout)
+        return (None, reason) if reason else (plan, None)
+
+
+def automatic_name(plan: Plan) -> str:
+    """File name under which `PlanStore.find` looks for such a plan."""
+    return _automatic_name(plan.identity, plan.layout, plan.block_q, plan.settings)
+
+
+def _automatic_name(identity: ModelIdentity, layout: TokenLayout, block_q: int, options: dict) -> str:
+    text = json.dumps([options, block_q], sort_keys=True)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
+    grid = "x".join(map(str, layout.grid))
+    return f"auto-{identity.family}-{identity.architecture[:8]}-{identity.weights[:8]}-{grid}-{digest}{SUFFIX}"

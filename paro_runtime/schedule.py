@@ -1,0 +1,50 @@
+"""Which sampling steps and which blocks keep everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .settings import in_blocks, parse_blocks
+
+
+def step_index(sigmas: Sequence[float], sigma: float) -> int:
+    """The step that an evaluation at `sigma` belongs to: the last i with sigmas[i] >= sigma (sigmas fall).
+
+    Multi-stage samplers (heun, dpmpp_sde) also evaluate between two sigmas; such an evaluation belongs to the step it
+    is part of. Half precision may move a sigma a little, hence the tolerance.
+    """
+    index = 0
+    for i, value in enumerate(sigmas[:-1] if len(sigmas) > 1 else sigmas):
+        if value * (1 + 1e-4) + 1e-6 >= sigma:
+            index = i
+    return index
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Dense steps are the first ones; dense blocks are parsed from the user's text."""
+
+    steps: int
+    dense_steps: int
+    dense_blocks: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def create(cls, steps: int, dense_steps: int, dense_blocks: str) -> Schedule:
+        """`dense_steps` is cut to the number of steps there are."""
+        return cls(steps, min(dense_steps, steps), parse_blocks(dense_blocks))
+
+    def is_dense_step(self, step: int) -> bool:
+        return step < self.dense_steps
+
+    def is_dense_block(self, index: int, total: int | None) -> bool:
+        return in_blocks(self.dense_blocks, index, total)
+
+
+def default_dense_steps(steps: int, fraction: float) -> int:
+    """Steps kept dense when the user leaves it open: a share of the schedule, at least one.
+
+    Few-step schedules (4 to 8 steps) cannot afford a percentage, so rounding is to the nearest whole step.
+    """
+    return max(1, math.floor(steps * fraction + 0.5))

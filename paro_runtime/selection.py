@@ -1,0 +1,111 @@
+"""From block statistics to orders, masks and the tail's bias.
+
+Masks come from one threshold over all heads and sites (a head that needs more blocks gets more), after the blocks that
+must stay (the best of every row, a floor per head) are set aside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from ..kernels.statistics_reference import BlockStatistics
+
+# A head keeps at least this share of the density that was asked for: diffuse heads must not be starved.
+HEAD_FLOOR = 0.25
+# Threshold search looks at no more values than this; beyond it a regular subsample decides.
+THRESHOLD_VALUES = 1 << 24
+
+
+def mass_kept_scores(seen: Sequence[BlockStatistics], density: float) -> torch.Tensor:
+    """Share of attention that the best `density` of the blocks hold, per head and candidate: float32 `[H, n]`."""
+    columns = []
+    for statistics in seen:
+        flat = statistics.mass.flatten(1)
+        count = max(1, round(density * flat.shape[1]))
+        columns.append(flat.topk(count, 1).values.sum(1) / flat.sum(1).clamp_min(1e-20))
+    return torch.stack(columns, 1)
+
+
+def paper_scores(seen: Sequence[BlockStatistics], alpha: float, sigma: float = 0.9) -> torch.Tensor:
+    """The paper's metric (arXiv 2506.16054, figure 3) with its sign corrected, negated: higher is better, `[H, n]`.
+
+    M = alpha * (1 - M_sparse) / sum(1 - M_sparse) + (1 - alpha) * M_quant / sum(M_quant), where M_sparse is the share
+    of blocks in which at least `sigma` of the weights are tiny and M_quant the mean of max/mean over blocks. As printed
+    the paper adds M_sparse, for which higher is better, and then takes the minimum.
+    """
+    dense, incoherence = [], []
+    for s in seen:
+        nearly_empty = (s.small >= sigma).float().mean((1, 2))
+        dense.append(1 - nearly_empty)
+        cell = s.mass / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
+        peak = s.maximum / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
+        # An all-zero block has no incoherence; the guard keeps 0/0 out of the mean.
+        incoherence.append((peak / cell.clamp_min(1e-12)).where(cell > 0, 0).mean((1, 2)))
+    dense, incoherence = torch.stack(dense, 1), torch.stack(incoherence, 1)
+    metric = alpha * dense / dense.sum(1, keepdim=True).clamp_min(1e-12)
+    metric = metric + (1 - alpha) * incoherence / incoherence.sum(1, keepdim=True).clamp_min(1e-12)
+    return -metric
+
+
+def _must_keep(mass: torch.Tensor, density: float) -> torch.Tensor:
+    """Blocks that stay whatever the threshold: the best of every row and the head's floor. bool like mass."""
+    keep = torch.zeros_like(mass, dtype=torch.bool)
+    keep.scatter_(2, mass.argmax(2, keepdim=True), True)
+    floor = int(density * HEAD_FLOOR * mass[0].numel())
+    if floor:
+        best = mass.flatten(1).topk(floor, 1).indices
+        keep.flatten(1).scatter_(1, best, True)
+    return keep
+
+
+def shared_masks(masses: Sequence[torch.Tensor], density: float) -> list[torch.Tensor]:
+    """Masks of several sites by one threshold; each mass is `[H, q_blocks, k_blocks]`, each mask bool alike.
+
+    The mean density over all of them is `density`, or more where the blocks that must stay demand it.
+    """
+    if density >= 1:
+        return [torch.ones_like(mass, dtype=torch.bool) for mass in masses]
+    kept = [_must_keep(mass.float(), density) for mass in masses]
+    total = sum(mass.numel() for mass in masses)
+    stride = max(1, math.ceil(total / THRESHOLD_VALUES))
+    values = torch.cat(
+        [mass.float().masked_fill(keep, math.inf).flatten()[::stride] for mass, keep in zip(masses, kept, strict=True)]
+    )
+    count = round(density * values.numel())
+    if count <= int(values.isinf().sum()):
+        return kept
+    threshold = values.topk(count).values[-1]
+    return [(mass.float() >= threshold) | keep for mass, keep in zip(masses, kept, strict=True)]
+
+
+def per_head_masks(masses: Sequence[torch.Tensor], density: float) -> list[torch.Tensor]:
+    """Masks with the same density in every head."""
+    result = []
+    for mass in masses:
+        best_of_row = torch.zeros_like(mass, dtype=torch.bool).scatter_(2, mass.argmax(2, keepdim=True), True)
+        ranked = mass.float().masked_fill(best_of_row, math.inf).flatten(1)
+        count = max(round(density * ranked.shape[1]), mass.shape[1])
+        best = ranked.topk(min(count, ranked.shape[1]), 1).indices
+        result.append(torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True).view_as(mass))
+    return result
+
+
+def tail_bias(mass: torch.Tensor, pooled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """log(true mass of the dropped blocks / their pooled mass) per head, float32 `[H]`; 0 where nothing is dropped.
+
+    A mean key underestimates the mass of its block (Jensen); one number per head makes the total right.
+    """
+    dropped = ~mask
+    true_mass = mass.float().mul(dropped).sum((1, 2))
+    pooled_mass = pooled.float().mul(dropped).sum((1, 2))
+    ratio = true_mass.clamp_min(1e-20) / pooled_mass.clamp_min(1e-20)
+    return ratio.log().clamp(-8, 8).where(true_mass > 0, 0)
+
+
+def mass_kept(mass: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """Share of each head's grid attention inside its mask, float32 `[H]`."""
+    mass = mass.float()
+    return mass.mul(mask).sum((1, 2)) / mass.sum((1, 2)).clamp_min(1e-20)

@@ -1,0 +1,400 @@
+"""The state of one run: which steps and sites are sparse, calibration on the way, reasons, and the report.
+
+A session is created when a sampling begins and dropped when it ends. Each model evaluation is an `Evaluation`; each
+self-attention call asks it one question: may this call be PARO's, and if not, why?
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from ..kernels.problem import PRECISIONS, SparsePattern
+from .attention import (
+    dense_pattern,
+    pattern_of,
+    resolve_backend,
+    resolve_precision,
+    run_by_heads,
+    run_kernel,
+    self_check,
+)
+from .calibration import Calibrator
+from .plan import ModelIdentity, Plan, PlanError, Site
+from .plan_store import PlanStore
+from .recipes import Recipe, mask_options, query_block
+from .report import Report
+from .schedule import Schedule, default_dense_steps, step_index
+from .settings import Settings
+from .tokens import TokenLayout
+
+log = logging.getLogger("paro")
+
+# Patterns of sites stay on the device up to this many bytes of masks; beyond it the oldest are rebuilt when needed.
+PATTERN_CACHE_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What one patched model does: its identity, the recipe, the user's settings, a given plan, the plan folder."""
+
+    identity: ModelIdentity
+    recipe: Recipe
+    settings: Settings
+    plan: Plan | None = None
+    store: PlanStore | None = None
+
+
+@dataclass
+class _Grid:
+    """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw."""
+
+    layout: TokenLayout
+    plan: Plan | None = None
+    source: str = ""
+    calibrator: Calibrator | None = None
+    seen_step: int | None = None
+
+
+@dataclass
+class Counts:
+    """What happened to attention calls, by reason."""
+
+    sparse: int = 0
+    dense: Counter = field(default_factory=Counter)
+    passed: Counter = field(default_factory=Counter)
+    fallbacks: Counter = field(default_factory=Counter)
+
+
+class Session:
+    """State of one run. Safe to call from several threads; nothing in it outlives the run."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        sigmas: Sequence[float],
+        calibrator: Calibrator | None = None,
+        calibrate_steps: frozenset[int] | None = None,
+        on_status: Callable[[str], None] | None = None,
+    ) -> None:
+        """sigmas: the run's noise levels, falling, last one included (steps + 1 values).
+
+        With a calibrator the whole run is dense and the calibrator sees `calibrate_steps` (default: every step).
+        """
+        self.policy = policy
+        self.settings = policy.settings.validated()
+        self.sigmas = [float(s) for s in sigmas]
+        self.steps = max(1, len(self.sigmas) - 1)
+        self.options = mask_options(self.settings, policy.recipe)
+        wanted = self.settings.dense_steps
+        if wanted is None:
+            wanted = default_dense_steps(self.steps, policy.recipe.dense_fraction)
+        blocks = self.settings.dense_blocks or policy.recipe.dense_blocks
+        self.schedule = Schedule.create(self.steps, wanted, blocks)
+        self.precision = resolve_precision(self.settings.precision, policy.recipe.precision)
+        self.calibrator = calibrator
+        self.calibrate_steps = calibrate_steps
+        self.counts = Counts()
+        self.notes: list[str] = []
+        self.sites: set[Site] = set()
+        self.sparse_sites: set[Site] = set()
+        self.dense_block_sites: set[Site] = set()
+        self.off_sites: dict[Site, str] = {}
+        self.calibration_seconds = 0.0
+        self.backend = ""
+        self.device = ""
+        self._on_status = on_status
+        self._grids: dict[tuple[int, int, int], _Grid] = {}
+        self._patterns: OrderedDict[tuple, SparsePattern] = OrderedDict()
+        self._logged: set[str] = set()
+        self._status_step = -1
+        self._lock = threading.RLock()
+
+    def begin(self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,)) -> Evaluation:
+        """One model evaluation at noise level `sigma`; chunks as the host batches conditionings (for the log)."""
+        step = step_index(self.sigmas, sigma)
+        with self._lock:
+            grid = self._grids.get(layout.grid)
+            if grid is None:
+                grid = self._grids[layout.grid] = self._open_grid(layout)
+            if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
+                self._close_calibration(grid)
+            if step != self._status_step:
+                self._status_step = step
+                self._tell(self._progress(step, grid))
+        return Evaluation(self, layout, grid, step)
+
+    def decline(self, reason: str) -> None:
+        """Count a call that is not ours, with the reason."""
+        self._count("passed", reason)
+
+    def finish(self) -> Report:
+        """End of the run: close what calibration is still open, and report."""
+        with self._lock:
+            for grid in self._grids.values():
+                if grid.plan is None and grid.seen_step is not None:
+                    self._close_calibration(grid)
+            report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
+            self._patterns.clear()
+        self._tell(report.status())
+        return report
+
+    # Below: used by Evaluation.
+
+    def _open_grid(self, layout: TokenLayout) -> _Grid:
+        grid = _Grid(layout)
+        if self.calibrator is not None:
+            grid.source = "calibrating"
+            return grid
+        given = self.policy.plan
+        if given is not None:
+            reason = given.unsuitable(self.policy.identity, layout)
+            if reason is None:
+                if given.identity.weights != self.policy.identity.weights:
+                    self._note("plan: made for other weights of the same architecture; a fine-tune or LoRA may differ")
+                grid.plan, grid.source = given, "given plan"
+                return grid
+            self._note(f"{reason}; calibrating anew")
+        elif self.policy.store is not None:
+            found, note = self.policy.store.find(
+                self.policy.identity, layout, query_block(layout.grid_tokens), self.options
+            )
+            if found is not None:
+                grid.plan, grid.source = found, "plan found"
+                return grid
+            if note:
+                self._note(f"{note}; calibrating anew")
+        if self.settings.calibrate:
+            grid.calibrator, grid.source = Calibrator(self.policy.identity, self.options), "calibrated on the way"
+        return grid
+
+    def _close_calibration(self, grid: _Grid) -> None:
+        began = time.perf_counter()
+        made = {"by": "calibrated on the way", "step": grid.seen_step, "steps": self.steps}
+        try:
+            grid.plan = grid.calibrator.plan(made)
+        except PlanError as error:
+            self._note(str(error))
+            grid.seen_step = None
+            return
+        finally:
+            self.calibration_seconds += time.perf_counter() - began
+        grid.calibrator = None
+        if self.policy.store is not None:
+            try:
+                self.policy.store.save(grid.plan)
+            except OSError as error:  # a full or read-only disk must not end the run
+                self._note(f"plan: could not be saved ({error.strerror or error})")
+
+    def _pattern(self, site: Site, grid: _Grid, layout: TokenLayout, kv_heads: int, device) -> SparsePattern:
+        key = (site, layout, device)
+        with self._lock:
+            if key in self._patterns:
+                self._patterns.move_to_end(key)
+                return self._patterns[key]
+        plan = grid.plan
+        pattern = pattern_of(
+            plan.sites[site], layout, block_q=plan.block_q, pool=plan.pool, kv_heads=kv_heads, device=device
+        )
+        with self._lock:
+            self._patterns[key] = pattern
+            while len(self._patterns) > 1 and self._pattern_bytes() > PATTERN_CACHE_BYTES:
+                self._patterns.popitem(last=False)
+        return pattern
+
+    def _pattern_bytes(self) -> int:
+        return sum(p.mask.numel() for p in self._patterns.values() if p.mask is not None)
+
+    def _count(self, kind: str, reason: str) -> None:
+        with self._lock:
+            getattr(self.counts, kind)[reason] += 1
+            first = reason not in self._logged
+            self._logged.add(reason)
+        if kind == "fallbacks" and (first or self.settings.verbose):
+            log.warning("%s", reason)
+        elif kind == "passed" and (first or self.settings.verbose):
+            log.debug("%s", reason)
+
+    def _note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+            log.warning("%s", text)
+
+    def _tell(self, text: str) -> None:
+        if self._on_status is not None:
+            self._on_status(text)
+
+    def _progress(self, step: int, grid: _Grid) -> str:
+        kind = "dense" if grid.plan is None or self.schedule.is_dense_step(step) else "sparse"
+        return f"step {step + 1}/{self.steps} · {grid.layout.grid_tokens} tokens · {kind}"
+
+
+class Evaluation:
+    """One evaluation of the model: a step, a layout, and the plan for its grid."""
+
+    def __init__(self, session: Session, layout: TokenLayout, grid: _Grid, step: int) -> None:
+        self.session = session
+        self.layout = layout
+        self.step = step
+        self._grid = grid
+
+    def attend(
+        self,
+        site: Site,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        key_bias: torch.Tensor | None = None,
+        dense: Callable[[], torch.Tensor],
+        blocks: int | None = None,
+    ) -> torch.Tensor:
+        """Attention of one site: sparse where the plan and the schedule say so, else `dense()`.
+
+        q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]` -> `[B, Hq, L, D]` in q's dtype. key_bias additive `[B, L]`.
+        dense runs the host's own function. blocks: how many transformer blocks there are, for negative block numbers.
+        Trouble of PARO's own never ends the run (unless `strict`): the call is answered by `dense()`.
+        """
+        session, grid = self.session, self._grid
+        reason = self._unsuitable(q)
+        if reason is not None:
+            session._count("passed", reason)
+            return dense()
+        session.sites.add(site)
+        session.device = str(q.device)
+        if session.calibrator is not None:
+            self._observe(session.calibrator, site, q, k, scale, key_bias, self._calibrates())
+            session._count("dense", "calibrating")
+            return dense()
+        if session.schedule.is_dense_block(site.block_index, blocks):
+            session.dense_block_sites.add(site)
+            session._count("dense", "dense block")
+            return self._dense(q, k, v, scale, key_bias, dense)
+        if grid.plan is None:
+            self._observe(grid.calibrator, site, q, k, scale, key_bias, self._calibrates())
+            waiting = "no plan and calibration is off" if grid.calibrator is None else "dense step"
+            session._count("dense" if grid.calibrator is not None else "fallbacks", waiting)
+            return self._dense(q, k, v, scale, key_bias, dense)
+        if session.schedule.is_dense_step(self.step):
+            session._count("dense", "dense step")
+            return self._dense(q, k, v, scale, key_bias, dense)
+        why_not = session.off_sites.get(site)
+        if why_not is None and site not in grid.plan.sites:
+            why_not = f"{site.name} is not in the plan"
+        if why_not is None:
+            out = self._sparse(site, q, k, v, scale, key_bias)
+            if out is not None:
+                return out
+            why_not = session.off_sites[site]
+        session._count("fallbacks", why_not)
+        return dense()
+
+    def end(self) -> None:
+        """The evaluation is over; nothing is held beyond it."""
+
+    def _unsuitable(self, q: torch.Tensor) -> str | None:
+        """Why no call of this evaluation can be PARO's, or None."""
+        session = self.session
+        tokens = self.layout.grid_tokens
+        if not q.dtype.is_floating_point or q.dtype == torch.float64:
+            return f"dtype {q.dtype} is not supported"
+        if tokens < 2 * query_block(tokens):
+            return f"{tokens} grid tokens do not fill two blocks of {query_block(tokens)}"
+        backend, reason = resolve_backend(
+            session.settings.backend, q.device, q.dtype, q.shape[3], PRECISIONS[session.precision]
+        )
+        if reason is not None:
+            return reason
+        session.backend = backend
+        least = session.settings.min_tokens
+        if least is None:
+            # The reference exists for checking, not for speed; a floor would only hide it.
+            least = session.policy.recipe.min_tokens if backend == "triton" else 0
+        if tokens < least:
+            return f"{tokens} grid tokens, below the minimum of {least}"
+        return self_check(q.device, q.dtype, q.shape[3], session.precision, backend)
+
+    def _calibrates(self) -> bool:
+        session, grid = self.session, self._grid
+        if session.calibrator is not None:
+            return session.calibrate_steps is None or self.step in session.calibrate_steps
+        return grid.calibrator is not None and self.step >= session.schedule.dense_steps - 1
+
+    def _observe(self, calibrator, site, q, k, scale, key_bias, wanted: bool) -> None:
+        if not wanted:
+            return
+        session = self.session
+        began = time.perf_counter()
+        try:
+            calibrator.observe(site, self.layout, q, k, scale=scale, key_bias=key_bias, backend=session.backend)
+        except Exception as error:
+            if session.settings.strict or session.calibrator is not None:
+                raise
+            session._count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
+            return
+        with session._lock:
+            if calibrator is self._grid.calibrator:
+                self._grid.seen_step = self.step
+            session.calibration_seconds += time.perf_counter() - began
+
+    def _dense(self, q, k, v, scale, key_bias, dense) -> torch.Tensor:
+        """A call that keeps every block: the host's attention, or PARO's kernel at density 1 if the user prefers."""
+        if self.session.settings.dense_attention == "host":
+            return dense()
+        out = self._guarded(None, q, k, v, scale, key_bias)
+        return dense() if out is None else out
+
+    def _sparse(self, site, q, k, v, scale, key_bias) -> torch.Tensor | None:
+        out = self._guarded(site, q, k, v, scale, key_bias)
+        if out is not None:
+            with self.session._lock:
+                self.session.counts.sparse += 1
+                self.session.sparse_sites.add(site)
+        return out
+
+    def _guarded(self, site: Site | None, q, k, v, scale, key_bias) -> torch.Tensor | None:
+        """Run PARO's kernel for a planned site, or dense for None. Returns None after noting why it could not."""
+        session = self.session
+        try:
+            if site is None:
+                pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
+            else:
+                pattern = session._pattern(site, self._grid, self.layout, k.shape[1], q.device)
+            out = self._run(pattern, q, k, v, scale, key_bias)
+            if torch.isfinite(torch.linalg.vector_norm(out, torch.inf, dtype=torch.float32)):
+                return out
+            reason = f"{site.name if site else 'dense attention'}: the result is not finite"
+            if session.settings.strict:
+                raise FloatingPointError(reason)
+        except Exception as error:
+            if session.settings.strict:
+                raise
+            reason = f"{site.name if site else 'dense attention'}: {_one_line(error)}"
+        if site is None:
+            session._count("fallbacks", reason)
+        else:
+            session.off_sites[site] = reason
+        return None
+
+    def _run(self, pattern: SparsePattern, q, k, v, scale, key_bias) -> torch.Tensor:
+        precision = PRECISIONS[self.session.precision]
+        backend = self.session.backend
+        try:
+            return run_kernel(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=backend)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+        # Once more with a quarter of the scratch memory: heads are independent.
+        self.session._note("out of memory: running heads in four groups")
+        return run_by_heads(q, k, v, pattern, precision, scale, key_bias, backend)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,0 +1,36 @@
+"""Set up what the tests need and run them: `python scripts/test.py [pytest arguments]`.
+
+With a ComfyUI checkout at hand (COMFYUI_PATH, ../ComfyUI, ~/ComfyUI) the host tests run too; without one they are
+skipped, loudly. REQUIRE_COMFYUI=1 makes a missing host an error.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from _environment import TEST_MODULES, ensure
+from _host import find_host, host_version
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def main() -> int:
+    host = find_host()
+    if host is None and os.environ.get("REQUIRE_COMFYUI") == "1":
+        raise SystemExit("REQUIRE_COMFYUI=1, but no ComfyUI was found; set COMFYUI_PATH")
+    ensure(TEST_MODULES, host)
+    if host is None:
+        print("no ComfyUI found: the host tests will be skipped (set COMFYUI_PATH to run them)", flush=True)
+    else:
+        print(f"ComfyUI {host_version(host)} at {host}", flush=True)
+    for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
+        if subprocess.run([sys.executable, "-m", *check], cwd=ROOT).returncode:
+            return 1
+    arguments = sys.argv[1:] or ["tests"]
+    environment = dict(os.environ) if host is None else {**os.environ, "COMFYUI_PATH": str(host)}
+    return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
