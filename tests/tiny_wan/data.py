@@ -50,9 +50,7 @@ class Clips:
     velocity: Tensor
 
 
-def draw_clips(
-    batch: int, height: int, width: int, generator: torch.Generator, labels: Tensor | None = None
-) -> Clips:
+def draw_clips(batch: int, height: int, width: int, generator: torch.Generator, labels: Tensor | None = None) -> Clips:
     """Draw clip parameters on the generator's device for frames of `height` x `width` pixels.
 
     The heading is 45 + 90 * direction + U(-30, 30) degrees. The object starts in the first 60 % of its free

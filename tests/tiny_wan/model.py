@@ -133,9 +133,7 @@ class Block(nn.Module):
         )
         self.eps = cfg.eps
 
-    def forward(
-        self, x: Tensor, e0: Tensor, context: Tensor, rope: Tensor, hook: AttentionFn | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, e0: Tensor, context: Tensor, rope: Tensor, hook: AttentionFn | None = None) -> Tensor:
         """Map `x` `[B, N, dim]`; time modulation `e0` `[B, 6, dim]`, `context` `[B, L, dim]`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).chunk(6, dim=1)
         y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
@@ -172,9 +170,7 @@ class TinyWan(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(cfg.text_dim, cfg.dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.dim, cfg.dim)
         )
-        self.time_embedding = nn.Sequential(
-            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
-        )
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.head = Head(cfg)
@@ -215,9 +211,7 @@ class TinyWan(nn.Module):
         return out[..., :height, :width]
 
 
-def load_tiny_wan(
-    path: str | Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> TinyWan:
+def load_tiny_wan(path: str | Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TinyWan:
     """Load a checkpoint (by default the committed one), in evaluation mode with gradients off."""
     from safetensors.torch import load_file
 
