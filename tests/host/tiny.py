@@ -80,6 +80,7 @@ def latent(grid: tuple[int, int, int], batch: int = 1, video: bool = True) -> to
     return torch.zeros(batch, 16, *((f, *size) if video else size))
 
 
+@torch.inference_mode()  # as the server runs every node
 def sample(
     model: Any,
     grid: tuple[int, int, int],
