@@ -36,7 +36,7 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 
-# Patterns of sites stay on the device up to about this many bytes; making one anew costs a small share of its attention.
+# Patterns of sites stay on the device up to about this many bytes; making one anew costs little beside its attention.
 PATTERN_CACHE_BYTES = 1 << 30
 # A mask, the same without empty rows, and 16-bit lists of what is kept.
 PATTERN_BYTES_PER_BLOCK = 3
