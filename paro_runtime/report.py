@@ -25,7 +25,7 @@ ORDER_COLOURS = dict(
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one run. Times are wall-clock seconds, per step the median; `fallbacks` and `passed` are (reason, count)."""
+    """Figures of one run. Times are wall-clock seconds, medians per step; `fallbacks`, `passed` are (reason, count)."""
 
     family: str
     tokens: int
