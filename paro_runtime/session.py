@@ -7,6 +7,7 @@ self-attention call asks it one question: may this call be PARO's, and if not, w
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 import time
 from collections import Counter
@@ -36,7 +37,7 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 
-# Patterns of sites stay on the device up to about this many bytes; making one anew costs a small share of its attention.
+# Patterns of sites stay on the device up to about this many bytes; making one anew costs little beside its attention.
 PATTERN_CACHE_BYTES = 1 << 30
 # A mask, the same without empty rows, and 16-bit lists of what is kept.
 PATTERN_BYTES_PER_BLOCK = 3
@@ -72,6 +73,27 @@ class Counts:
     dense: Counter = field(default_factory=Counter)
     passed: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
+
+
+@dataclass
+class StepClock:
+    """Wall-clock seconds of each step by kind. The host waits for the device between steps, so they add up."""
+
+    step: int = -1
+    kind: str = ""
+    began: float = 0.0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def next(self, step: int, kind: str) -> None:
+        """A step begins, and the one before it has ended."""
+        now = time.perf_counter()
+        if self.kind:
+            self.seconds.setdefault(self.kind, []).append(now - self.began)
+        self.step, self.kind, self.began = step, kind, now
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds per step of each kind."""
+        return {kind: statistics.median(values) for kind, values in self.seconds.items()}
 
 
 class Session:
@@ -118,7 +140,7 @@ class Session:
         self._pattern_bytes = 0
         self._unsuitable: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
-        self._status_step = -1
+        self._clock = StepClock()
         self._lock = threading.RLock()
 
     def begin(self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,)) -> Evaluation:
@@ -130,9 +152,10 @@ class Session:
                 grid = self._grids[layout.grid] = self._open_grid(layout)
             if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
                 self._close_calibration(grid)
-            if step != self._status_step:
-                self._status_step = step
-                self._tell(self._progress(step, grid))
+            if step != self._clock.step:
+                kind = self._step_kind(step, grid)
+                self._clock.next(step, kind)
+                self._tell(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
         return Evaluation(self, layout, grid, step)
 
     def decline(self, reason: str) -> None:
@@ -145,11 +168,17 @@ class Session:
             for grid in self._grids.values():
                 if grid.plan is None and grid.seen_step is not None:
                     self._close_calibration(grid)
+            self._clock.next(self.steps, "")
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self._patterns.clear()
         release_scratch()
         self._tell(report.status())
         return report
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Median seconds of a dense, calibrating and sparse step, of those there were."""
+        return self._clock.medians()
 
     # Below: used by Evaluation.
 
@@ -260,9 +289,11 @@ class Session:
         if self._on_status is not None:
             self._on_status(text)
 
-    def _progress(self, step: int, grid: _Grid) -> str:
-        kind = "dense" if grid.plan is None or self.schedule.is_dense_step(step) else "sparse"
-        return f"step {step + 1}/{self.steps} · {grid.layout.grid_tokens} tokens · {kind}"
+    def _step_kind(self, step: int, grid: _Grid) -> str:
+        if grid.plan is not None:
+            return "dense" if self.schedule.is_dense_step(step) else "sparse"
+        watching = grid.calibrator is not None and step >= self.schedule.dense_steps - 1
+        return "calibrating" if watching or self.calibrator is not None else "dense"
 
 
 class Evaluation:

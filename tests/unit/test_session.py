@@ -269,3 +269,4 @@ def test_the_report_serves_people_and_programs():
     picture = report.picture()
     assert picture.shape[0] == 1 and picture.shape[3] == 3 and 0 <= picture.min() <= picture.max() <= 1
     assert "not faster" in report.text()
+    assert set(report.step_seconds) == {"dense", "calibrating", "sparse"} and report.gain > 0
