@@ -3,8 +3,8 @@
 python bench/end_to_end.py [--models 1.3b,14b] [--grids 480p,720p] [--densities 0.3,0.2,0.1] [--precision auto]
                            [--json FILE]
 
-The architecture is the one of tests/tiny_wan at Wan's own widths and depths, so the linear layers, norms and attention
-shapes are the real ones. Random weights say nothing about quality: masks are random bands of the given density in random
+The architecture is that of tests/tiny_wan at the widths and depths of Wan, so the linear layers, norms and attention
+shapes are the real ones. Random weights say nothing about quality: masks are bands of the given density in random
 orders, the tail is on, and the plan is given. Attention is timed inside the step with device events.
 """
 
