@@ -166,7 +166,7 @@ def _two_blocks(
 @triton.jit
 def _tail(
     accumulator, total, maximum, q, q_scale, kept_words, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
-    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
 
@@ -193,10 +193,13 @@ def _tail(
         rescale = tl.exp2(maximum - highest)
         total = total * rescale + tl.sum(p, 1)
         values = tl.load(pooled_v + offsets, mask=real[:, None], other=0)
-        # Not `tl.dot(p, values, accumulator * rescale)`: beside an 8-bit loop that form makes ptxas wait after every
-        # single wgmma of the whole kernel (its message C7515).
-        wide = tl.zeros_like(accumulator) + rescale[:, None]
-        accumulator = tl.fma(accumulator, wide, tl.dot(p.to(values.dtype), values))
+        if PV == "16":
+            accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
+        else:
+            # Beside an 8-bit main loop the form above makes ptxas wait after every single wgmma of the whole kernel
+            # (its message C7515).
+            wide = tl.zeros_like(accumulator) + rescale[:, None]
+            accumulator = tl.fma(accumulator, wide, tl.dot(p.to(values.dtype), values))
         maximum = highest
         word = next_word
     return accumulator, total
@@ -364,7 +367,7 @@ def attention_forward(
                 tl.load(tail_bias + head) * 1.4426950408889634,
                 pooled_k + kv_head.to(tl.int64) * pools * PADDED_D, pooled_scales + kv_head * pooled_rows,
                 pooled_v + kv_head.to(tl.int64) * pools * PADDED_D, grid_tokens, pools, columns,
-                PADDED_D, QK, P_LOG2, POOL,
+                PADDED_D, QK, PV, P_LOG2, POOL,
             )  # fmt: skip
 
     # Looked up again rather than kept in registers across the loops.
