@@ -14,8 +14,7 @@ PACK = Path(__file__).resolve().parent.parent.parent
 FOLDER = PACK / "example_workflows"
 WORKFLOWS = sorted(FOLDER.glob("*.json"))
 DRAWN = {"MarkdownNote"}  # the page's own nodes, which the server does not know
-WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
-LOADERS = {"UNETLoader", "CLIPLoader", "DualCLIPLoader", "VAELoader"}  # their files are the user's
+WIDGETS = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3"}
 
 
 def _kind(declared: list) -> str:
