@@ -11,11 +11,12 @@ from comfy_boot import boot
 
 def names(schema) -> dict:
     """One node's entry, as the page's translations want it: outputs by number."""
+    outputs = enumerate(schema.outputs)
     return {
         "display_name": schema.display_name,
         "description": schema.description,
         "inputs": {i.id: {"name": i.id, "tooltip": i.tooltip} for i in schema.inputs},
-        "outputs": {str(n): {"name": o.display_name or o.id, "tooltip": o.tooltip} for n, o in enumerate(schema.outputs)},
+        "outputs": {str(n): {"name": o.display_name or o.id, "tooltip": o.tooltip} for n, o in outputs},
     }
 
 
