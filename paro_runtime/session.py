@@ -122,7 +122,7 @@ class Session:
             wanted = default_dense_steps(self.steps, policy.recipe.dense_fraction)
         blocks = self.settings.dense_blocks or policy.recipe.dense_blocks
         self.schedule = Schedule.create(self.steps, wanted, blocks)
-        self.precision = resolve_precision(self.settings.precision, policy.recipe.precision)
+        self.precision = self.settings.precision  # `auto` until the device is known
         self.calibrator = calibrator
         self.calibrate_steps = calibrate_steps
         self.counts = Counts()
@@ -257,6 +257,7 @@ class Session:
             return f"dtype {dtype} is not supported"
         if tokens < 2 * query_block(tokens):
             return f"{tokens} grid tokens do not fill two blocks of {query_block(tokens)}"
+        self.precision = resolve_precision(self.settings.precision, self.policy.recipe.precision, device)
         precision = PRECISIONS[self.precision]
         backend, reason = resolve_backend(self.settings.backend, device, dtype, head_dim, precision)
         if reason is not None:
