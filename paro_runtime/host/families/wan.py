@@ -1,4 +1,4 @@
-"""Wan 2.1 and 2.2: text, image and first-last-frame to video, TI2V-5B, Fun, Camera, Animate, S2V, HuMo, SCAIL, Dancer."""
+"""Wan 2.1 and 2.2: text, image and first-last-frame to video, TI2V-5B, Fun, Camera, Animate, S2V, HuMo, SCAIL."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from ...tokens import TokenLayout
 from .base import Family, ModelCall, class_path, grid_of, not_a_video, patches, tokens_of
 
 _PACKAGE = "comfy.ldm.wan."
-_REFUSED = {
-    "CausalWanModel": "the autoregressive Wan attends to a cache of earlier frames, which has no grid of its own"
-}
+_REFUSED = {"CausalWanModel": "the autoregressive Wan attends to a cache of earlier frames"}
 _SUPPORTED = (
     "WanModel",
     "CameraWanModel",
