@@ -13,6 +13,11 @@ import torch
 from .cases import Case, Run
 
 
+def known(case: Case) -> bool:
+    """Whether this host has the architecture."""
+    return hasattr(comfy.supported_models, case.config)
+
+
 def build(case: Case) -> Any:
     """A model patcher over a new model with random weights."""
     config = getattr(comfy.supported_models, case.config)(dict(case.unet))
@@ -53,17 +58,17 @@ def prompt(case: Case, seed: int, **extra: Any) -> list:
     return [[tokens, {"pooled_output": pooled, **case.always(), **extra}]]
 
 
-def sample(model: Any, case: Case, run: Run, steps: int = 2) -> torch.Tensor:
-    """The host's sampler; the streams of a packed latent come back as one flat tensor."""
+def sample(model: Any, case: Case, run: Run, positive: list | None = None) -> torch.Tensor:
+    """Two steps of the host's sampler; the streams of a packed latent come back as one flat tensor."""
     empty = latent(run.shape)
     out = comfy.sample.sample(
         model,
         comfy.sample.prepare_noise(empty, 0),
-        steps,
+        2,
         case.cfg,
         "euler",
         "simple",
-        prompt(case, 1, **run.extra()),
+        positive or prompt(case, 1, **run.extra()),
         prompt(case, 2, **run.extra()),
         empty,
         disable_pbar=True,
