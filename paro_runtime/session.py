@@ -358,6 +358,16 @@ class Evaluation:
         session._count("fallbacks", why_not)
         return dense()
 
+    def abandon(self, reason: str) -> None:
+        """The evaluation's sites were not what they seemed: its grid's plan and observations are dropped, and the rest
+        of the run on this grid keeps every block. Raises RuntimeError with `strict`."""
+        if self.session.settings.strict:
+            raise RuntimeError(reason)
+        with self.session._lock:
+            self._grid.plan = self._grid.calibrator = self._grid.seen_step = None
+            self._grid.source = "none"
+            self.session._note(reason)
+
     def end(self) -> None:
         """The evaluation is over; nothing is held beyond it."""
 

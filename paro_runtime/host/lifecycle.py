@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..session import Report, Session
+from ..tokens import TokenLayout
 from .evaluation import OPTIONS_KEY, HostEvaluation
 from .families import Family, ModelCall
 from .override import SLOT, is_override, make_override
@@ -33,14 +34,20 @@ class HostRun:
     def begin(self, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
         """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part."""
         x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
-        call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra)
-        layout = self.family.layout(model, call)
-        if isinstance(layout, str):
-            self.session.decline(layout)
+        call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
+        layouts = self.family.layout(model, call)
+        total = self.family.total(model)
+        reason = layouts if isinstance(layouts, str) else None
+        if reason is None and total is not None:
+            reason = self.family.uncountable(call)
+        if reason is not None:
+            self.session.decline(reason)
             return None
+        layouts = (layouts,) if isinstance(layouts, TokenLayout) else layouts
         chunks = tuple(options.get("cond_or_uncond") or ())
-        evaluation = self.session.begin(layout=layout, sigma=float(sigma.flatten()[0]), chunks=chunks)
-        return HostEvaluation(self.session, self.family, evaluation)
+        sigma = float(sigma.flatten()[0])
+        evaluations = (self.session.begin(layout=layout, sigma=sigma, chunks=chunks) for layout in layouts)
+        return HostEvaluation(self.session, self.family, *evaluations, total=total)
 
 
 class Lifecycle:

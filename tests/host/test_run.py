@@ -150,14 +150,6 @@ def test_a_model_changed_beyond_recognition_runs_dense(comfy, wan, store, monkey
     assert "the token layout could not be read (ValueError" in comfy.report(model).passed[0][0]
 
 
-def test_wan_variants_pass_through(comfy, store, tmp_path):
-    from comfy.ldm.wan.model import VaceWanModel
-    from comfyui_paro.paro_runtime.host.families import family_of
-
-    vace = VaceWanModel.__new__(VaceWanModel)
-    assert family_of(vace) == "the Wan variant VaceWanModel is not supported yet"
-
-
 def test_small_latent_runs_dense_with_a_reason(comfy, wan, store):
     """Fewer tokens than two blocks."""
     grid = (1, 4, 5)

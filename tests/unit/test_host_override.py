@@ -276,8 +276,11 @@ FLUX = _model("comfy.ldm.flux.model.Flux", patch_size=2, params=SimpleNamespace(
 
 def test_families():
     assert family_of(WAN) is wan.FAMILY and family_of(FLUX) is flux.FAMILY
-    assert "VaceWanModel" in family_of(_model("comfy.ldm.wan.model.VaceWanModel"))
-    assert "Flux 2" in family_of(_model("comfy.ldm.flux.model.Flux", params=SimpleNamespace(global_modulation=True)))
+    assert "CacheWanModel" in family_of(_model("comfy.ldm.wan.model.CacheWanModel"))
+    assert family_of(_model("comfy.ldm.wan.model.VaceWanModel")).name == "wan_vace"
+    assert (
+        family_of(_model("comfy.ldm.flux.model.Flux", params=SimpleNamespace(global_modulation=True))).name == "flux2"
+    )
     assert family_of(_model("comfy.ldm.x.Other")) == "the model class Other is not supported"
 
 
