@@ -40,7 +40,7 @@ async function enter(page) {
 function build(spec) {
   const { app, LiteGraph } = window;
   app.graph.clear();
-  const made = {}, width = 330, inset = 20, title = 30;
+  const made = {}, width = 330, inset = 28, title = 30;
   const all = spec.columns.flat().flatMap((group) => group.nodes);
   for (const { id, type, title, height = 0, widgets = {}, models } of all) {
     const node = LiteGraph.createNode(type);

@@ -26,7 +26,7 @@ const demoSampler = (id, title, model) =>
   sampler(id, title, model, 8, 1, "fixed", { positive: ["prompt", 0], negative: ["prompt", 1], latent_image: ["empty", 0] });
 const demoClip = (id, samples) => [
   { id: `decode_${id}`, type: "PARODemoDecode", inputs: { samples: [samples, 0] } },
-  { id: `save_${id}`, type: "SaveAnimatedWEBP", height: 340,
+  { id: `save_${id}`, type: "SaveAnimatedWEBP", height: 390,
     widgets: { filename_prefix: `paro/${id}`, fps: 6, lossless: true, quality: 90, method: "default" },
     inputs: { images: [`decode_${id}`, 0] } },
 ];

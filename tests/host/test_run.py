@@ -240,3 +240,15 @@ def test_sites_of_flux(comfy, flux, store):
     comfy.sample(model, (1, 16, 16), video=False, cfg=1.0)
     assert comfy.report(model).sites_sparse == 3
     assert set(store.load(store.names()[0]).sites) == {Site("double", 0), Site("single", 0), Site("single", 1)}
+
+
+def test_compiled_model(comfy, wan, store):
+    """Inside a compiled model every step still decides for itself: the override is no part of the graph."""
+    helpers = pytest.importorskip("comfy_api.torch_helpers")
+    compiled = wan.clone()
+    helpers.set_torch_compile_wrapper(compiled, backend="eager")
+    model = comfy.patched(compiled, store=store, **SPARSE)
+    comfy.sample(model, GRID, steps=4)
+    report = comfy.report(model)
+    assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS}
+    assert store.names() and comfy.identify(compiled, "wan") == comfy.identify(wan, "wan")

@@ -124,6 +124,27 @@ def test_calibrate_node(server):
     assert "mine.safetensors" in str(listed)
 
 
+def test_calibration_can_be_cancelled(server):
+    """The page's cancel button during PARO Calibrate: the run ends as interrupted and nothing is saved."""
+    clear(server)
+    nodes = graph(OTHER, seed=4, settings=SPARSE)
+    sampler = {**nodes["sample"]["inputs"], "steps": 500, "model": ["model", 0], "settings": ["settings", 0]}
+    inputs = {**sampler, "calibrate_steps": "499", "plan_name": "cancelled"}
+    calibrate = {key: nodes[key] for key in ("model", "positive", "negative", "empty", "settings")}
+    calibrate["calibrate"] = {"class_type": "PAROCalibrate", "inputs": inputs}
+    sent = []
+
+    def cancel(seconds: float) -> None:
+        if seconds > 1:
+            sent.append(server.json("/interrupt", {}))
+
+    with pytest.raises(ComfyError) as error:
+        server.run(calibrate, waiting=cancel)
+    kinds = [kind for kind, _ in error.value.details["status"]["messages"]]
+    assert sent and "execution_interrupted" in kinds and "execution_error" not in kinds
+    assert not list(plans(server).glob("*"))
+
+
 def change_plan(source: Path, target: Path, **changes) -> None:
     """A copy of a plan with tensors or header fields replaced."""
     with safe_open(source, framework="pt") as file:
