@@ -23,7 +23,7 @@ LABEL = re.compile(r"^\s*(\.L_x_\w+|\.L_\w+):")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compilation gave. slots: issue slots per softmax element in the hot loop; mma: its tensor instructions."""
+    """What one compilation gave. slots: issue slots per softmax element in the hot loop; mma: tensor instructions."""
 
     registers: int
     spills: int

@@ -83,13 +83,23 @@ class Lifecycle:
         run = args[APPLY_MODEL_OPTIONS].get(OPTIONS_KEY)
         if not isinstance(run, HostRun):
             return executor(*args, **kwargs)
-        evaluation = run.begin(executor.class_obj.diffusion_model, args, kwargs)
+        evaluation = self._begin(run, executor.class_obj.diffusion_model, args, kwargs)
         # Always a new dict: the host hands the same one to every evaluation of a step.
         options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
         result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
         if evaluation is not None:
             evaluation.end()
         return result
+
+    def _begin(self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
+        try:
+            return run.begin(model, args, extra)
+        except Exception as error:
+            # A model that another node changed beyond recognition runs dense; it does not fail.
+            if self.strict:
+                raise
+            run.session.decline(f"the token layout could not be read ({type(error).__name__}: {error})")
+            return None
 
     def _finish(self, session: Session) -> Report | None:
         try:

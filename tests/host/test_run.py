@@ -138,6 +138,16 @@ def test_unknown_model_passes_through(comfy, wan):
     patched = comfy.patched(model, said=said)
     assert said == ["passed through · the model class Strange is not supported"]
     assert SLOT not in patched.model_options["transformer_options"] and not patched.wrappers.get("outer_sample")
+    assert comfy.report(patched) == "PARO passed this model through: the model class Strange is not supported"
+    assert comfy.report(wan) == "PARO is not on this model, or is switched off"
+
+
+def test_a_model_changed_beyond_recognition_runs_dense(comfy, wan, store, monkeypatch):
+    model = comfy.patched(wan, store=store, **{**SPARSE, "strict": False})
+    monkeypatch.setattr(wan.model.diffusion_model, "patch_size", (1, 2))
+    monkeypatch.setattr(type(wan.model.diffusion_model), "_forward", lambda self, x, *args, **kwargs: x)
+    comfy.sample(model, GRID)
+    assert "the token layout could not be read (ValueError" in comfy.report(model).passed[0][0]
 
 
 def test_small_latent_runs_dense_with_a_reason(comfy, wan, store):
@@ -163,7 +173,7 @@ def test_cancelling_leaves_nothing_behind(comfy, wan, store):
     with pytest.raises(CancelError):
         comfy.sample(model, GRID, callback=cancel)
     assert "paro" not in model.model_options["transformer_options"]
-    assert comfy.report(model) is None
+    assert comfy.report(model) == "PARO has not run yet: sample with this model first"
     comfy.sample(model, GRID)
     assert comfy.report(model).sites_sparse == comfy.LAYERS
 
