@@ -116,20 +116,16 @@ def _halves(x):
 
 
 @triton.jit
-def _pair_rows(first, second):
-    """Rows of two blocks of 64 in an array of blocks, int32 `[128]`."""
-    n = tl.arange(0, 2 * BLOCK)
-    return tl.where(n < BLOCK, first * BLOCK + n, second * BLOCK + (n - BLOCK))
-
-
-@triton.jit
 def _two_blocks(
     accumulator, total, maximum, q, q_scale, first, second, K, k_scales, V, key_bias, columns,
     PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, MARGIN: tl.constexpr,
     BIASED: tl.constexpr,
 ):  # fmt: skip
     """As `_one_block` for two key blocks at once: one maximum and one rescaling per 128 keys, scales stay scalars."""
-    offsets = _pair_rows(first, second)[:, None] * PADDED_D + tl.arange(0, PADDED_D)[None, :]
+    both = tl.arange(0, 2 * BLOCK)
+    # The part that does not change stays apart from the part that does, so that it is computed once.
+    inside = (both % BLOCK)[:, None] * PADDED_D + tl.arange(0, PADDED_D)[None, :]
+    offsets = tl.where(both < BLOCK, first * (BLOCK * PADDED_D), second * (BLOCK * PADDED_D))[:, None] + inside
     product = tl.dot(q, tl.trans(tl.load(K + offsets)))
     if QK == "16":
         raw = product
@@ -142,8 +138,8 @@ def _two_blocks(
         base = 0.0 if QK == "16" else MAGIC
         raw0 = (raw0 - base) * scale0[:, None] + tl.load(key_bias + first * BLOCK + columns)[None, :]
         raw1 = (raw1 - base) * scale1[:, None] + tl.load(key_bias + second * BLOCK + columns)[None, :]
-    both = tl.maximum(_row_maximum(raw0, scale0, QK, BIASED), _row_maximum(raw1, scale1, QK, BIASED))
-    highest = tl.maximum(maximum, both)
+    pair_maximum = tl.maximum(_row_maximum(raw0, scale0, QK, BIASED), _row_maximum(raw1, scale1, QK, BIASED))
+    highest = tl.maximum(maximum, pair_maximum)
     rescale = tl.exp2(maximum - highest)
     v0 = V + first * (BLOCK * PADDED_D)
     v1 = V + second * (BLOCK * PADDED_D)
