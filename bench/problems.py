@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-
 from comfyui_paro.kernels.problem import Geometry, SparsePattern
 from comfyui_paro.kernels.reference import pool_counts, pool_rows
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
 from comfyui_paro.kernels.problem import SparsePattern
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Run = Callable[[], torch.Tensor]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from comfyui_paro.kernels.problem import Geometry, SparsePattern
 
 

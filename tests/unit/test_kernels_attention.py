@@ -16,8 +16,8 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels.attention import launch_attention  # noqa: E402
-from comfyui_paro.kernels.configs import Tile  # noqa: E402
+from comfyui_paro.kernels.attention import launch_attention
+from comfyui_paro.kernels.configs import Tile
 
 # Relative L2 against float64. Triton's interpreter casts fp32 to fp8 wrongly (no carry into the next binade), which
 # doubles the fp8 error that a GPU shows.
