@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.recipes import all_recipes, recipe_for
+from comfyui_paro.paro_runtime.recipes import FOLDER, all_recipes, recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -65,3 +65,9 @@ def test_a_short_grid_runs_in_paros_own_attention():
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert ((out - expected).norm() / expected.norm()).item() < 0.05
     assert session.counts.dense == {"every block kept": 1}
+
+
+def test_every_family_has_a_row_in_the_docs():
+    text = (FOLDER.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    missing = [family for family in all_recipes() if f"(`{family}`)" not in text]
+    assert not missing
