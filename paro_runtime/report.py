@@ -12,6 +12,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .session import Session, _Grid
+    from .tokens import TokenLayout
 
 # One colour per order, told apart also without red-green vision (Okabe and Ito's palette).
 ORDER_COLOURS = dict(
@@ -50,6 +51,7 @@ class Report:
     fallbacks: list[tuple[str, int]]
     passed: list[tuple[str, int]]
     notes: list[str]
+    expected_gain: tuple[float, float] | None = None
     plan: Plan | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -82,6 +84,7 @@ class Report:
             fallbacks=counts.fallbacks.most_common(),
             passed=counts.passed.most_common(),
             notes=list(session.notes),
+            expected_gain=_expected_gain(session, layout, plan),
             plan=plan,
         )
 
@@ -125,6 +128,9 @@ class Report:
             lines.append("the PyTorch reference is running: right, but not faster than dense attention")
         if self.orders_histogram:
             lines.append("orders: " + ", ".join(f"{n} {name}" for name, n in self.orders_histogram.items()))
+        if self.expected_gain is not None:
+            low, high = self.expected_gain
+            lines.append(f"expected: sparse steps {low:.2f} to {high:.2f}x as fast as dense ones, by token count alone")
         lines += [f"a {kind} step took {seconds:.2f} s" for kind, seconds in self.step_seconds.items()]
         lines += [f"calls: {name} {count}" for name, count in self.calls.items()]
         lines += [f"fell back {count} times: {reason}" for reason, count in self.fallbacks]
@@ -134,6 +140,12 @@ class Report:
     def picture(self) -> torch.Tensor | None:
         """Order and density of every head: float32 `[1, height, width, 3]` in 0..1, or None without a plan."""
         return plan_picture(self.plan) if self.plan is not None else None
+
+
+def _expected_gain(session: Session, layout: TokenLayout | None, plan: Plan | None) -> tuple[float, float] | None:
+    if plan is None or session.backend != "triton":
+        return None
+    return session.policy.recipe.expected_gain(layout, plan.density)
 
 
 def plan_picture(plan: Plan) -> torch.Tensor:

@@ -31,7 +31,7 @@ from .plan import ModelIdentity, Plan, PlanError, Site
 from .plan_store import PlanStore
 from .recipes import Recipe, mask_options, query_block
 from .report import Report
-from .schedule import Schedule, default_dense_steps, step_index
+from .schedule import Schedule, step_index
 from .settings import Settings
 from .tokens import TokenLayout
 
@@ -119,7 +119,7 @@ class Session:
         self.options = mask_options(self.settings, policy.recipe)
         wanted = self.settings.dense_steps
         if wanted is None:
-            wanted = default_dense_steps(self.steps, policy.recipe.dense_fraction)
+            wanted = policy.recipe.dense_steps(self.steps)
         blocks = self.settings.dense_blocks or policy.recipe.dense_blocks
         self.schedule = Schedule.create(self.steps, wanted, blocks)
         self.precision = self.settings.precision  # `auto` until the device is known
@@ -290,6 +290,14 @@ class Session:
         if self._on_status is not None:
             self._on_status(text)
 
+    def _too_short_to_drop(self, tokens: int) -> str | None:
+        """Why a grid this small keeps every block, in PARO's own precision, or None. Where the user gives a density,
+        or nothing is to be gained (the reference), it is not asked."""
+        least = self.policy.recipe.sparse_tokens
+        if tokens >= least or self.settings.density is not None or self.backend != "triton":
+            return None
+        return f"every block kept: {tokens} grid tokens, sparse from {least} on"
+
     def _step_kind(self, step: int, grid: _Grid) -> str:
         if grid.plan is not None:
             return "dense" if self.schedule.is_dense_step(step) else "sparse"
@@ -335,6 +343,11 @@ class Evaluation:
             self._observe(session.calibrator, site, q, k, scale, key_bias, self._calibrates())
             session._count("dense", "calibrating")
             return dense()
+        too_short = session._too_short_to_drop(self.layout.grid_tokens)
+        if too_short is not None:
+            session._count("dense", too_short)
+            out = self._guarded(None, q, k, v, scale, key_bias)
+            return dense() if out is None else out
         if session.schedule.is_dense_block(site.block_index, blocks):
             session.dense_block_sites.add(site)
             session._count("dense", "dense block")

@@ -55,6 +55,14 @@ _COSMOS |= {"adaln_lora_dim": 64, "pos_emb_cls": "rope3d", "pos_emb_learnable": 
 _COSMOS |= {"pos_emb_interpolation": "crop", "min_fps": 1, "max_fps": 30, "extra_per_block_abs_pos_emb": False}
 
 
+_COSMOS1 = {"max_img_h": 64, "max_img_w": 64, "max_frames": 32, "in_channels": 16, "out_channels": 16}
+_COSMOS1 |= {"patch_spatial": 2, "patch_temporal": 1, "concat_padding_mask": True, "model_channels": 256}
+_COSMOS1 |= {"block_config": "FA-CA-MLP", "num_blocks": 2, "num_heads": 2, "block_x_format": "THWBD"}
+_COSMOS1 |= {"crossattn_emb_channels": 64, "pos_emb_cls": "rope3d", "pos_emb_interpolation": "crop"}
+_COSMOS1 |= {"affline_emb_norm": True, "use_adaln_lora": True, "adaln_lora_dim": 64}
+_COSMOS1 |= {"extra_per_block_abs_pos_emb": True, "extra_per_block_abs_pos_emb_type": "learnable"}
+
+
 def _no_connectors(model) -> None:
     """LTX-2's text connectors have 700 M parameters whatever the model's size; refined text does not pass them."""
     model.video_embeddings_connector = model.audio_embeddings_connector = torch.nn.Identity()
@@ -305,5 +313,14 @@ CASES = (
         2,
         prepare=_no_adapter,
         device="meta",
+    ),
+    Case(
+        "cosmos1",
+        "cosmos1",
+        "CosmosT2V",
+        {"image_model": "cosmos", **_COSMOS1},
+        (Run((1, 16, 5, 14, 18), "0 + 5x7x9 + 0"), Run((1, 16, 3, 22, 20), "0 + 3x11x10 + 0")),
+        2,
+        always=lambda: {"attention_mask": torch.ones(1, 7, dtype=torch.int)},
     ),
 )
