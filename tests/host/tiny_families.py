@@ -28,6 +28,9 @@ def build(case: Case) -> Any:
         case.prepare(model.diffusion_model)
     if case.device == "meta":
         model.diffusion_model.to_empty(device="cpu")
+        for value in model.diffusion_model.buffers():
+            if value.is_floating_point():  # position tables: any finite values will do, garbage now and then is NaN
+                torch.nn.init.uniform_(value)
     fill(model.diffusion_model)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
