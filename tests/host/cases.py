@@ -18,12 +18,13 @@ WIDTH = 64
 @dataclass(frozen=True)
 class Run:
     """One latent (several shapes make a packed one), the layout expected, more conditioning, sites where they differ
-    from the case's."""
+    from the case's, and the oldest host version it was seen to run on where that is not every one."""
 
     shape: tuple
     layout: str
     extra: Callable[[], dict[str, Any]] = dict
     sites: int | None = None
+    since: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True)

@@ -207,8 +207,8 @@ CASES = (
         (
             Run((1, 128, 3, 9, 11), "0 + 3x9x11 + 0"),
             Run((1, 128, 5, 7, 9), "0 + 5x7x9 + 0"),
-            Run((1, 128, 4, 9, 11), "0 + 3x9x11 + 99", _guides),
-            Run((1, 128, 4, 9, 11), "0 + 3x9x11 + 88", lambda: _guides(11)),
+            Run((1, 128, 4, 9, 11), "0 + 3x9x11 + 99", _guides, since=(0, 17, 0)),
+            Run((1, 128, 4, 9, 11), "0 + 3x9x11 + 88", lambda: _guides(11), since=(0, 17, 0)),
         ),
         2,
         always=lambda: {"attention_mask": torch.ones(1, 7, dtype=torch.int)},
@@ -290,7 +290,10 @@ CASES = (
         "cosmos_predict2",
         "CosmosT2IPredict2",
         {"image_model": "cosmos_predict2", **_COSMOS},
-        (Run((1, 16, 5, 13, 17), "0 + 5x7x9 + 0"), Run((1, 16, 1, 33, 31), "0 + 1x17x16 + 0")),
+        (
+            Run((1, 16, 5, 14, 18), "0 + 5x7x9 + 0"),
+            Run((1, 16, 1, 33, 31), "0 + 1x17x16 + 0", since=(0, 17, 0)),
+        ),
         2,
     ),
     Case(

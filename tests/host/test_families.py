@@ -32,6 +32,13 @@ def build(tiny, name: str):
     return case, tiny.build(case)
 
 
+def guided_run(tiny, case: Case) -> Run:
+    """LTX's run with a guide frame, where this host knows it in that form."""
+    if case.runs[2] not in tiny.runs(case):
+        pytest.skip("this ComfyUI takes guide frames in another form")
+    return case.runs[2]
+
+
 def describe(report) -> str:
     return f"{report.prefix} + {'x'.join(map(str, report.grid))} + {report.suffix}"
 
@@ -55,7 +62,7 @@ def test_family(comfy, tiny, name):
     case, model = build(tiny, name)
     assert [f.name for f in FAMILIES if f.recognise(model.model.diffusion_model)] == [case.family]
     dense = None
-    for run in case.runs:
+    for run in tiny.runs(case):
         dense = tiny.sample(model, case, run)
         exact = comfy.patched(model, **EXACT)
         out = tiny.sample(exact, case, run)
@@ -87,19 +94,21 @@ def test_wan_animate_2_is_left_alone_while_its_pose_is_on(comfy, tiny):
 def test_ltx_guides_of_reduced_strength_run_in_the_host(comfy, tiny):
     """The host splits such a self-attention into rectangular calls."""
     case, model = build(tiny, "ltxv")
-    guided = case.runs[2]
+    guided = guided_run(tiny, case)
     entries = [{"pre_filter_count": 99, "strength": 0.5, "pixel_mask": None, "latent_shape": None}]
     run = Run(guided.shape, "", lambda: {**guided.extra(), "guide_attention_entries": entries})
     if torch.equal(tiny.sample(model, case, run), tiny.sample(model, case, guided)):
         pytest.skip("this ComfyUI does not attenuate guides")
     patched = comfy.patched(model, **SPARSE)
     assert torch.equal(tiny.sample(patched, case, run), tiny.sample(model, case, run))
-    assert "no self-attention over the 396 tokens" in comfy.report(patched).passed[0][0]
+    # Older hosts make one call with a mask of queries by keys of it.
+    reason = comfy.report(patched).passed[0][0]
+    assert "no self-attention over the 396 tokens" in reason or "a mask of shape [1, 1, 396, 396]" in reason
 
 
 def test_ltx_video_tokens_taken_out_by_a_mask(comfy, tiny):
     case, model = build(tiny, "ltxv")
-    guided = case.runs[2]
+    guided = guided_run(tiny, case)
 
     def extra() -> dict:
         conditioning = guided.extra()

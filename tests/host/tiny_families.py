@@ -8,6 +8,7 @@ import comfy.model_patcher
 import comfy.nested_tensor
 import comfy.sample
 import comfy.supported_models
+import comfyui_version
 import torch
 
 from .cases import Case, Run
@@ -18,19 +19,26 @@ def known(case: Case) -> bool:
     return hasattr(comfy.supported_models, case.config)
 
 
+def runs(case: Case) -> list[Run]:
+    """The runs that this host can do."""
+    version = tuple(int(n) for n in comfyui_version.__version__.split(".")[:3])
+    return [run for run in case.runs if version >= run.since]
+
+
 def build(case: Case) -> Any:
     """A model patcher over a new model with random weights."""
     config = getattr(comfy.supported_models, case.config)(dict(case.unet))
     config.set_inference_dtype(torch.float32, None)
     config.custom_operations = None
     model = config.get_model({}, "", device=case.device)
-    if case.prepare is not None:
-        case.prepare(model.diffusion_model)
+    prepare = case.prepare or (lambda _: None)
+    prepare(model.diffusion_model)
     if case.device == "meta":
         model.diffusion_model.to_empty(device="cpu")
         for value in model.diffusion_model.buffers():
             if value.is_floating_point():  # position tables: any finite values will do, garbage now and then is NaN
                 torch.nn.init.uniform_(value)
+        prepare(model.diffusion_model)
     fill(model.diffusion_model)
     cpu = torch.device("cpu")
     return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)

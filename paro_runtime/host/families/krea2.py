@@ -20,7 +20,7 @@ class Krea2(Family):
             return "Krea 2: several frames run as a batch of images, which is not supported"
         patch = (model.patch, model.patch)
         references = 0
-        if call.extra.get("ref_latents_method", model.default_ref_method) is not None:
+        if call.extra.get("ref_latents_method", getattr(model, "default_ref_method", None)) is not None:
             references = sum(math.prod(grid_of(r.shape, patch)) for r in call.extra.get("ref_latents") or ())
         return TokenLayout(call.text_tokens, grid_of(call.shape, patch), references)
 
