@@ -1,1 +1,22 @@
+"""What a user drags: the pack's nodes. Nothing is computed here."""
 
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .calibrate import PAROCalibrate
+from .demo import PARODemoConditioning, PARODemoDecode
+from .patch_model import PAROPatchModel
+from .report import PAROReport
+from .settings import PAROSettings
+from .storage import register_folders
+
+
+class PAROExtension(ComfyExtension):
+    """The pack as ComfyUI sees it."""
+
+    async def on_load(self) -> None:
+        register_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PARODemoConditioning, PARODemoDecode]

@@ -41,6 +41,11 @@ class PlanStore:
                 return folder / name
         return self.writable / name
 
+    def locate(self, name: str) -> Path | None:
+        """The file of a name, or None if there is none. Raises PlanError for a name with a folder in it."""
+        path = self._path(name)
+        return path if path.is_file() else None
+
     def load(self, name: str) -> Plan:
         """Read a plan. Raises PlanError."""
         return load_plan(self._path(name))

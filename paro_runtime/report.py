@@ -157,7 +157,7 @@ def plan_picture(plan: Plan) -> torch.Tensor:
             place = (right + box[0], box[1], right + box[2], box[3])
             draw.rectangle(place, fill=(shade, int(shade * 0.8), 40))
             if cell >= 26:
-                draw.text((place[0] + 3, y + 7), f"{density:.2f}", (0, 0, 0), font)
+                draw.text((place[0] + 3, y + 7), f"{density:.2f}", (0, 0, 0) if shade > 130 else ink, font)
     x, y = left, top + len(sites) * cell + 14
     for name, count in plan.orders_histogram().items():
         draw.rectangle((x, y, x + 12, y + 12), fill=ORDER_COLOURS[name])

@@ -53,7 +53,7 @@ class Policy:
 
 @dataclass
 class _Grid:
-    """One token grid within a run. `source` says where its plan comes from; `seen_step` is the calibrating step."""
+    """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw."""
 
     layout: TokenLayout
     plan: Plan | None = None
@@ -125,7 +125,7 @@ class Session:
             if grid is None:
                 grid = self._grids[layout.grid] = self._open_grid(layout)
             if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
-                self._close_calibration(grid, save=True)
+                self._close_calibration(grid)
             if step != self._status_step:
                 self._status_step = step
                 self._tell(self._progress(step, grid))
@@ -140,7 +140,7 @@ class Session:
         with self._lock:
             for grid in self._grids.values():
                 if grid.plan is None and grid.seen_step is not None:
-                    self._close_calibration(grid, save=True)
+                    self._close_calibration(grid)
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self._patterns.clear()
         self._tell(report.status())
@@ -175,7 +175,7 @@ class Session:
             grid.calibrator, grid.source = Calibrator(self.policy.identity, self.options), "calibrated on the way"
         return grid
 
-    def _close_calibration(self, grid: _Grid, save: bool) -> None:
+    def _close_calibration(self, grid: _Grid) -> None:
         began = time.perf_counter()
         made = {"by": "calibrated on the way", "step": grid.seen_step, "steps": self.steps}
         try:
@@ -187,7 +187,7 @@ class Session:
         finally:
             self.calibration_seconds += time.perf_counter() - began
         grid.calibrator = None
-        if save and self.policy.store is not None:
+        if self.policy.store is not None:
             try:
                 self.policy.store.save(grid.plan)
             except OSError as error:  # a full or read-only disk must not end the run
@@ -341,7 +341,8 @@ class Evaluation:
             session._count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
             return
         with session._lock:
-            self._grid.seen_step = self.step
+            if calibrator is self._grid.calibrator:
+                self._grid.seen_step = self.step
             session.calibration_seconds += time.perf_counter() - began
 
     def _dense(self, q, k, v, scale, key_bias, dense) -> torch.Tensor:

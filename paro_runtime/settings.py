@@ -83,8 +83,8 @@ class Settings:
         return self
 
 
-def parse_blocks(text: str) -> tuple[tuple[int, int], ...]:
-    """Ranges of block numbers (both ends included) from "0, 1, -1, 47-49". Raises SettingsError on anything else."""
+def parse_blocks(text: str, field: str = "dense_blocks") -> tuple[tuple[int, int], ...]:
+    """Ranges of numbers (both ends included) from "0, 1, -1, 47-49". Raises SettingsError naming `field` otherwise."""
     ranges = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         first, dash, last = part[1:].partition("-")
@@ -92,9 +92,9 @@ def parse_blocks(text: str) -> tuple[tuple[int, int], ...]:
             start = int(part[0] + first)
             end = int(last) if dash else start
         except ValueError:
-            raise SettingsError(f"dense_blocks: {part!r} is not a block number or a range like 47-49") from None
+            raise SettingsError(f"{field}: {part!r} is not a number or a range like 47-49") from None
         if dash and not 0 <= start <= end:
-            raise SettingsError(f"dense_blocks: the range {part!r} does not rise")
+            raise SettingsError(f"{field}: the range {part!r} does not rise")
         ranges.append((start, end))
     return tuple(ranges)
 

@@ -59,7 +59,7 @@ def _installed(stamp: Path, key: str) -> bool:
 
 
 def ensure(modules: tuple[str, ...], host: Path | None = None) -> None:
-    """Return when the running Python has `modules` (and the host's needs); otherwise set up `.venv`, run there, exit."""
+    """Return when this Python has `modules` (and the host needs); otherwise set up `.venv`, run there, exit."""
     needed = modules if host is None else (*modules, *HOST_MODULES)
     if has(needed):
         return
@@ -91,7 +91,7 @@ def ensure(modules: tuple[str, ...], host: Path | None = None) -> None:
 
 
 def _make_torchaudio_importable() -> None:
-    """A torchaudio built for CUDA cannot load its libraries beside a CPU torch; without them its Python part imports."""
+    """A CUDA build of torchaudio cannot load its libraries beside a CPU torch; without them the rest imports."""
     if subprocess.run([str(venv_python()), "-c", "import torchaudio"], capture_output=True).returncode == 0:
         return
     for library in VENV.glob("**/torchaudio/lib/*.so"):

@@ -1,0 +1,72 @@
+"""Nodes for the tiny bundled model, which has neither a text encoder nor a VAE."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from .schema import CATEGORY, schema
+
+DEMO = f"{CATEGORY}/demo"
+# The words of tests/tiny_wan/data.py; repeated here because a node's schema must not import the test folder.
+SHAPES = ("circle", "square", "triangle", "cross")
+DIRECTIONS = ("right-down", "left-down", "left-up", "right-up")
+BACKGROUNDS = ("flat", "horizontal", "vertical", "checker")
+
+
+def _data():
+    """The tiny model's data module; imported when a demo node runs, not with the pack."""
+    from ..tests.tiny_wan import data
+
+    return data
+
+
+class PARODemoConditioning(io.ComfyNode):
+    """A prompt of three words for the tiny model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PARODemoConditioning",
+            display_name="PARO Demo Prompt",
+            category=DEMO,
+            search_aliases=["PARO demo"],
+            description="Prompts for the tiny video model that comes with the pack: no text encoder is needed.",
+            inputs=[
+                io.Combo.Input("shape", options=list(SHAPES), tooltip="The moving object."),
+                io.Combo.Input("direction", options=list(DIRECTIONS), tooltip="Where it moves first."),
+                io.Combo.Input("background", options=list(BACKGROUNDS), tooltip="The stripes behind it."),
+            ],
+            outputs=[
+                io.Conditioning.Output("positive", tooltip="The three words, for the sampler."),
+                io.Conditioning.Output("negative", tooltip="The empty prompt, for the sampler."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, shape: str, direction: str, background: str) -> io.NodeOutput:
+        data = _data()
+        words, nothing = data.context_for(shape, direction, background), data.null_context()
+        return io.NodeOutput([[words, {}]], [[nothing, {}]])
+
+
+class PARODemoDecode(io.ComfyNode):
+    """Latent of the tiny model -> frames."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PARODemoDecode",
+            display_name="PARO Demo Decode",
+            category=DEMO,
+            search_aliases=["PARO demo"],
+            description="Turns the tiny model's latent into grey frames: no VAE is needed.",
+            inputs=[io.Latent.Input("samples", tooltip="The latent that the sampler made with the tiny model.")],
+            outputs=[io.Image.Output("frames", tooltip="All frames of all clips, four pixels per latent cell.")],
+        )
+
+    @classmethod
+    def execute(cls, samples: dict) -> io.NodeOutput:
+        data = _data()
+        video = data.decode(data.from_host_latent(samples["samples"].float()))
+        grey = (video.flatten(0, 1) + 1) / 2
+        return io.NodeOutput(grey[..., None].expand(-1, -1, -1, 3).contiguous())

@@ -1,0 +1,98 @@
+"""PARO Patch Model: MODEL in, faster MODEL out."""
+
+from __future__ import annotations
+
+import logging
+
+from comfy_api.latest import io
+
+from ..paro_runtime.host.patching import patch_model
+from ..paro_runtime.host.status import status_line
+from ..paro_runtime.plan import Plan, PlanError
+from ..paro_runtime.settings import Settings
+from .schema import ALIASES, CATEGORY, PlanType, SettingsType, schema
+from .storage import plan_store
+
+log = logging.getLogger("paro")
+AUTO = "auto"
+
+
+class PAROPatchModel(io.ComfyNode):
+    """Puts PARO on a clone of the model."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PAROPatchModel",
+            display_name="PARO Patch Model",
+            category=CATEGORY,
+            search_aliases=[*ALIASES, "attention", "patch attention"],
+            description="Runs the model's self-attention block-sparse in INT8, each head in the token order that suits "
+            "it. The first run at a new size calibrates on the way and saves a plan; later runs find it. "
+            "Put it after the loader and LoRAs, before the sampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The diffusion model to speed up; a copy is patched."),
+                io.Boolean.Input(
+                    "enabled", default=True, tooltip="Off hands the model on unchanged: compare without rewiring."
+                ),
+                io.Combo.Input(
+                    "plan_file",
+                    options=[AUTO, *plan_store().names()],
+                    default=AUTO,
+                    tooltip="auto finds the plan of this model and size in models/paro, or makes one on the way. "
+                    "A file is used where it fits the model.",
+                ),
+                SettingsType.Input("settings", optional=True, tooltip="From PARO Settings; defaults without it."),
+                PlanType.Input(
+                    "plan", optional=True, tooltip="A plan straight from PARO Calibrate; it goes before plan_file."
+                ),
+            ],
+            outputs=[io.Model.Output("patched", display_name="model", tooltip="The model with PARO, for the sampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, plan_file: str | None = None) -> bool | str:
+        # Naming plan_file lifts the host's list check on purpose: a workflow from another machine, whose plan file is
+        # not here, runs and calibrates anew.
+        try:
+            _load(plan_file)
+        except PlanError as error:
+            return f"plan_file: {error}"
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, plan_file: str | None = None, **others: object) -> str:
+        """Changes when the chosen file does, so that a new plan under an old name is read."""
+        path = None if plan_file in (None, AUTO) else plan_store().locate(plan_file)
+        return "" if path is None else f"{path}:{path.stat().st_mtime_ns}"
+
+    @classmethod
+    def execute(
+        cls,
+        model: object,
+        enabled: bool = True,
+        plan_file: str = AUTO,
+        settings: Settings | None = None,
+        plan: Plan | None = None,
+    ) -> io.NodeOutput:
+        show = status_line(cls.hidden.unique_id)
+        if not enabled:
+            show("off: the model is unchanged")
+            return io.NodeOutput(model)
+        if plan is None and plan_file != AUTO:
+            plan = _load(plan_file)
+            if plan is None:
+                text = f"plan_file: {plan_file} is not in models/paro; looking for another plan, else calibrating"
+                log.warning("PARO: %s", text)
+                show(text)
+        patched = patch_model(model, settings or Settings(), plan=plan, store=plan_store(), on_status=show)
+        return io.NodeOutput(patched)
+
+
+def _load(name: str | None) -> Plan | None:
+    """The plan, or None for `auto` and for a file that is not there. Raises PlanError for a file it cannot use."""
+    store = plan_store()
+    if name is None or name == AUTO or store.locate(name) is None:
+        return None
+    return store.load(name)

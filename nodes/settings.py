@@ -1,0 +1,185 @@
+"""PARO Settings: every choice in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..paro_runtime.settings import (
+    BACKEND_NAMES,
+    BUDGET_NAMES,
+    DENSE_NAMES,
+    ORDER_NAMES,
+    PRECISION_NAMES,
+    PRESET_NAMES,
+    TAIL_NAMES,
+    Settings,
+    SettingsError,
+)
+from .schema import ADVANCED, ALIASES, CATEGORY, SettingsType, schema
+
+_DEFAULT = Settings()
+BY_RECIPE = -1
+"""The number that stands for "as the model's recipe says" in number widgets, which cannot be empty."""
+
+
+class PAROSettings(io.ComfyNode):
+    """Collects choices into one PARO_SETTINGS value."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PAROSettings",
+            display_name="PARO Settings",
+            category=CATEGORY,
+            search_aliases=[*ALIASES, "density", "quantization", "preset"],
+            description="How much attention PARO keeps, how precisely it computes, and what stays dense. "
+            "Every input has a good default; without this node PARO Patch Model uses the same defaults.",
+            inputs=[
+                _combo(
+                    "preset",
+                    PRESET_NAMES,
+                    "How much of the attention is computed: quality keeps the most, fast the least; the figures come "
+                    "from the model's recipe. custom uses the density below.",
+                ),
+                io.Float.Input(
+                    "density",
+                    default=0.3,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Used with the preset custom only: the share of attention blocks that is kept. "
+                    "1 keeps everything; lower is faster and further from the original result.",
+                ),
+                _combo(
+                    "precision",
+                    PRECISION_NAMES,
+                    "Bit widths of the two matrix products. auto picks what suits the GPU; 16bit does not quantise; "
+                    "int8 is the usual choice; int4 is fast on GPUs with 4-bit units only.",
+                ),
+                io.Int.Input(
+                    "dense_steps",
+                    default=BY_RECIPE,
+                    min=BY_RECIPE,
+                    max=10000,
+                    tooltip="The first sampling steps keep everything, since they decide the composition. "
+                    "-1 takes the recipe's number for this schedule.",
+                ),
+                io.String.Input(
+                    "dense_blocks",
+                    default="",
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Transformer blocks that keep everything, such as: 0, 1, -1, 47-49. Negative numbers count "
+                    "from the end. Empty takes the recipe's.",
+                ),
+                _combo(
+                    "tail",
+                    TAIL_NAMES,
+                    "Whether dropped blocks are represented by one averaged key and value each. Costs little, keeps "
+                    "much; auto turns it on.",
+                    advanced=True,
+                ),
+                _combo(
+                    "order",
+                    ORDER_NAMES,
+                    "How each head's token order is chosen: mass keeps the most attention, paper uses the metric of "
+                    "the PAROAttention paper, original never reorders.",
+                    advanced=True,
+                ),
+                _combo(
+                    "budget",
+                    BUDGET_NAMES,
+                    "shared: heads that need more blocks get more. per_head: every head keeps the same share.",
+                    advanced=True,
+                ),
+                _combo(
+                    "dense_attention",
+                    DENSE_NAMES,
+                    "What computes steps and blocks that keep everything: the host's attention (or another attention "
+                    "node before this one), or PARO's own kernel.",
+                    advanced=True,
+                ),
+                _combo(
+                    "backend",
+                    BACKEND_NAMES,
+                    "auto uses the Triton kernels where the GPU runs them. reference is plain PyTorch: right, but "
+                    "slow, for checking.",
+                    advanced=True,
+                ),
+                io.Int.Input(
+                    "min_tokens",
+                    default=BY_RECIPE,
+                    min=BY_RECIPE,
+                    max=1_000_000,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Below this many tokens dense attention is faster and PARO steps aside. -1: the recipe's.",
+                ),
+                io.Boolean.Input(
+                    "calibrate",
+                    default=_DEFAULT.calibrate,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Without a plan for this model and size, make one during the last dense step and save it. "
+                    "Off: run dense instead.",
+                ),
+                io.Boolean.Input(
+                    "strict",
+                    default=_DEFAULT.strict,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Stop with an error where PARO would otherwise fall back to dense attention: for tests.",
+                ),
+                io.Boolean.Input(
+                    "verbose",
+                    default=_DEFAULT.verbose,
+                    optional=True,
+                    extra_dict=ADVANCED,
+                    tooltip="Log every reason every time instead of once.",
+                ),
+            ],
+            outputs=[
+                SettingsType.Output(
+                    "settings", tooltip="For the settings input of PARO Patch Model and of PARO Calibrate."
+                )
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, density: float | None = None, dense_blocks: str | None = None) -> bool | str:
+        # A named input loses the host's own checks; these two need more than the host checks (NaN, the grammar).
+        try:
+            Settings(
+                preset="custom" if density is not None else _DEFAULT.preset,
+                density=density,
+                dense_blocks=dense_blocks or "",
+            ).validated()
+        except SettingsError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, preset: str, density: float, dense_steps: int, **others: Any) -> io.NodeOutput:
+        min_tokens = others.pop("min_tokens", BY_RECIPE)
+        settings = Settings(
+            preset=preset,
+            density=density if preset == "custom" else None,
+            dense_steps=None if dense_steps == BY_RECIPE else dense_steps,
+            min_tokens=None if min_tokens == BY_RECIPE else min_tokens,
+            **others,
+        )
+        return io.NodeOutput(settings.validated())
+
+
+def _combo(name: str, options: tuple[str, ...], tooltip: str, advanced: bool = False) -> io.Combo.Input:
+    """A combo of API values with the default of `Settings`; advanced ones may be left out of a workflow."""
+    return io.Combo.Input(
+        name,
+        options=list(options),
+        default=getattr(_DEFAULT, name),
+        optional=advanced,
+        tooltip=tooltip,
+        extra_dict=ADVANCED if advanced else None,
+    )

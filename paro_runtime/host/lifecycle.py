@@ -1,0 +1,103 @@
+"""The life of one run inside ComfyUI: OUTER_SAMPLE begins and ends it, APPLY_MODEL is one evaluation of the model.
+
+Two wrappers on a clone of the model. All state of a run hangs on the run's own copy of the model options, which the
+host makes for every sampling and drops at its end; here it is dropped as well, exceptions and cancelling included.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..session import Report, Session
+from .evaluation import OPTIONS_KEY, HostEvaluation
+from .families import Family, ModelCall
+from .override import SLOT, is_override, make_override
+
+log = logging.getLogger("paro")
+
+APPLY_MODEL_OPTIONS = 5
+"""Position of `transformer_options` among APPLY_MODEL's arguments: x, t, c_concat, c_crossattn, control, options."""
+
+
+class HostRun:
+    """One sampling: its session and family, carried by `transformer_options` between evaluations."""
+
+    def __init__(self, session: Session, family: Family) -> None:
+        self.session = session
+        self.family = family
+
+    def begin(self, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
+        """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part."""
+        x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
+        call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra)
+        layout = self.family.layout(model, call)
+        if isinstance(layout, str):
+            self.session.decline(layout)
+            return None
+        chunks = tuple(options.get("cond_or_uncond") or ())
+        evaluation = self.session.begin(layout=layout, sigma=float(sigma.flatten()[0]), chunks=chunks)
+        return HostEvaluation(self.session, self.family, evaluation)
+
+
+class Lifecycle:
+    """The two wrappers of one patched model.
+
+    start     makes the session of a run from its sigmas (falling, the final one included).
+    strict    trouble at the end of a run is an error, not a line in the log.
+    """
+
+    def __init__(self, family: Family, start: Callable[[list[float]], Session], strict: bool = False) -> None:
+        self.family = family
+        self.strict = strict
+        self.last_report: Report | None = None
+        self._start = start
+
+    def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """Wrapper of OUTER_SAMPLE: (noise, latent_image, sampler, sigmas, ...), owner the guider."""
+        sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+        options = executor.class_obj.model_options.setdefault("transformer_options", {})
+        session = self._start([float(sigma) for sigma in sigmas])
+        options[OPTIONS_KEY] = HostRun(session, self.family)
+        _stand_first(options)
+        self.last_report = None
+        try:
+            result = executor(*args, **kwargs)
+        finally:
+            options.pop(OPTIONS_KEY, None)
+        self.last_report = self._finish(session)
+        return result
+
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Wrapper of APPLY_MODEL: (x, t, c_concat, c_crossattn, control, transformer_options), owner the model."""
+        run = args[APPLY_MODEL_OPTIONS].get(OPTIONS_KEY)
+        if not isinstance(run, HostRun):
+            return executor(*args, **kwargs)
+        evaluation = run.begin(executor.class_obj.diffusion_model, args, kwargs)
+        # Always a new dict: the host hands the same one to every evaluation of a step.
+        options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
+        result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
+        if evaluation is not None:
+            evaluation.end()
+        return result
+
+    def _finish(self, session: Session) -> Report | None:
+        try:
+            return session.finish()
+        except Exception as error:
+            # The pictures are made; nothing that goes wrong afterwards may cost them.
+            if self.strict:
+                raise
+            log.warning("PARO: the run's report could not be made (%s: %s)", type(error).__name__, error)
+            return None
+
+
+def _stand_first(options: dict[str, Any]) -> None:
+    """Another node may have put its attention into the one slot there is after PARO did: stand before it for this run,
+    so that the order of the nodes does not matter."""
+    current = options.get(SLOT)
+    if not is_override(current):
+        options[SLOT] = make_override(current)

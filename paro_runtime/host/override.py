@@ -1,0 +1,87 @@
+"""The function that ComfyUI calls in place of every attention of a patched model.
+
+It owns nothing and decides little: a call that carries a running evaluation in its `transformer_options`, and that the
+evaluation recognises as one of its self-attention calls, goes to the session; every other call goes, with its own
+arguments untouched, to what would have run without PARO.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .calls import AttentionCall, options_of, read_call
+from .evaluation import OPTIONS_KEY, Claim, HostEvaluation
+
+SLOT = "optimized_attention_override"
+
+Attention = Callable[..., torch.Tensor]
+
+
+def make_override(previous: Attention | None) -> Attention:
+    """The override that stands before `previous` (another node's override), or before the host's own attention."""
+
+    def paro_attention(func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def dense() -> torch.Tensor:
+            return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+
+        ours = _ours(args, kwargs)
+        return dense() if ours is None else _attend(ours, dense)
+
+    # Step-dependent choices inside a compiled graph would be frozen at trace time: the host's compile node drops every
+    # guard on transformer_options.
+    override = torch.compiler.disable(paro_attention)
+    override.paro_previous = previous
+    container_function = getattr(previous, "container_function", None)
+    if container_function is not None:
+        override.container_function = _container_function(container_function)
+    return override
+
+
+def _container_function(previous: Attention) -> Attention:
+    """The form for calls whose tensors come in containers. The host gives it no `func`: only another node's container
+    function can run what PARO declines, so it is offered only where there is one. Without it the host unwraps."""
+
+    def paro_container_attention(*args: Any, **kwargs: Any) -> torch.Tensor:
+        ours = _ours(args, kwargs)
+        if ours is None:
+            return previous(*args, **kwargs)
+        # The call's views keep the tensors alive, so each dense fallback gets containers of its own.
+        kinds, tensors = [type(c) for c in args[:3]], [c.take() for c in args[:3]]
+
+        def dense() -> torch.Tensor:
+            containers = [kind(tensor) for kind, tensor in zip(kinds, tensors, strict=True)]
+            return previous(*containers, *args[3:], **kwargs)
+
+        return _attend(ours, dense)
+
+    return torch.compiler.disable(paro_container_attention)
+
+
+def is_override(function: Any) -> bool:
+    """Whether `function` was made here."""
+    return hasattr(function, "paro_previous")
+
+
+def without_paro(function: Attention | None) -> Attention | None:
+    """The override that was in the slot before PARO's, if PARO's is there now."""
+    while function is not None and is_override(function):
+        function = function.paro_previous
+    return function
+
+
+def _ours(args: tuple, kwargs: dict[str, Any]) -> tuple[HostEvaluation, AttentionCall, Claim] | None:
+    """The running evaluation, the call and the evaluation's claim on it; None where there is no claim."""
+    evaluation = options_of(kwargs).get(OPTIONS_KEY)
+    if not isinstance(evaluation, HostEvaluation):
+        return None
+    call = read_call(*args, **kwargs)
+    claim = None if call is None else evaluation.claim(call)
+    return None if claim is None else (evaluation, call, claim)
+
+
+def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention) -> torch.Tensor:
+    evaluation, call, claim = ours
+    return call.to_caller(evaluation.attend(call, claim, lambda: call.from_caller(dense())))

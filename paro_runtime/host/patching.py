@@ -1,0 +1,125 @@
+"""Putting PARO on a model and taking it off: a clone carries everything, the model itself is never touched."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ..calibration import Calibrator
+from ..plan import Plan, PlanError
+from ..plan_store import PlanStore
+from ..recipes import mask_options, recipe_for
+from ..session import Policy, Report, Session
+from ..settings import Settings
+from .families import Family, family_of
+from .identity import identify
+from .lifecycle import Lifecycle
+from .override import SLOT, make_override, without_paro
+
+log = logging.getLogger("paro")
+
+KEY = "paro"
+"""Under this key the host keeps PARO's wrappers and attachment, so that a second node replaces the first."""
+
+
+def patch_model(
+    model: Any,
+    settings: Settings,
+    *,
+    plan: Plan | None = None,
+    store: PlanStore | None = None,
+    on_status: Callable[[str], None] | None = None,
+) -> Any:
+    """A clone of a host model that runs under PARO; for a model PARO does not know, a clone without PARO.
+
+    on_status gets one line of text whenever there is something to show. Raises PlanError for a plan of another model.
+    """
+    clone = remove(model)
+    family = family_of(clone.model.diffusion_model)
+    if isinstance(family, str):
+        _say(on_status, f"passed through · {family}")
+        return clone
+    policy = policy_for(clone, family, settings, plan, store)
+    lifecycle = Lifecycle(
+        family, lambda sigmas: Session(policy, sigmas=sigmas, on_status=on_status), strict=settings.strict
+    )
+    install(clone, lifecycle)
+    return clone
+
+
+def calibration_model(
+    model: Any,
+    family: Family,
+    policy: Policy,
+    calibrator: Calibrator,
+    steps: Callable[[int], frozenset[int] | None],
+    on_status: Callable[[str], None] | None = None,
+) -> Any:
+    """A clone that runs dense and shows what passes by to the calibrator.
+
+    steps: the steps to watch, given how many there are; None for all.
+    """
+    clone = remove(model)
+
+    def start(sigmas: list[float]) -> Session:
+        watched = steps(len(sigmas) - 1)
+        return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=watched, on_status=on_status)
+
+    install(clone, Lifecycle(family, start, strict=True))
+    return clone
+
+
+def policy_for(
+    model: Any, family: Family, settings: Settings, plan: Plan | None = None, store: PlanStore | None = None
+) -> Policy:
+    """Everything that is decided before a run. Raises PlanError, SettingsError or RecipeError with one line."""
+    identity = identify(model, family.name)
+    if plan is not None:
+        made_for = plan.identity
+        if (made_for.family, made_for.architecture) != (identity.family, identity.architecture):
+            # The grid may differ, it is known only when a run begins; the model may not.
+            raise PlanError(plan.unsuitable(identity, plan.layout))
+    recipe = recipe_for(family.name)
+    mask_options(settings.validated(), recipe)
+    return Policy(identity, recipe, settings, plan, store)
+
+
+def install(clone: Any, lifecycle: Lifecycle) -> None:
+    """Put the override, the two wrappers and the lifecycle on a model that has none of them."""
+    from comfy.patcher_extension import WrappersMP
+
+    options = clone.model_options["transformer_options"]
+    options[SLOT] = make_override(options.get(SLOT))
+    clone.add_wrapper_with_key(WrappersMP.OUTER_SAMPLE, KEY, lifecycle.outer_sample)
+    clone.add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, lifecycle.apply_model)
+    clone.set_attachments(KEY, lifecycle)
+
+
+def remove(model: Any) -> Any:
+    """A clone of a host model without PARO; an override that PARO chained is back in its place."""
+    from comfy.patcher_extension import WrappersMP
+
+    clone = model.clone()
+    options = clone.model_options.setdefault("transformer_options", {})
+    previous = without_paro(options.get(SLOT))
+    if previous is None:
+        options.pop(SLOT, None)
+    else:
+        options[SLOT] = previous
+    for kind in (WrappersMP.OUTER_SAMPLE, WrappersMP.APPLY_MODEL):
+        clone.remove_wrappers_with_key(kind, KEY)
+    clone.remove_attachments(KEY)
+    return clone
+
+
+def last_report(model: Any) -> Report | None:
+    """The report of the last complete run of a patched model."""
+    lifecycle = model.get_attachment(KEY)
+    return lifecycle.last_report if isinstance(lifecycle, Lifecycle) else None
+
+
+def _say(on_status: Callable[[str], None] | None, text: str) -> None:
+    log.info("PARO: %s", text)
+    if on_status is not None:
+        on_status(text)

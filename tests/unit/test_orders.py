@@ -1,0 +1,57 @@
+"""Token orders are permutations, named, and the ones that coincide are offered once."""
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime.orders import AXIS_ORDERS, candidate_orders, order_table, token_coordinates
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+
+GRIDS = [(5, 7, 9), (3, 17, 11), (1, 6, 4), (4, 1, 3), (1, 1, 5), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("name", AXIS_ORDERS)
+def test_a_table_walks_the_named_axes_from_slowest_to_fastest(name, grid):
+    f, h, w = grid
+    sizes = {"F": f, "H": h, "W": w}
+    expected = []
+    for a in range(sizes[name[0]]):
+        for b in range(sizes[name[1]]):
+            for c in range(sizes[name[2]]):
+                at = dict(zip(name, (a, b, c), strict=True))
+                expected.append((at["F"] * h + at["H"]) * w + at["W"])
+    assert order_table(name, grid).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "grid, names",
+    [
+        ((5, 7, 9), AXIS_ORDERS),
+        ((1, 6, 4), ("FHW", "FWH")),
+        ((4, 1, 3), ("FHW", "HWF")),
+        ((1, 1, 5), ("FHW",)),
+    ],
+)
+def test_orders_that_coincide_are_offered_once_and_the_original_comes_first(grid, names):
+    offered = candidate_orders(grid)
+    assert offered == names
+    tables = {tuple(order_table(name, grid).tolist()) for name in offered}
+    assert len(tables) == len(offered)
+    assert tables == {tuple(order_table(name, grid).tolist()) for name in AXIS_ORDERS}
+
+
+def test_an_unknown_order_is_refused_by_name():
+    with pytest.raises(ValueError, match="'FHX' is none of FHW"):
+        order_table("FHX", (2, 2, 2))
+
+
+def test_coordinates_follow_the_order():
+    places = token_coordinates("WHF", (2, 3, 4))
+    assert places.shape == (24, 3)
+    assert torch.equal(places[0], torch.tensor([0.25, 1 / 6, 0.125]))
+    assert torch.equal(places[1], torch.tensor([0.75, 1 / 6, 0.125]))  # F is fastest
+
+
+@pytest.mark.parametrize("wrong", [(0, (0, 2, 2), 0), (-1, (1, 2, 2), 0), (0, (1, 2, 2), -3)])
+def test_an_impossible_layout_is_refused(wrong):
+    with pytest.raises(ValueError, match="layout"):
+        TokenLayout(*wrong)

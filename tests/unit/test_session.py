@@ -1,0 +1,264 @@
+"""One run: dense steps, calibration on the way, plans found again, fallbacks, and what the report says."""
+
+import logging
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime import session as session_module
+from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site, load_plan
+from comfyui_paro.paro_runtime.plan_store import PlanStore
+from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
+from comfyui_paro.paro_runtime.session import Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+LAYOUT = TokenLayout(3, (4, 8, 10), 2)
+IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
+SITES = [Site("double", i) for i in range(3)]
+
+
+def policy(settings=None, store=None, plan=None, identity=IDENTITY):
+    return Policy(identity, recipe_for("wan"), settings or Settings(dense_steps=2), plan, store)
+
+
+def tensors(site, step, layout=LAYOUT, heads=4, dim=32, kv_heads=None):
+    """The same q, k, v for the same site and step."""
+    generator = torch.Generator().manual_seed(100 * site.block_index + step)
+    shape = (1, heads, layout.length, dim)
+    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
+    if kv_heads:
+        k, v = k[:, :kv_heads], v[:, :kv_heads]
+    return q, k, v
+
+
+def sample(session, *, layout=LAYOUT, sigmas=SIGMAS, kv_heads=None, change=None, blocks=3):
+    """Run every step and site; returns {(step, site): (out, dense)}."""
+    results = {}
+    for step, sigma in enumerate(sigmas[:-1]):
+        evaluation = session.begin(layout=layout, sigma=sigma)
+        for site in SITES:
+            q, k, v = tensors(site, step, layout, kv_heads=kv_heads)
+            if change:
+                q, k, v = change(step, site, q, k, v)
+            group = q.shape[1] // k.shape[1]
+            dense = sdpa(q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1))
+            out = evaluation.attend(site, q, k, v, dense=lambda d=dense: d, blocks=blocks)
+            results[step, site] = (out, dense)
+        evaluation.end()
+    return results
+
+
+def was_dense(pair):
+    return torch.equal(*pair)
+
+
+def test_the_first_steps_are_dense_and_the_last_of_them_calibrates(tmp_path):
+    session = Session(policy(store=PlanStore([], tmp_path)), sigmas=SIGMAS)
+    results = sample(session)
+    assert {step for (step, _), pair in results.items() if was_dense(pair)} == {0, 1}
+    report = session.finish()
+    assert (report.sites, report.sites_sparse, report.dense_steps) == (3, 3, 2)
+    assert report.density == pytest.approx(0.3, abs=0.02)
+    assert report.calls == {"sparse": 9, "dense step": 6}
+    assert report.fallbacks == [] and report.notes == []
+    assert report.plan_source == "calibrated on the way"
+    plan = load_plan(next(tmp_path.glob("*.safetensors")))
+    assert plan.made["step"] == 1 and sorted(plan.sites) == SITES
+
+
+def test_a_second_run_finds_its_plan_and_calibrates_nothing(tmp_path):
+    store = PlanStore([], tmp_path)
+    first = Session(policy(store=store), sigmas=SIGMAS)
+    before = sample(first)
+    first.finish()
+    second = Session(policy(store=store), sigmas=SIGMAS)
+    after = sample(second)
+    report = second.finish()
+    assert report.plan_source == "plan found" and report.calibration_seconds == 0
+    assert all(torch.equal(before[key][0], after[key][0]) for key in before)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"layout": TokenLayout(3, (4, 10, 8), 2)},
+        {"settings": Settings(dense_steps=2, preset="fast")},
+        {"identity": ModelIdentity("wan", "c" * 16, "b" * 16)},
+    ],
+    ids=["grid", "density", "model"],
+)
+def test_another_grid_density_or_model_calibrates_anew(tmp_path, other):
+    store = PlanStore([], tmp_path)
+    sample(first := Session(policy(store=store), sigmas=SIGMAS))
+    first.finish()
+    layout = other.pop("layout", LAYOUT)
+    session = Session(policy(store=store, **other), sigmas=SIGMAS)
+    sample(session, layout=layout)
+    assert session.finish().plan_source == "calibrated on the way"
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+def test_a_plan_serves_another_text_length():
+    session = Session(policy(), sigmas=SIGMAS)
+    sample(session)
+    plan = session.finish().plan
+    longer = Session(policy(Settings(dense_steps=0), plan=plan), sigmas=SIGMAS)
+    results = sample(longer, layout=TokenLayout(40, LAYOUT.grid, 0))
+    assert longer.finish().calls == {"sparse": 15}
+    assert all(torch.isfinite(out).all() for out, _ in results.values())
+
+
+def test_without_dense_steps_the_first_step_still_calibrates():
+    session = Session(policy(Settings(dense_steps=0)), sigmas=SIGMAS)
+    results = sample(session)
+    assert {step for (step, _), pair in results.items() if was_dense(pair)} == {0}
+    assert session.finish().sites_sparse == 3
+
+
+def test_dense_blocks_stay_dense_from_both_ends():
+    session = Session(policy(Settings(dense_steps=1, dense_blocks="0, -1")), sigmas=SIGMAS)
+    results = sample(session)
+    assert {site.block_index for (step, site), pair in results.items() if step > 0 and not was_dense(pair)} == {1}
+    report = session.finish()
+    assert (report.sites, report.sites_sparse, report.sites_dense_blocks) == (3, 1, 2)
+
+
+def test_density_1_at_16_bit_equals_dense_attention():
+    settings = Settings(preset="custom", density=1.0, precision="16bit", dense_steps=0)
+    session = Session(policy(settings), sigmas=SIGMAS)
+    for out, dense in sample(session).values():
+        assert (out - dense).abs().max() < 5e-6
+    assert session.finish().sites_sparse == 3
+
+
+def test_grouped_query_heads_run_sparse():
+    session = Session(policy(), sigmas=SIGMAS)
+    sample(session, kv_heads=2)
+    report = session.finish()
+    assert report.sites_sparse == 3 and report.fallbacks == []
+
+
+def test_a_result_that_is_not_finite_is_redone_dense_and_the_site_stays_dense(caplog):
+    def overflow(step, site, q, k, v):
+        v = v.clone()
+        if step == 3 and site == SITES[1]:
+            v[..., 5, :] = torch.nan
+        return q, k, v
+
+    session = Session(policy(), sigmas=SIGMAS)
+    with caplog.at_level(logging.WARNING, "paro"):
+        results = sample(session, change=overflow)
+    assert not was_dense(results[2, SITES[1]])
+    assert was_dense(results[4, SITES[1]]) and not was_dense(results[4, SITES[2]])
+    report = session.finish()
+    assert report.fallbacks == [("double.1.0: the result is not finite", 2)]
+    assert "not finite" in report.status()
+    assert sum("not finite" in r.message for r in caplog.records) == 1  # said once, counted twice
+
+
+def test_trouble_in_the_kernel_falls_back_and_strict_raises(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(session_module, "run_kernel", broken)
+    session = Session(policy(), sigmas=SIGMAS)
+    assert all(was_dense(pair) for pair in sample(session).values())
+    report = session.finish()
+    assert dict(report.fallbacks)["double.0.0: RuntimeError: no such kernel"] == 3
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        sample(Session(policy(Settings(dense_steps=2, strict=True)), sigmas=SIGMAS))
+
+
+def test_out_of_memory_runs_heads_in_groups(monkeypatch):
+    real, calls = session_module.run_kernel, []
+
+    def scarce(q, *arguments, **options):
+        calls.append(q.shape[1])
+        if q.shape[1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(q, *arguments, **options)
+
+    monkeypatch.setattr(session_module, "run_kernel", scarce)
+    expected = sample(Session(policy(), sigmas=SIGMAS))
+    assert calls and all(was_dense(expected[key]) or key[0] > 1 for key in expected)
+
+
+@pytest.mark.parametrize(
+    "settings, layout, reason",
+    [
+        (Settings(), TokenLayout(0, (1, 8, 10)), "80 grid tokens do not fill two blocks of 64"),
+        (Settings(min_tokens=5000), LAYOUT, "320 grid tokens, below the minimum of 5000"),
+    ],
+)
+def test_what_is_too_small_passes_through_with_a_reason(settings, layout, reason):
+    session = Session(policy(settings), sigmas=SIGMAS)
+    assert all(was_dense(pair) for pair in sample(session, layout=layout).values())
+    report = session.finish()
+    assert report.passed == [(reason, 15)] and report.sites == 0
+    assert report.status() == f"wan: passed through · {reason}"
+
+
+def test_calibration_can_be_forbidden():
+    session = Session(policy(Settings(dense_steps=1, calibrate=False)), sigmas=SIGMAS)
+    assert all(was_dense(pair) for pair in sample(session).values())
+    assert ("no plan and calibration is off", 15) in session.finish().fallbacks
+
+
+def test_a_plan_for_other_weights_is_used_with_a_note_and_for_another_grid_is_not():
+    sample(first := Session(policy(), sigmas=SIGMAS))
+    plan = first.finish().plan
+    tuned = ModelIdentity("wan", "a" * 16, "f" * 16)
+    session = Session(policy(plan=plan, identity=tuned), sigmas=SIGMAS)
+    sample(session)
+    report = session.finish()
+    assert report.plan_source == "given plan" and "other weights" in report.notes[0]
+
+
+def test_a_damaged_plan_in_the_folder_is_named_and_replaced(tmp_path):
+    store = PlanStore([], tmp_path)
+    sample(first := Session(policy(store=store), sigmas=SIGMAS))
+    first.finish()
+    (path,) = tmp_path.glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:200])
+    session = Session(policy(store=store), sigmas=SIGMAS)
+    sample(session)
+    report = session.finish()
+    assert report.plan_source == "calibrated on the way"
+    assert "calibrating anew" in report.notes[0] and path.name in report.notes[0]
+    load_plan(path)
+
+
+def test_a_calibrating_run_is_dense_and_feeds_the_chosen_steps():
+    options = mask_options(Settings(), recipe_for("wan"))
+    calibrator = Calibrator(IDENTITY, options)
+    for _ in range(2):  # two prompts
+        session = Session(policy(), sigmas=SIGMAS, calibrator=calibrator, calibrate_steps=frozenset({1, 3}))
+        assert all(was_dense(pair) for pair in sample(session).values())
+        session.finish()
+    plan = calibrator.plan({})
+    assert sorted(plan.sites) == SITES and plan.density == pytest.approx(0.3, abs=0.02)
+    with pytest.raises(PlanError, match="began on the grid"):
+        calibrator.observe(SITES[0], TokenLayout(0, (2, 8, 10)), *tensors(SITES[0], 0, TokenLayout(0, (2, 8, 10)))[:2])
+
+
+def test_state_does_not_cross_sessions():
+    one, two = (Session(policy(), sigmas=SIGMAS) for _ in range(2))
+    sample(one)
+    assert two.finish().calls == {"sparse": 0} and two.finish().sites == 0
+
+
+def test_the_report_serves_people_and_programs():
+    said = []
+    session = Session(policy(), sigmas=SIGMAS, on_status=said.append)
+    sample(session)
+    report = session.finish()
+    assert said[0] == "step 1/5 · 320 tokens · dense" and said[-1] == report.status()
+    values = report.as_dict()
+    assert values["tokens"] == 325 and values["grid"] == [4, 8, 10] and "plan" not in values
+    assert sum(values["orders_histogram"].values()) == 12
+    picture = report.picture()
+    assert picture.shape[0] == 1 and picture.shape[3] == 3 and 0 <= picture.min() <= picture.max() <= 1
+    assert "not faster" in report.text()
