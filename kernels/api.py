@@ -2,21 +2,84 @@
 
 from __future__ import annotations
 
+import torch
+
+from .problem import Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
-from .statistics_reference import block_statistics_reference, row_logsumexp_reference
+from .statistics_reference import BlockStatistics, block_statistics_reference, row_logsumexp_reference
+from .support import triton_reason
+
+BACKENDS = ("auto", "triton", "reference")
+STATISTICS_PRECISION = Precision("16", "16")
 
 
-def sparse_attention(q, k, v, pattern, precision, *, scale=None, key_bias=None, out=None, backend="auto"):
-    """See `reference.sparse_attention_reference`; backend is `auto`, `triton` or `reference`."""
-    return sparse_attention_reference(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, out=out)
+def chosen_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision) -> str:
+    """`triton` or `reference`. `auto` is Triton on a GPU that it serves; asking for it elsewhere is a ValueError."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "reference" or (backend == "auto" and device.type == "cpu"):
+        return "reference"
+    reason = triton_reason(device, dtype, head_dim, precision)
+    if reason and backend == "triton":
+        raise ValueError(f"triton: {reason}")
+    return "reference" if reason else "triton"
 
 
-def row_logsumexp(q, k, *, scale=None, key_bias=None, backend="auto"):
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: SparsePattern,
+    precision: Precision,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention over the kept blocks of each head's reordered sequence.
+
+    Arguments and result as in `reference.sparse_attention_reference`; backend is `auto`, `triton` or `reference`.
+    Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short.
+    """
+    reason = problem_with(q, k, v, pattern) or _problem_with_rest(q, scale, key_bias, out)
+    if reason:
+        raise ValueError(reason)
+    if chosen_backend(backend, q.device, q.dtype, q.shape[3], precision) == "reference":
+        return sparse_attention_reference(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, out=out)
+    from .attention import launch_attention
+
+    return launch_attention(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, out=out)
+
+
+def _problem_with_rest(q, scale, key_bias, out) -> str | None:
+    if scale is not None and not scale > 0:
+        return f"scale: must be positive, got {scale}"
+    if key_bias is not None and (tuple(key_bias.shape) != (q.shape[0], q.shape[2]) or key_bias.device != q.device):
+        return (
+            f"key_bias: expected [{q.shape[0]}, {q.shape[2]}] on {q.device}, "
+            f"got {tuple(key_bias.shape)} on {key_bias.device}"
+        )
+    if out is not None and (out.shape != q.shape or out.device != q.device):
+        return f"out: expected {tuple(q.shape)} on {q.device}, got {tuple(out.shape)} on {out.device}"
+    return None
+
+
+def row_logsumexp(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
     """See `statistics_reference.row_logsumexp_reference`."""
     return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
 
 
-def block_statistics(q, k, lse, geometry, rows, *, q_blocks=None, scale=None, epsilon=None, pool=None, backend="auto"):
+def block_statistics(
+    q, k, lse, geometry, rows, *, q_blocks=None, scale=None, epsilon=None, pool=None, backend="auto"
+) -> BlockStatistics:
     """See `statistics_reference.block_statistics_reference`."""
     return block_statistics_reference(
         q, k, lse, geometry, rows, q_blocks=q_blocks, scale=scale, epsilon=epsilon, pool=pool

@@ -107,6 +107,19 @@ class SparsePattern:
         """Kept blocks / all blocks over the grid-to-grid part, mean over heads."""
         return 1.0 if self.mask is None else self.mask.float().mean().item()
 
+    @cached_property
+    def kept(self) -> torch.Tensor | None:
+        """`mask` in which a row of blocks that keeps nothing keeps the block at its own place: no row may be empty."""
+        if self.mask is None:
+            return None
+        empty = ~self.mask.any(2)
+        if not empty.any():
+            return self.mask
+        g = self.geometry
+        own = torch.arange(g.q_blocks, device=self.mask.device) * g.block_q // g.block_k
+        diagonal = own[:, None] == torch.arange(g.k_blocks, device=self.mask.device)
+        return self.mask | (empty[:, :, None] & diagonal)
+
     def to(self, device: torch.device | str) -> SparsePattern:
         """The same pattern on another device."""
         if self.tables.device == torch.device(device):

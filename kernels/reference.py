@@ -80,7 +80,7 @@ def _chunk_bias(
     positions = torch.arange(rows.start, rows.stop, device=device)
     is_context = positions >= g.grid_tokens
     blocks = (positions // g.block_q).clamp_max(g.q_blocks - 1)
-    kept = pattern.mask[:, blocks] | is_context[None, :, None]
+    kept = pattern.kept[:, blocks] | is_context[None, :, None]
     over_grid = kept.repeat_interleave(g.block_k, 2)[:, :, : g.grid_tokens]
     over_keys = torch.nn.functional.pad(over_grid, (0, g.context_tokens), value=True)
     keys = torch.zeros(over_keys.shape, dtype=dtype, device=device).masked_fill_(~over_keys, -math.inf)

@@ -15,8 +15,7 @@ from .storage import register_folders
 class PAROExtension(ComfyExtension):
     """The pack as ComfyUI sees it."""
 
-    async def on_load(self) -> None:
-        register_folders()
-
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        # Here and not in `on_load`, which older hosts do not call; the schemas need the folders.
+        register_folders()
         return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PARODemoConditioning, PARODemoDecode]

@@ -9,7 +9,7 @@ from ..paro_runtime.host.calibrate import Sampling, calibrate
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan import PlanError
 from ..paro_runtime.settings import Settings, SettingsError, parse_blocks
-from .schema import ADVANCED, ALIASES, CATEGORY, PlanType, SettingsType, schema
+from .schema import ALIASES, CATEGORY, PlanType, SettingsType, advanced, schema
 from .storage import plan_store
 
 
@@ -55,14 +55,13 @@ class PAROCalibrate(io.ComfyNode):
                 io.Combo.Input(
                     "scheduler", options=comfy.samplers.SCHEDULER_NAMES, default="simple", tooltip="As you generate."
                 ),
-                io.Float.Input(
+                advanced(
+                    io.Float.Input,
                     "denoise",
                     default=1.0,
                     min=0.01,
                     max=1.0,
                     step=0.01,
-                    optional=True,
-                    extra_dict=ADVANCED,
                     tooltip="Below 1 only the last part of the schedule is sampled, as in image-to-image.",
                 ),
                 io.String.Input(

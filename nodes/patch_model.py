@@ -80,14 +80,15 @@ class PAROPatchModel(io.ComfyNode):
         if not enabled:
             show("off: the model is unchanged")
             return io.NodeOutput(model)
+        note = None
         if plan is None and plan_file != AUTO:
             plan = _load(plan_file)
             if plan is None:
-                text = f"plan_file: {plan_file} is not in models/paro; looking for another plan, else calibrating"
-                log.warning("PARO: %s", text)
-                show(text)
-        patched = patch_model(model, settings or Settings(), plan=plan, store=plan_store(), on_status=show)
-        return io.NodeOutput(patched)
+                note = f"plan_file: {plan_file} is not in models/paro; another plan is looked for, else made on the way"
+                log.warning("%s", note)
+                show(note)
+        settings = settings or Settings()
+        return io.NodeOutput(patch_model(model, settings, plan=plan, store=plan_store(), on_status=show, note=note))
 
 
 def _load(name: str | None) -> Plan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import fields
 from typing import Any
 
@@ -11,11 +12,16 @@ CATEGORY = "model/patch/PARO"
 SettingsType = io.Custom("PARO_SETTINGS")
 PlanType = io.Custom("PARO_PLAN")
 ALIASES = ["PARO", "PAROAttention", "sparse attention", "block sparse", "int8 attention", "sage", "speed up", "faster"]
-# `advanced` as a named argument is younger than the oldest host we run on; as an extra it reaches every frontend.
-ADVANCED = {"advanced": True}
 
 
 def schema(**values: Any) -> io.Schema:
     """An `io.Schema` without the fields that this host does not have (search aliases before 0.11)."""
     known = {field.name for field in fields(io.Schema)}
     return io.Schema(**{name: value for name, value in values.items() if name in known})
+
+
+def advanced(kind: type, name: str, **values: Any) -> Any:
+    """An optional input of class `kind` that the page folds away, on hosts whose inputs know `advanced`."""
+    if "advanced" in inspect.signature(kind).parameters:
+        values["advanced"] = True
+    return kind(name, optional=True, **values)

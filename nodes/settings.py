@@ -17,7 +17,7 @@ from ..paro_runtime.settings import (
     Settings,
     SettingsError,
 )
-from .schema import ADVANCED, ALIASES, CATEGORY, SettingsType, schema
+from .schema import ALIASES, CATEGORY, SettingsType, advanced, schema
 
 _DEFAULT = Settings()
 BY_RECIPE = -1
@@ -66,11 +66,10 @@ class PAROSettings(io.ComfyNode):
                     tooltip="The first sampling steps keep everything, since they decide the composition. "
                     "-1 takes the recipe's number for this schedule.",
                 ),
-                io.String.Input(
+                advanced(
+                    io.String.Input,
                     "dense_blocks",
                     default="",
-                    optional=True,
-                    extra_dict=ADVANCED,
                     tooltip="Transformer blocks that keep everything, such as: 0, 1, -1, 47-49. Negative numbers count "
                     "from the end. Empty takes the recipe's.",
                 ),
@@ -79,64 +78,60 @@ class PAROSettings(io.ComfyNode):
                     TAIL_NAMES,
                     "Whether dropped blocks are represented by one averaged key and value each. Costs little, keeps "
                     "much; auto turns it on.",
-                    advanced=True,
+                    rare=True,
                 ),
                 _combo(
                     "order",
                     ORDER_NAMES,
                     "How each head's token order is chosen: mass keeps the most attention, paper uses the metric of "
                     "the PAROAttention paper, original never reorders.",
-                    advanced=True,
+                    rare=True,
                 ),
                 _combo(
                     "budget",
                     BUDGET_NAMES,
                     "shared: heads that need more blocks get more. per_head: every head keeps the same share.",
-                    advanced=True,
+                    rare=True,
                 ),
                 _combo(
                     "dense_attention",
                     DENSE_NAMES,
                     "What computes steps and blocks that keep everything: the host's attention (or another attention "
                     "node before this one), or PARO's own kernel.",
-                    advanced=True,
+                    rare=True,
                 ),
                 _combo(
                     "backend",
                     BACKEND_NAMES,
                     "auto uses the Triton kernels where the GPU runs them. reference is plain PyTorch: right, but "
                     "slow, for checking.",
-                    advanced=True,
+                    rare=True,
                 ),
-                io.Int.Input(
+                advanced(
+                    io.Int.Input,
                     "min_tokens",
                     default=BY_RECIPE,
                     min=BY_RECIPE,
                     max=1_000_000,
-                    optional=True,
-                    extra_dict=ADVANCED,
                     tooltip="Below this many tokens dense attention is faster and PARO steps aside. -1: the recipe's.",
                 ),
-                io.Boolean.Input(
+                advanced(
+                    io.Boolean.Input,
                     "calibrate",
                     default=_DEFAULT.calibrate,
-                    optional=True,
-                    extra_dict=ADVANCED,
                     tooltip="Without a plan for this model and size, make one during the last dense step and save it. "
                     "Off: run dense instead.",
                 ),
-                io.Boolean.Input(
+                advanced(
+                    io.Boolean.Input,
                     "strict",
                     default=_DEFAULT.strict,
-                    optional=True,
-                    extra_dict=ADVANCED,
                     tooltip="Stop with an error where PARO would otherwise fall back to dense attention: for tests.",
                 ),
-                io.Boolean.Input(
+                advanced(
+                    io.Boolean.Input,
                     "verbose",
                     default=_DEFAULT.verbose,
-                    optional=True,
-                    extra_dict=ADVANCED,
                     tooltip="Log every reason every time instead of once.",
                 ),
             ],
@@ -173,13 +168,7 @@ class PAROSettings(io.ComfyNode):
         return io.NodeOutput(settings.validated())
 
 
-def _combo(name: str, options: tuple[str, ...], tooltip: str, advanced: bool = False) -> io.Combo.Input:
-    """A combo of API values with the default of `Settings`; advanced ones may be left out of a workflow."""
-    return io.Combo.Input(
-        name,
-        options=list(options),
-        default=getattr(_DEFAULT, name),
-        optional=advanced,
-        tooltip=tooltip,
-        extra_dict=ADVANCED if advanced else None,
-    )
+def _combo(name: str, options: tuple[str, ...], tooltip: str, rare: bool = False) -> io.Combo.Input:
+    """A combo of API values with the default of `Settings`; rare ones may be left out of a workflow."""
+    values = {"options": list(options), "default": getattr(_DEFAULT, name), "tooltip": tooltip}
+    return advanced(io.Combo.Input, name, **values) if rare else io.Combo.Input(name, **values)

@@ -159,31 +159,3 @@ def resolve_backend(
 def dense_pattern(layout: TokenLayout, heads: int, kv_heads: int, device: torch.device) -> SparsePattern:
     """Every block, the model's own order."""
     return build_pattern(layout, (ORIGINAL,) * heads, None, None, kv_heads=kv_heads, device=device)
-
-
-def run_by_heads(q, k, v, pattern: SparsePattern, precision: Precision, scale, key_bias, backend, groups=4):
-    """`sparse_attention` in groups of heads, for less scratch memory. Arguments and result as there."""
-    out = torch.empty_like(q)
-    group = q.shape[1] // k.shape[1]
-    for kv in torch.arange(k.shape[1]).chunk(groups):
-        first, last = int(kv[0]), int(kv[-1]) + 1
-        heads = slice(first * group, last * group)
-        part = SparsePattern(
-            pattern.geometry,
-            pattern.tables,
-            pattern.order_of_head[first:last],
-            None if pattern.mask is None else pattern.mask[heads],
-            None if pattern.tail_bias is None else pattern.tail_bias[heads],
-            pattern.pool,
-        )
-        out[:, heads] = run_kernel(
-            q[:, heads],
-            k[:, first:last],
-            v[:, first:last],
-            part,
-            precision,
-            scale=scale,
-            key_bias=key_bias,
-            backend=backend,
-        )
-    return out

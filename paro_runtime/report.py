@@ -25,7 +25,7 @@ ORDER_COLOURS = dict(
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one run. Times are wall-clock seconds on the host; `fallbacks` and `passed` are (reason, count)."""
+    """Figures of one run. Times are wall-clock seconds, medians per step; `fallbacks`, `passed` are (reason, count)."""
 
     family: str
     tokens: int
@@ -45,6 +45,7 @@ class Report:
     plan_source: str
     orders_histogram: dict[str, int]
     calibration_seconds: float
+    step_seconds: dict[str, float]
     calls: dict[str, int]
     fallbacks: list[tuple[str, int]]
     passed: list[tuple[str, int]]
@@ -76,6 +77,7 @@ class Report:
             plan_source=grid.source if grid else "none",
             orders_histogram=plan.orders_histogram() if plan else {},
             calibration_seconds=session.calibration_seconds,
+            step_seconds=session.step_seconds,
             calls={"sparse": counts.sparse, **counts.dense},
             fallbacks=counts.fallbacks.most_common(),
             passed=counts.passed.most_common(),
@@ -88,6 +90,13 @@ class Report:
         values = {key: value for key, value in self.__dict__.items() if key != "plan"}
         return {**values, "grid": list(self.grid), "fallbacks": [list(f) for f in self.fallbacks]}
 
+    @property
+    def gain(self) -> float | None:
+        """How much faster a sparse step was than a dense one, or None when there was not one of each."""
+        if not self.step_seconds.keys() >= {"dense", "sparse"}:
+            return None
+        return self.step_seconds["dense"] / self.step_seconds["sparse"]
+
     def status(self) -> str:
         """One line for the node."""
         if not self.sites:
@@ -96,6 +105,8 @@ class Report:
         share = f"{self.sites_sparse}/{self.sites} sites sparse"
         parts = [self.family, f"{self.tokens:,} tokens", share, f"density {self.density:.2f}", self.precision]
         parts.append(f"{self.dense_steps}/{self.steps} steps dense")
+        if self.gain is not None and self.backend == "triton":
+            parts.append(f"sparse steps {self.gain:.2f}x as fast as dense ones")
         if self.fallbacks:
             parts.append(f"{sum(n for _, n in self.fallbacks)} calls fell back: {self.fallbacks[0][0]}")
         return " · ".join(parts)
@@ -114,6 +125,7 @@ class Report:
             lines.append("the PyTorch reference is running: right, but not faster than dense attention")
         if self.orders_histogram:
             lines.append("orders: " + ", ".join(f"{n} {name}" for name, n in self.orders_histogram.items()))
+        lines += [f"a {kind} step took {seconds:.2f} s" for kind, seconds in self.step_seconds.items()]
         lines += [f"calls: {name} {count}" for name, count in self.calls.items()]
         lines += [f"fell back {count} times: {reason}" for reason, count in self.fallbacks]
         lines += [f"passed through {count} times: {reason}" for reason, count in self.passed]

@@ -7,21 +7,22 @@ self-attention call asks it one question: may this call be PARO's, and if not, w
 from __future__ import annotations
 
 import logging
+import statistics
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from ..kernels.problem import PRECISIONS, SparsePattern
+from ..kernels.scratch import ScratchOutOfMemory, release_scratch
 from .attention import (
     dense_pattern,
     pattern_of,
     resolve_backend,
     resolve_precision,
-    run_by_heads,
     run_kernel,
     self_check,
 )
@@ -36,8 +37,10 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 
-# Patterns of sites stay on the device up to this many bytes of masks; beyond it the oldest are rebuilt when needed.
-PATTERN_CACHE_BYTES = 512 << 20
+# Patterns of sites stay on the device up to about this many bytes; making one anew costs little beside its attention.
+PATTERN_CACHE_BYTES = 1 << 30
+# A mask, the same without empty rows, and 16-bit lists of what is kept.
+PATTERN_BYTES_PER_BLOCK = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,27 @@ class Counts:
     dense: Counter = field(default_factory=Counter)
     passed: Counter = field(default_factory=Counter)
     fallbacks: Counter = field(default_factory=Counter)
+
+
+@dataclass
+class StepClock:
+    """Wall-clock seconds of each step by kind. The host waits for the device between steps, so they add up."""
+
+    step: int = -1
+    kind: str = ""
+    began: float = 0.0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def next(self, step: int, kind: str) -> None:
+        """A step begins, and the one before it has ended."""
+        now = time.perf_counter()
+        if self.kind:
+            self.seconds.setdefault(self.kind, []).append(now - self.began)
+        self.step, self.kind, self.began = step, kind, now
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds per step of each kind."""
+        return {kind: statistics.median(values) for kind, values in self.seconds.items()}
 
 
 class Session:
@@ -112,9 +136,11 @@ class Session:
         self.device = ""
         self._on_status = on_status
         self._grids: dict[tuple[int, int, int], _Grid] = {}
-        self._patterns: OrderedDict[tuple, SparsePattern] = OrderedDict()
+        self._patterns: dict[tuple, SparsePattern] = {}
+        self._pattern_bytes = 0
+        self._unsuitable: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
-        self._status_step = -1
+        self._clock = StepClock()
         self._lock = threading.RLock()
 
     def begin(self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,)) -> Evaluation:
@@ -126,9 +152,10 @@ class Session:
                 grid = self._grids[layout.grid] = self._open_grid(layout)
             if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
                 self._close_calibration(grid)
-            if step != self._status_step:
-                self._status_step = step
-                self._tell(self._progress(step, grid))
+            if step != self._clock.step:
+                kind = self._step_kind(step, grid)
+                self._clock.next(step, kind)
+                self._tell(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
         return Evaluation(self, layout, grid, step)
 
     def decline(self, reason: str) -> None:
@@ -141,10 +168,17 @@ class Session:
             for grid in self._grids.values():
                 if grid.plan is None and grid.seen_step is not None:
                     self._close_calibration(grid)
+            self._clock.next(self.steps, "")
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self._patterns.clear()
+        release_scratch()
         self._tell(report.status())
         return report
+
+    @property
+    def step_seconds(self) -> dict[str, float]:
+        """Median seconds of a dense, calibrating and sparse step, of those there were."""
+        return self._clock.medians()
 
     # Below: used by Evaluation.
 
@@ -197,20 +231,44 @@ class Session:
         key = (site, layout, device)
         with self._lock:
             if key in self._patterns:
-                self._patterns.move_to_end(key)
                 return self._patterns[key]
         plan = grid.plan
         pattern = pattern_of(
             plan.sites[site], layout, block_q=plan.block_q, pool=plan.pool, kv_heads=kv_heads, device=device
         )
+        size = pattern.mask.numel() * PATTERN_BYTES_PER_BLOCK
         with self._lock:
-            self._patterns[key] = pattern
-            while len(self._patterns) > 1 and self._pattern_bytes() > PATTERN_CACHE_BYTES:
-                self._patterns.popitem(last=False)
+            # Sites come round in the same order in every evaluation: dropping the oldest would drop each just before
+            # it is wanted again, so what does not fit is made anew every time instead.
+            if self._pattern_bytes + size <= PATTERN_CACHE_BYTES:
+                self._patterns[key] = pattern
+                self._pattern_bytes += size
         return pattern
 
-    def _pattern_bytes(self) -> int:
-        return sum(p.mask.numel() for p in self._patterns.values() if p.mask is not None)
+    def _unsuitable_reason(self, tokens: int, q: torch.Tensor) -> str | None:
+        """Why no call on a grid of `tokens` with such a q `[B, H, L, D]` can be PARO's, or None; asked once each."""
+        key = (tokens, q.device, q.dtype, q.shape[3])
+        if key not in self._unsuitable:
+            self._unsuitable[key] = self._find_unsuitable(*key)
+        return self._unsuitable[key]
+
+    def _find_unsuitable(self, tokens: int, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+        if not dtype.is_floating_point or dtype == torch.float64:
+            return f"dtype {dtype} is not supported"
+        if tokens < 2 * query_block(tokens):
+            return f"{tokens} grid tokens do not fill two blocks of {query_block(tokens)}"
+        precision = PRECISIONS[self.precision]
+        backend, reason = resolve_backend(self.settings.backend, device, dtype, head_dim, precision)
+        if reason is not None:
+            return reason
+        self.backend = backend
+        least = self.settings.min_tokens
+        if least is None:
+            # The reference exists for checking, not for speed; a floor would only hide it.
+            least = self.policy.recipe.min_tokens if backend == "triton" else 0
+        if tokens < least:
+            return f"{tokens} grid tokens, below the minimum of {least}"
+        return self_check(device, dtype, head_dim, self.precision, backend)
 
     def _count(self, kind: str, reason: str) -> None:
         with self._lock:
@@ -231,9 +289,11 @@ class Session:
         if self._on_status is not None:
             self._on_status(text)
 
-    def _progress(self, step: int, grid: _Grid) -> str:
-        kind = "dense" if grid.plan is None or self.schedule.is_dense_step(step) else "sparse"
-        return f"step {step + 1}/{self.steps} · {grid.layout.grid_tokens} tokens · {kind}"
+    def _step_kind(self, step: int, grid: _Grid) -> str:
+        if grid.plan is not None:
+            return "dense" if self.schedule.is_dense_step(step) else "sparse"
+        watching = grid.calibrator is not None and step >= self.schedule.dense_steps - 1
+        return "calibrating" if watching or self.calibrator is not None else "dense"
 
 
 class Evaluation:
@@ -264,7 +324,7 @@ class Evaluation:
         Trouble of PARO's own never ends the run (unless `strict`): the call is answered by `dense()`.
         """
         session, grid = self.session, self._grid
-        reason = self._unsuitable(q)
+        reason = session._unsuitable_reason(self.layout.grid_tokens, q)
         if reason is not None:
             session._count("passed", reason)
             return dense()
@@ -299,28 +359,6 @@ class Evaluation:
 
     def end(self) -> None:
         """The evaluation is over; nothing is held beyond it."""
-
-    def _unsuitable(self, q: torch.Tensor) -> str | None:
-        """Why no call of this evaluation can be PARO's, or None."""
-        session = self.session
-        tokens = self.layout.grid_tokens
-        if not q.dtype.is_floating_point or q.dtype == torch.float64:
-            return f"dtype {q.dtype} is not supported"
-        if tokens < 2 * query_block(tokens):
-            return f"{tokens} grid tokens do not fill two blocks of {query_block(tokens)}"
-        backend, reason = resolve_backend(
-            session.settings.backend, q.device, q.dtype, q.shape[3], PRECISIONS[session.precision]
-        )
-        if reason is not None:
-            return reason
-        session.backend = backend
-        least = session.settings.min_tokens
-        if least is None:
-            # The reference exists for checking, not for speed; a floor would only hide it.
-            least = session.policy.recipe.min_tokens if backend == "triton" else 0
-        if tokens < least:
-            return f"{tokens} grid tokens, below the minimum of {least}"
-        return self_check(q.device, q.dtype, q.shape[3], session.precision, backend)
 
     def _calibrates(self) -> bool:
         session, grid = self.session, self._grid
@@ -368,7 +406,8 @@ class Evaluation:
                 pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
             else:
                 pattern = session._pattern(site, self._grid, self.layout, k.shape[1], q.device)
-            out = self._run(pattern, q, k, v, scale, key_bias)
+            precision = PRECISIONS[session.precision]
+            out = run_kernel(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=session.backend)
             if torch.isfinite(torch.linalg.vector_norm(out, torch.inf, dtype=torch.float32)):
                 return out
             reason = f"{site.name if site else 'dense attention'}: the result is not finite"
@@ -377,23 +416,16 @@ class Evaluation:
         except Exception as error:
             if session.settings.strict:
                 raise
+            if isinstance(error, (torch.OutOfMemoryError, ScratchOutOfMemory)):
+                # The host's attention comes next and needs the memory.
+                release_scratch()
+                torch.cuda.empty_cache()
             reason = f"{site.name if site else 'dense attention'}: {_one_line(error)}"
         if site is None:
             session._count("fallbacks", reason)
         else:
             session.off_sites[site] = reason
         return None
-
-    def _run(self, pattern: SparsePattern, q, k, v, scale, key_bias) -> torch.Tensor:
-        precision = PRECISIONS[self.session.precision]
-        backend = self.session.backend
-        try:
-            return run_kernel(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=backend)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-        # Once more with a quarter of the scratch memory: heads are independent.
-        self.session._note("out of memory: running heads in four groups")
-        return run_by_heads(q, k, v, pattern, precision, scale, key_bias, backend)
 
 
 def _one_line(error: Exception) -> str:

@@ -64,17 +64,21 @@ def write_results(out: Path, runs: dict, labels, host: str, version: str, args: 
         "orders_histogram": facts["orders_histogram"],
         "plan_source": facts["plan_source"],
         "calibration_seconds": facts["calibration_seconds"],
+        "step_seconds": facts["step_seconds"],
         "dense_seconds": dense.seconds,
         "paro_seconds": paro.seconds,
         "fallbacks": facts["fallbacks"],
         "passed": facts["passed"],
         "notes": facts["notes"],
     }
-    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    # Equal clips have no finite PSNR, and JSON has no infinity.
+    report = {key: None if value == float("inf") else value for key, value in report.items()}
+    (out / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     animation(out / "dense.webp", clips["dense"])
     animation(out / "paro.webp", clips["paro"])
     difference(out / "difference.png", clips["dense"], clips["paro"])
-    if paro.picture is not None:
+    (out / "plan.png").unlink(missing_ok=True)
+    if paro.picture is not None:  # there is none when every call ran dense
         pixels = (paro.picture[0] * 255).round().to(torch.uint8).numpy()
         Image.fromarray(pixels).save(out / "plan.png")
     return report

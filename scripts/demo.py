@@ -103,7 +103,9 @@ def main() -> int:
     version = host_version(path) if path else host.version
     report = write_results(args.out, runs, labels, host.name, version, args)
     print(json.dumps({key: report[key] for key in ("tokens", "density", "psnr_db", "identity_order_psnr_db")}))
-    print(f"wrote {args.out}/report.json, dense.webp, paro.webp, difference.png, plan.png")
+    for reason, count in report["passed"] + report["fallbacks"]:
+        print(f"{count} attention calls ran dense: {reason}")
+    print(f"wrote {', '.join(sorted(p.name for p in args.out.iterdir() if p.is_file()))} to {args.out}")
     return 0
 
 

@@ -30,10 +30,12 @@ def patch_model(
     plan: Plan | None = None,
     store: PlanStore | None = None,
     on_status: Callable[[str], None] | None = None,
+    note: str | None = None,
 ) -> Any:
     """A clone of a host model that runs under PARO; for a model PARO does not know, a clone without PARO.
 
-    on_status gets one line of text whenever there is something to show. Raises PlanError for a plan of another model.
+    on_status gets one line of text whenever there is something to show; note opens the notes of every run's report.
+    Raises PlanError for a plan of another model.
     """
     clone = remove(model)
     family = family_of(clone.model.diffusion_model)
@@ -41,10 +43,13 @@ def patch_model(
         _say(on_status, f"passed through · {family}")
         return clone
     policy = policy_for(clone, family, settings, plan, store)
-    lifecycle = Lifecycle(
-        family, lambda sigmas: Session(policy, sigmas=sigmas, on_status=on_status), strict=settings.strict
-    )
-    install(clone, lifecycle)
+
+    def start(sigmas: list[float]) -> Session:
+        session = Session(policy, sigmas=sigmas, on_status=on_status)
+        session.notes.extend([note] if note else [])
+        return session
+
+    install(clone, Lifecycle(family, start, settings.strict))
     return clone
 
 

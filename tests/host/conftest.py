@@ -12,6 +12,9 @@ NO_HOST = (
     "NO COMFYUI FOUND: host tests did not run. Set COMFYUI_PATH to a checkout (REQUIRE_COMFYUI=1 makes this fail)."
 )
 
+# As `requires-comfyui` in pyproject.toml says: Wan tells which block is running since then.
+FLOOR = (0, 5, 0)
+
 
 def pytest_report_header() -> str:
     path = find_host()
@@ -33,6 +36,8 @@ def host_path() -> Path:
         if os.environ.get("REQUIRE_COMFYUI") == "1":
             pytest.fail(NO_HOST)
         pytest.skip(NO_HOST)
+    if tuple(int(n) for n in host_version(path).split(".")[:3]) < FLOOR:
+        pytest.fail(f"ComfyUI {host_version(path)} is older than {'.'.join(map(str, FLOOR))}, the oldest supported")
     return path
 
 
@@ -68,7 +73,10 @@ def wan(comfy, wan_file):
 @pytest.fixture
 def flux(comfy, flux_file):
     """The tiny Flux as the host's loader gives it, fresh for every test."""
-    return comfy.load(flux_file)
+    try:
+        return comfy.load(flux_file)
+    except ValueError as error:
+        pytest.skip(f"this host knows only one number of Flux heads: {error}")
 
 
 @pytest.fixture

@@ -201,6 +201,7 @@ def test_lora_rides_on_its_base(comfy, wan):
     assert identify(lora, "wan") == identify(wan, "wan") == before
 
 
+@torch.inference_mode()
 def _calibrate(comfy, model, store, **changes):
     sampling = Sampling({"samples": comfy.latent(GRID)}, 0, 3, 3.0, "euler", "simple")
     values = {"settings": Settings(**SPARSE), "steps": "", "store": store, "name": "", "on_status": print, **changes}

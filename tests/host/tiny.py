@@ -5,7 +5,6 @@ Latent sizes are given as token grids (F, H, W); odd ones are cropped by one lat
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from safetensors.torch import save_file
 HEADS = 2
 LAYERS = 2
 TEXT_TOKENS = 7
-TEXT_WIDTH = 64
+TEXT_WIDTH = 4096  # Wan's; older hosts cannot detect another
 
 
 def _fill(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -39,15 +38,13 @@ def _fill(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def build_wan(path: Path, model_type: str = "t2v", **changes: Any) -> Path:
-    """Save a two-layer, two-head Wan with text width 64."""
+    """Save a two-layer, two-head Wan."""
     from comfy.ldm.wan.model import WanModel
 
     values = {"dim": 128 * HEADS, "ffn_dim": 128, "num_layers": LAYERS, "num_heads": HEADS, "freq_dim": 256}
     values |= {"text_dim": TEXT_WIDTH, "in_dim": 16, "out_dim": 16} | changes
     model = WanModel(model_type=model_type, device="cpu", operations=comfy.ops.disable_weight_init, **values)
-    # The text width is not visible in the weights; the host reads it from the metadata.
-    config = json.dumps({"transformer": {"text_dim": TEXT_WIDTH}})
-    save_file(_fill(model), path, metadata={"config": config})
+    save_file(_fill(model), path)
     return path
 
 
@@ -55,7 +52,7 @@ def build_flux(path: Path) -> Path:
     """Save a Flux with one double and two single blocks, two heads."""
     from comfy.ldm.flux.model import Flux
 
-    values = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "context_in_dim": 64, "mlp_ratio": 4.0}
+    values = {"in_channels": 16, "out_channels": 16, "vec_in_dim": 64, "context_in_dim": TEXT_WIDTH, "mlp_ratio": 4.0}
     values |= {"hidden_size": 128 * HEADS, "num_heads": HEADS, "depth": 1, "depth_single_blocks": LAYERS}
     values |= {"axes_dim": [16, 56, 56], "theta": 10000, "patch_size": 2, "txt_ids_dims": []}
     values |= {"qkv_bias": True, "guidance_embed": True}
@@ -83,6 +80,7 @@ def latent(grid: tuple[int, int, int], batch: int = 1, video: bool = True) -> to
     return torch.zeros(batch, 16, *((f, *size) if video else size))
 
 
+@torch.inference_mode()  # as the server runs every node
 def sample(
     model: Any,
     grid: tuple[int, int, int],

@@ -1,7 +1,8 @@
 """Procedural training videos, their weightless latents, and the fixed text table.
 
-A token grid (T, h, w) is a grey video of T frames of 8h x 8w pixels and a latent `[B, 16, T, 2h, 2w]`. Everything is
-batched torch code on the device it is given, so a GPU renders training data faster than the model can read it.
+A token grid (T, h, w) is a grey video of T frames of 8h x 8w pixels and a latent `[B, 16, T, 2h, 2w]`.
+Everything is batched torch code on the device it is given, so a GPU renders training data faster than the
+model can read it.
 """
 
 import math
@@ -18,8 +19,8 @@ BACKGROUNDS = ("flat", "horizontal", "vertical", "checker")
 LATENT_SCALE = 1.5
 TEXT_DIM = 4096
 
-# Per-channel mean and standard deviation of the Wan 2.1 VAE latents (Wan-Video/Wan2.1, Apache-2.0). ComfyUI's Wan21
-# latent format multiplies by the deviation and adds the mean on the sampler's way out.
+# Per-channel mean and standard deviation of the Wan 2.1 VAE latents (Wan-Video/Wan2.1, Apache-2.0). ComfyUI's
+# Wan21 latent format multiplies by the deviation and adds the mean on the sampler's way out.
 WAN21_MEAN = (
     -0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
     0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921,
@@ -34,8 +35,8 @@ WAN21_STD = (
 class Clips:
     """Parameters of a batch of clips; every tensor is `[B]` on one device, `labels` is int64 `[B, 3]`.
 
-    `labels` holds (shape, direction, background). Lengths are pixels, speeds pixels per frame, phases radians; y points
-    down. `velocity` is `[B, 2]` (x, y), `start` `[B, 2]` the object's centre in frame 0.
+    `labels` holds (shape, direction, background). Lengths are pixels, speeds pixels per frame, phases
+    radians; y points down. `velocity` is `[B, 2]` (x, y), `start` `[B, 2]` the object's centre in frame 0.
     """
 
     labels: Tensor
@@ -49,13 +50,12 @@ class Clips:
     velocity: Tensor
 
 
-def draw_clips(
-    batch: int, height: int, width: int, generator: torch.Generator, labels: Tensor | None = None
-) -> Clips:
+def draw_clips(batch: int, height: int, width: int, generator: torch.Generator, labels: Tensor | None = None) -> Clips:
     """Draw clip parameters on the generator's device for frames of `height` x `width` pixels.
 
-    The heading is 45 + 90 * direction + U(-30, 30) degrees. The object starts in the first 60 % of its free way along
-    each axis, so that the direction label is what the first frames show; it bounces off the frame's edges later.
+    The heading is 45 + 90 * direction + U(-30, 30) degrees. The object starts in the first 60 % of its free
+    way along each axis, so that the direction label is what the first frames show; it bounces off the edges
+    later.
     """
     device = generator.device
 
@@ -87,7 +87,7 @@ def draw_clips(
 
 
 def positions(clips: Clips, frames: int, height: int, width: int) -> Tensor:
-    """Object centres `[B, frames, 2]` (x, y) in pixels: straight motion reflected between radius and side - radius."""
+    """Object centres `[B, frames, 2]` (x, y) in pixels: straight, reflected one radius off the edges."""
     step = torch.arange(frames, device=clips.start.device, dtype=torch.float32)
     free = clips.start.new_tensor([float(width), float(height)]) - 2 * clips.radius[:, None]
     line = clips.start[:, None] + clips.velocity[:, None] * step[:, None] - clips.radius[:, None, None]
@@ -151,7 +151,7 @@ def decode(latent: Tensor) -> Tensor:
 
 
 def to_host_latent(latent: Tensor) -> Tensor:
-    """What ComfyUI hands out after sampling this model: latent * std + mean per channel, `[B, 16, T, H', W']`."""
+    """What ComfyUI hands out after sampling: latent * std + mean per channel, `[B, 16, T, H', W']`."""
     mean, std = _wan21(latent)
     return latent * std + mean
 

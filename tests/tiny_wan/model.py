@@ -1,8 +1,9 @@
 """TinyWan: the Wan 2.1 text-to-video transformer, small enough to train in minutes, with one attention hook.
 
-The architecture follows the published Wan 2.1 model (https://github.com/Wan-Video/Wan2.1, Apache-2.0) at width 256;
-every state-dict key carries the name and layout that ComfyUI's Wan loader expects, so a saved state dict is an
-ordinary diffusion model file. Written from the published formulas, without the host's code.
+The architecture follows the published Wan 2.1 model (https://github.com/Wan-Video/Wan2.1, Apache-2.0) at
+width 256; every state-dict key carries the name and layout that ComfyUI's Wan loader expects, so a saved
+state dict is an ordinary diffusion model file. Written from the published formulas, without the host's
+code.
 """
 
 import math
@@ -52,8 +53,8 @@ def sinusoid(t: Tensor, width: int) -> Tensor:
 def rope_table(grid: tuple[int, int, int], head_dim: int = 128, theta: float = 10000.0) -> Tensor:
     """Rotary table `[N, head_dim/2, 2]` = (cos, sin) for a token grid (T, h, w), N = T*h*w with w fastest.
 
-    The head width is split d - 4*(d//6) | 2*(d//6) | 2*(d//6) for the three axes (44 | 42 | 42 at d = 128); each axis
-    uses angles position * theta^(-2i/width). Computed in fp64, returned in fp32 on the CPU.
+    The head width is split d - 4*(d//6) | 2*(d//6) | 2*(d//6) for the three axes (44 | 42 | 42 at d = 128);
+    each axis uses angles position * theta^(-2i/width). Computed in fp64, returned in fp32 on the CPU.
     """
     sixth = 2 * (head_dim // 6)
     widths = (head_dim - 2 * sixth, sixth, sixth)
@@ -67,7 +68,7 @@ def rope_table(grid: tuple[int, int, int], head_dim: int = 128, theta: float = 1
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate adjacent pairs of `x` `[B, N, heads, D]` by `table` `[N, D/2, 2]`; computed in fp32, dtype kept."""
+    """Rotate adjacent pairs of `x` `[B, N, heads, D]` by `table` `[N, D/2, 2]` in fp32, keeping the dtype."""
     pairs = x.float().unflatten(-1, (-1, 2))
     cos, sin = table[:, None, :, 0], table[:, None, :, 1]
     a, b = pairs[..., 0], pairs[..., 1]
@@ -75,7 +76,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width before the head split, computed in fp32. `[..., dim]` -> same."""
+    """Root-mean-square norm over the full width before the head split, in fp32. `[..., dim]` -> same."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__()
@@ -100,7 +101,11 @@ class Attention(nn.Module):
         self.layer = layer
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, rope: Tensor | None = None, hook: AttentionFn | None = None
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        rope: Tensor | None = None,
+        hook: AttentionFn | None = None,
     ) -> Tensor:
         """`x` `[B, N, dim]`, `context` `[B, L, dim]` or None for self-attention; returns `[B, N, dim]`."""
         source = x if context is None else context
@@ -110,10 +115,7 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-        if hook is None:
-            out = F.scaled_dot_product_attention(q, k, v)
-        else:
-            out = hook(q, k, v, layer=self.layer)
+        out = F.scaled_dot_product_attention(q, k, v) if hook is None else hook(q, k, v, layer=self.layer)
         return self.o(out.transpose(1, 2).flatten(2))
 
 
@@ -131,10 +133,8 @@ class Block(nn.Module):
         )
         self.eps = cfg.eps
 
-    def forward(
-        self, x: Tensor, e0: Tensor, context: Tensor, rope: Tensor, hook: AttentionFn | None = None
-    ) -> Tensor:
-        """`x` `[B, N, dim]`, time modulation `e0` `[B, 6, dim]`, `context` `[B, L, dim]`; returns `[B, N, dim]`."""
+    def forward(self, x: Tensor, e0: Tensor, context: Tensor, rope: Tensor, hook: AttentionFn | None = None) -> Tensor:
+        """Map `x` `[B, N, dim]`; time modulation `e0` `[B, 6, dim]`, `context` `[B, L, dim]`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation + e0).chunk(6, dim=1)
         y = F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale1) + shift1
         x = x + self.self_attn(y, rope=rope, hook=hook) * gate1
@@ -155,7 +155,7 @@ class Head(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, x: Tensor, e: Tensor) -> Tensor:
-        """`x` `[B, N, dim]`, time embedding `e` `[B, dim]`; returns `[B, N, 64]` ordered (ph, pw, channel)."""
+        """`x` `[B, N, dim]`, time embedding `e` `[B, dim]`; returns `[B, N, 64]` as (ph, pw, channel)."""
         shift, scale = (self.modulation + e[:, None]).chunk(2, dim=1)
         return self.head(F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift)
 
@@ -170,9 +170,7 @@ class TinyWan(nn.Module):
         self.text_embedding = nn.Sequential(
             nn.Linear(cfg.text_dim, cfg.dim), nn.GELU(approximate="tanh"), nn.Linear(cfg.dim, cfg.dim)
         )
-        self.time_embedding = nn.Sequential(
-            nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim)
-        )
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, cfg.dim), nn.SiLU(), nn.Linear(cfg.dim, cfg.dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(cfg.dim, 6 * cfg.dim))
         self.blocks = nn.ModuleList(Block(cfg, i) for i in range(cfg.layers))
         self.head = Head(cfg)
@@ -187,9 +185,10 @@ class TinyWan(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor, attention: AttentionFn | None = None) -> Tensor:
         """Predict the flow-matching velocity (noise - clean).
 
-        `x` `[B, 16, T, H', W']` latent, `t` `[B]` in 0..1000, `context` `[B, L, 4096]`; returns the shape of `x`. Odd
-        H' or W' are padded circularly to the patch size and cropped afterwards. `attention` replaces every
-        self-attention (see `AttentionFn`); None means `torch.nn.functional.scaled_dot_product_attention`.
+        `x` `[B, 16, T, H', W']` latent, `t` `[B]` in 0..1000, `context` `[B, L, 4096]`; returns the shape
+        of `x`. Odd H' or W' are padded circularly to the patch size and cropped afterwards. `attention`
+        replaces every self-attention (see `AttentionFn`); None means
+        `torch.nn.functional.scaled_dot_product_attention`.
         """
         height, width = x.shape[-2:]
         if height % 2 or width % 2:
@@ -199,7 +198,8 @@ class TinyWan(nn.Module):
         # A convolution whose kernel equals its stride is a linear map of patches ordered (channel, ph, pw).
         patches = x.reshape(batch, channels, frames, grid[1], 2, grid[2], 2).permute(0, 2, 3, 5, 1, 4, 6)
         weight = self.patch_embedding.weight.flatten(1)
-        tokens = F.linear(patches.reshape(batch, -1, channels * 4), weight, self.patch_embedding.bias).to(x.dtype)
+        patches = patches.reshape(batch, -1, channels * 4)
+        tokens = F.linear(patches, weight, self.patch_embedding.bias).to(x.dtype)
         e = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(x.dtype))
         e0 = self.time_projection(e).unflatten(1, (6, -1))
         text = self.text_embedding(context.to(x.dtype))
@@ -211,9 +211,7 @@ class TinyWan(nn.Module):
         return out[..., :height, :width]
 
 
-def load_tiny_wan(
-    path: str | Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu"
-) -> TinyWan:
+def load_tiny_wan(path: str | Path | None = None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> TinyWan:
     """Load a checkpoint (by default the committed one), in evaluation mode with gradients off."""
     from safetensors.torch import load_file
 

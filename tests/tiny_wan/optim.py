@@ -1,8 +1,9 @@
 """Muon with the Newton-Schulz iterations of all equally shaped matrices run as one batched product.
 
-`torch.optim.Muon` loops over matrices, which at width 256 spends its time launching kernels. Same rule: Nesterov momentum,
-five quintic Newton-Schulz steps (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon), update scaled to AdamW's
-RMS with 0.2 * sqrt(max(rows, cols)) (Moonshot AI 2025, arXiv 2502.16982).
+`torch.optim.Muon` loops over matrices, which at width 256 spends its time launching kernels. Same rule:
+Nesterov momentum, five quintic Newton-Schulz steps (Jordan et al. 2024,
+https://kellerjordan.github.io/posts/muon), update scaled to AdamW's RMS with 0.2 * sqrt(max(rows, cols))
+(Moonshot AI 2025, arXiv 2502.16982).
 """
 
 import math
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def orthogonalise(stack: Tensor, steps: int = 5) -> Tensor:
-    """Approximate the orthogonal factor of each matrix of `stack` `[M, rows, cols]`, rows <= cols, in bf16."""
+    """Approximate orthogonal factor of each matrix of `stack` `[M, rows, cols]`, rows <= cols, in bf16."""
     x = stack.bfloat16()
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):

@@ -1,7 +1,8 @@
 """Recognise shape, direction and background of clips by moments and templates: the task metric of tiny-Wan.
 
-No trained part, so the rates measure the clips, not a classifier's taste. On rendered (true) clips of 8x8x8 tokens the
-matcher itself is right in the share of cases that the model card states; that is the ceiling of the sampled rates.
+No trained part, so the rates measure the clips, not a classifier's taste. On rendered (true) clips the
+matcher itself is right in the share of cases that the model card states; that is the ceiling of the sampled
+rates.
 """
 
 import torch
@@ -17,13 +18,13 @@ AREAS = (3.1416, 2.89, 1.871, 2.31)
 def background_of(video: Tensor) -> tuple[Tensor, Tensor]:
     """Background class index `[B]` and image `[B, H, W]` of videos `[B, T, H, W]`.
 
-    The image is the lower quartile over time (the object is brighter than any background and moves). The class is
-    the simplest of constant, row profile and column profile that explains it, else checker.
+    The image is the lower quartile over time (the object is brighter than its background and moves). The
+    class is the simplest of constant, row profile and column profile that explains it, else checker.
     """
     image = torch.quantile(video, 0.25, dim=1)
     small = F.avg_pool2d(image[:, None], 4)[:, 0]
     rows, cols = small.median(dim=2).values, small.median(dim=1).values
-    # What is left after taking the row (column) medians away, as a median of absolute values: robust to the object.
+    # What is left without the row (column) medians, as a median of absolute values: robust to the object.
     left = small.new_zeros(3, small.shape[0])
     flat = small.flatten(1).median(dim=1).values[:, None, None]
     for i, fit in enumerate((flat, rows[:, :, None], cols[:, None, :])):
@@ -33,7 +34,7 @@ def background_of(video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def coverage(video: Tensor) -> Tensor:
-    """Soft object mask `[B, T, H, W]` in [0, 1]: where each frame is brighter than its background by half or more."""
+    """Soft object mask `[B, T, H, W]` in [0, 1]: brighter than halfway from the background to the object."""
     image = torch.quantile(video, 0.25, dim=1)
     bright = torch.quantile(video.flatten(1), 0.985, dim=1)[:, None, None, None]
     # A pixel that the object never leaves has an object-like quartile; the clip's median caps it there.
@@ -79,8 +80,8 @@ def shape_scores(cover: Tensor) -> Tensor:
 def recognise(video: Tensor) -> dict[str, Tensor]:
     """Recognised class indices of videos `[B, T, H, W]`: `shape`, `direction`, `background`, each `[B]`.
 
-    Also `overlap` `[B]` (the winning template's mean intersection over union, 1 is a perfect shape) and `centre`
-    `[B, T, 2]`. The direction is the quadrant of the motion over the first two frames.
+    Also `overlap` `[B]` (the winning template's mean intersection over union, 1 is perfect) and `centre`
+    `[B, T, 2]` in pixels. The direction is the quadrant of the motion over the first two frames.
     """
     video = video.float()
     background, _ = background_of(video)
@@ -99,12 +100,11 @@ def recognise(video: Tensor) -> dict[str, Tensor]:
 
 
 def rates(video: Tensor, labels: Tensor) -> dict[str, float]:
-    """Shares of clips whose recognised class is the label; `labels` int `[B, 3]` (shape, direction, background)."""
+    """Shares of clips recognised as their label; `labels` int `[B, 3]` (shape, direction, background)."""
     found = recognise(video)
     labels = labels.to(video.device)
-    hits = {
-        name: (found[name] == labels[:, i]).float() for i, name in enumerate(("shape", "direction", "background"))
-    }
+    words = ("shape", "direction", "background")
+    hits = {name: (found[name] == labels[:, i]).float() for i, name in enumerate(words)}
     result = {name: float(hit.mean()) for name, hit in hits.items()}
     result["all_three"] = float((hits["shape"] * hits["direction"] * hits["background"]).mean())
     result["template_overlap"] = float(found["overlap"].mean())

@@ -36,8 +36,8 @@ def sample(
     """Sample latents `[B, 16, T, H', W']` for `context` `[B, L, 4096]`.
 
     `size` is the latent size (T, H', W'). With `cfg` != 1 conditional and unconditional rows run as one batch
-    (conditional first). `attention(q, k, v, *, layer)` replaces every self-attention; `on_step(i, sigma)` is called
-    before step i. Computes in the model's dtype; the Euler state stays fp32.
+    (conditional first). `attention(q, k, v, *, layer)` replaces every self-attention; `on_step(i, sigma)` is
+    called before step i. Computes in the model's dtype; the Euler state stays fp32.
     """
     weight = model.head.head.weight
     device, dtype = weight.device, weight.dtype

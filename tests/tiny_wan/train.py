@@ -3,8 +3,8 @@
 Run it as a module from the folder above the package, for instance from the repository root:
 `python -m tests.tiny_wan.train --minutes 7.5 --out out/tiny`.
 
-Schedule and learning rate follow the wall clock, so a run always ends on time and fully annealed. A checkpoint (fp16,
-exponential moving average) is written every minute.
+Schedule and learning rate follow the wall clock, so a run always ends on time and fully annealed. A
+checkpoint (fp16, exponential moving average) is written every minute.
 """
 
 import argparse
@@ -27,7 +27,8 @@ from .optim import BatchedMuon
 from .sampler import sample
 from .sheet import save_sheet
 
-# Token grids (T, h, w) with their weights in the first 40 % of the time and afterwards. 9x13x11 is never trained.
+# Token grids (T, h, w) with their weights in the first 40 % of the time and after it. 9x13x11 is never
+# trained.
 GRIDS = (
     ((8, 8, 8), 0.55, 0.20),
     ((6, 10, 14), 0.15, 0.15),
@@ -106,9 +107,9 @@ class Trainer:
         return max(2, self.args.tokens // math.prod(grid))
 
     def loss(self, grid: tuple[int, int, int], batch: int) -> Tensor:
-        """Flow-matching loss of one fresh batch: x_s = (1-s) x + s noise, target noise - x, mean squared error.
+        """Flow-matching loss of one fresh batch: x_s = (1-s) x + s noise, target noise - x, mean squares.
 
-        s = 3u/(1+2u) with u the sigmoid of 1.2 * normal (one clip in ten: u uniform); one context in ten is zeroed.
+        s = 3u/(1+2u), u the sigmoid of 1.2 * normal (one clip in ten: u uniform); one context in ten is zero.
         """
         gen, device = self.generator, self.device
         frames, height, width = grid[0], 8 * grid[1], 8 * grid[2]
@@ -138,7 +139,8 @@ class Trainer:
         params = [p for p in self.model.parameters() if p.grad is not None]
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         warm = min(1.0, (self.step + 1) / 200)
-        rate = self.args.lr * self.lr_scale * warm * (1.0 if progress < 0.3 else max(0.005, (1 - progress) / 0.7))
+        fall = 1.0 if progress < 0.3 else max(0.005, (1 - progress) / 0.7)
+        rate = self.args.lr * self.lr_scale * warm * fall
         self.muon.step(rate)
         for group in self.adam.param_groups:
             group["lr"] = rate
@@ -162,7 +164,6 @@ class Trainer:
         budget, saved = 60 * args.minutes, time.monotonic()
         history: list[list[float]] = []
         window: list[Tensor] = []
-        metrics: dict[str, object] = {}
         while (elapsed := time.monotonic() - started) < budget:
             window.append(self.train_step(elapsed / budget))
             if self.step % 50 and self.device.type == "cuda":
@@ -216,7 +217,7 @@ class Trainer:
         }
 
     def save(self, metrics: dict[str, object]) -> None:
-        """Write the moving average as fp16 safetensors and the metrics as JSON (through a rename, so never half)."""
+        """Write the moving average as fp16 safetensors (by a rename, never half) and the metrics as JSON."""
         out = self.args.out
         out.mkdir(parents=True, exist_ok=True)
         state = {k: v.half().cpu().contiguous() for k, v in self.average.state_dict().items()}
@@ -227,7 +228,7 @@ class Trainer:
 
 
 def evaluate(trainer: Trainer, clips: int) -> dict[str, object]:
-    """Sample clips of known labels from the fp16-rounded average and recognise them; also writes two contact sheets."""
+    """Sample clips of known labels from the fp16-rounded average, recognise them, write contact sheets."""
     model = TinyWan().to(trainer.device)
     model.load_state_dict({k: v.half().float() for k, v in trainer.average.state_dict().items()})
     model.eval().requires_grad_(False)
@@ -235,7 +236,7 @@ def evaluate(trainer: Trainer, clips: int) -> dict[str, object]:
     for grid in ((8, 8, 8), (8, 12, 12), (9, 13, 11)):
         frames, rows, cols = grid
         name = "x".join(map(str, grid))
-        labels = torch.stack([torch.arange(clips) % 4, torch.arange(clips) // 4 % 4, torch.arange(clips) // 16 % 4], 1)
+        labels = torch.arange(clips)[:, None] // torch.tensor([1, 4, 16]) % 4
         true = data.draw_clips(clips, 8 * rows, 8 * cols, torch.Generator().manual_seed(5), labels)
         video = data.render(true, frames, 8 * rows, 8 * cols).to(trainer.device)
         report[f"{name} true clips"] = recognise.rates(video, labels)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from comfyui_paro.kernels.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime import session as session_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site, load_plan
@@ -172,18 +173,24 @@ def test_trouble_in_the_kernel_falls_back_and_strict_raises(monkeypatch):
         sample(Session(policy(Settings(dense_steps=2, strict=True)), sigmas=SIGMAS))
 
 
-def test_out_of_memory_runs_heads_in_groups(monkeypatch):
-    real, calls = session_module.run_kernel, []
-
-    def scarce(q, *arguments, **options):
-        calls.append(q.shape[1])
-        if q.shape[1] > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return real(q, *arguments, **options)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ScratchOutOfMemory("too small")])
+def test_out_of_memory_is_answered_by_the_host(monkeypatch, error):
+    def scarce(*arguments, **options):
+        raise error
 
     monkeypatch.setattr(session_module, "run_kernel", scarce)
+    session = Session(policy(), sigmas=SIGMAS)
+    assert all(was_dense(pair) for pair in sample(session).values())
+    assert type(error).__name__ in session.finish().fallbacks[0][0]
+
+
+def test_patterns_beyond_the_memory_for_them_are_made_anew(monkeypatch):
     expected = sample(Session(policy(), sigmas=SIGMAS))
-    assert calls and all(was_dense(expected[key]) or key[0] > 1 for key in expected)
+    monkeypatch.setattr(session_module, "PATTERN_CACHE_BYTES", 350)  # one site of 4 heads x 5 x 5 blocks
+    session = Session(policy(), sigmas=SIGMAS)
+    results = sample(session)
+    assert len(session._patterns) == 1
+    assert all(torch.equal(results[key][0], expected[key][0]) for key in expected)
 
 
 @pytest.mark.parametrize(
@@ -262,3 +269,4 @@ def test_the_report_serves_people_and_programs():
     picture = report.picture()
     assert picture.shape[0] == 1 and picture.shape[3] == 3 and 0 <= picture.min() <= picture.max() <= 1
     assert "not faster" in report.text()
+    assert set(report.step_seconds) == {"dense", "calibrating", "sparse"} and report.gain > 0

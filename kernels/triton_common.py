@@ -1,0 +1,37 @@
+"""Device functions that several kernels share. Import only where a launch is wanted: this module needs Triton."""
+
+import triton
+import triton.language as tl
+
+# 1.5 * 2^23: adding it to a float of magnitude below 2^22 leaves the nearest integer in the low mantissa bits, so
+# that int -> float is an integer add and float -> int a float add, both off the slow conversion unit.
+MAGIC = tl.constexpr(12582912.0)
+MAGIC_BITS = tl.constexpr(0x4B400000)
+
+
+@triton.jit
+def source_rows(table, positions, grid_tokens, grid_padded, prefix, length):
+    """Row of the original sequence at each padded position of a head's reordered sequence, int32; -1 where none.
+
+    Positions 0..grid_padded hold the grid in the order `table` (int32 [grid_tokens]) and its padding; from
+    grid_padded on come the prefix and then the suffix.
+    """
+    in_grid = positions < grid_tokens
+    grid_row = tl.load(table + positions, mask=in_grid, other=0) + prefix
+    context = positions - grid_padded
+    context_row = tl.where(context < prefix, context, context + grid_tokens)
+    in_context = (context >= 0) & (context_row < length)
+    return tl.where(in_grid, grid_row, tl.where(in_context, context_row, -1))
+
+
+@triton.jit
+def round_to_int8(x):
+    """Nearest integer, ties to even; |x| must stay below 127.5 (a value that reaches 128 would wrap)."""
+    return (x + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
+
+
+@triton.jit
+def power_of_two_at_least(x):
+    """Smallest power of two >= x for normal x > 0 (at most twice x): scaling by it is exact in any float format."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)

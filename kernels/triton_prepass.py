@@ -1,0 +1,156 @@
+"""The pre-pass: channel statistics of K and V, then reorder, smooth, rotate, quantise and pool them in one read each.
+
+K becomes `[B, Hkv, blocks, 64, D]`, one scale per block; V becomes the same in 16 bits, or `[B, Hkv, blocks, D, 64]`
+with shuffled rows in 8 bits (see `triton_attention._product`), one scale per channel. Padding is zero.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_common import power_of_two_at_least, round_to_int8, source_rows
+
+BLOCK = tl.constexpr(64)
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit(do_not_specialize=["length"])
+def channel_statistics(
+    K, V, sums, largest,
+    stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, length, kv_heads,
+    D: tl.constexpr, PADDED_D: tl.constexpr, CHUNK: tl.constexpr, NEED_SUM: tl.constexpr, NEED_MAX: tl.constexpr,
+):  # fmt: skip
+    """Per chunk of CHUNK rows: sum of K and largest |V| per channel, float32 `[B*Hkv, chunks, PADDED_D]`.
+
+    Grid: (chunks, Hkv, B). Partial results instead of atomics: the same input gives the same bits every time.
+    """
+    head = tl.program_id(2).to(tl.int64) * kv_heads + tl.program_id(1)
+    channels = tl.arange(0, PADDED_D)
+    K += tl.program_id(2).to(tl.int64) * stride_kb + tl.program_id(1).to(tl.int64) * stride_kh
+    V += tl.program_id(2).to(tl.int64) * stride_vb + tl.program_id(1).to(tl.int64) * stride_vh
+    sum_k = tl.zeros([BLOCK, PADDED_D], tl.float32)
+    max_v = tl.zeros([BLOCK, PADDED_D], tl.float32)
+    for start in range(0, CHUNK, BLOCK):
+        rows = tl.program_id(0) * CHUNK + start + tl.arange(0, BLOCK)
+        mask = (rows[:, None] < length) & (channels[None, :] < D)
+        wide_rows = rows[:, None].to(tl.int64)
+        if NEED_SUM:
+            sum_k += tl.load(K + wide_rows * stride_kl + channels[None, :] * stride_kd, mask, other=0.0).to(tl.float32)
+        if NEED_MAX:
+            v = tl.load(V + wide_rows * stride_vl + channels[None, :] * stride_vd, mask, other=0.0).to(tl.float32)
+            max_v = tl.maximum(max_v, tl.abs(v))
+    partial = (head * tl.num_programs(0) + tl.program_id(0)) * PADDED_D + channels
+    if NEED_SUM:
+        tl.store(sums + partial, tl.sum(sum_k, 0))
+    if NEED_MAX:
+        tl.store(largest + partial, tl.max(max_v, 0))
+
+
+@triton.jit
+def _pool_means(x, counts, POOL: tl.constexpr, PADDED_D: tl.constexpr):
+    """Means over each POOL consecutive rows of x `[64, D]` (padding rows are zero), `[64 / POOL, D]`."""
+    return tl.sum(tl.reshape(x, [BLOCK // POOL, POOL, PADDED_D]), 1) / counts[:, None]
+
+
+@triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "k_blocks", "k_blocks_grid", "pools"])
+def prepare_keys_values(
+    K, V, key_bias, k_out, v_out, bias_out, k_scales, k_means, v_scales, pooled_k, pooled_v,
+    tables, order_of_head, rotation,
+    stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias,
+    kv_heads, grid_tokens, prefix, length, k_blocks, k_blocks_grid, pools, rotation_scale,
+    D: tl.constexpr, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, V_LEVELS: tl.constexpr,
+    SMOOTH: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr, BIASED: tl.constexpr,
+    TAIL: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    """One block of 64 keys and values of one head. Grid: (k_blocks, Hkv, B).
+
+    k_means float32 `[B*Hkv, PADDED_D]`: mean key, already rotated. v_scales float32 `[B*Hkv, PADDED_D]`.
+    pooled_k float32 and pooled_v (16 bits, in units of v_scales) `[B*Hkv, pools, PADDED_D]`.
+    """
+    block = tl.program_id(0)
+    head = tl.program_id(2) * kv_heads + tl.program_id(1)
+    channels = tl.arange(0, PADDED_D)
+    slots = tl.arange(0, BLOCK)
+    order = tl.load(order_of_head + tl.program_id(1)).to(tl.int64)
+    rows = source_rows(
+        tables + order * grid_tokens, block * BLOCK + slots, grid_tokens, k_blocks_grid * BLOCK, prefix, length
+    )
+    real = rows >= 0
+    mask = real[:, None] & (channels[None, :] < D)
+    K += tl.program_id(2).to(tl.int64) * stride_kb + tl.program_id(1).to(tl.int64) * stride_kh
+    V += tl.program_id(2).to(tl.int64) * stride_vb + tl.program_id(1).to(tl.int64) * stride_vh
+    block_base = (head.to(tl.int64) * k_blocks + block) * (BLOCK * PADDED_D)
+    row_major = slots[:, None] * PADDED_D + channels[None, :]
+    if TAIL:
+        PER_BLOCK: tl.constexpr = BLOCK // POOL
+        pool = block * PER_BLOCK + tl.arange(0, PER_BLOCK)
+        counts = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1).to(tl.float32)
+        pool_offsets = (head.to(tl.int64) * pools + pool)[:, None] * PADDED_D + channels[None, :]
+        pool_mask = (pool < pools)[:, None] & (block < k_blocks_grid)
+
+    keys = tl.load(K + rows[:, None].to(tl.int64) * stride_kl + channels[None, :] * stride_kd, mask, other=0.0)
+    if ROTATE:
+        matrix = tl.load(rotation + channels[:, None] * PADDED_D + channels[None, :])
+        k = tl.dot(keys, matrix, input_precision="ieee") * rotation_scale
+    else:
+        k = keys.to(tl.float32)
+    if SMOOTH:
+        k = tl.where(real[:, None], k - tl.load(k_means + head * PADDED_D + channels)[None, :], 0.0)
+    if TAIL:
+        tl.store(pooled_k + pool_offsets, _pool_means(k, counts, POOL, PADDED_D), pool_mask)
+    largest = tl.maximum(tl.max(tl.abs(k)), 1e-12)
+    if QK == "16":
+        scale = power_of_two_at_least(largest)
+        k_quantized = k / scale
+    else:
+        K_LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
+        scale = largest / K_LEVELS
+        k_quantized = round_to_int8(k * (K_LEVELS / largest))
+    tl.store(k_out + block_base + row_major, k_quantized.to(k_out.dtype.element_ty))
+    tl.store(k_scales + head * k_blocks + block, scale)
+
+    v = tl.load(V + rows[:, None].to(tl.int64) * stride_vl + channels[None, :] * stride_vd, mask, other=0.0)
+    if VALUES_SCALED:
+        v = v.to(tl.float32) / tl.load(v_scales + head * PADDED_D + channels)[None, :]
+    if TAIL:
+        means = _pool_means(v.to(tl.float32), counts, POOL, PADDED_D)
+        tl.store(pooled_v + pool_offsets, means.to(pooled_v.dtype.element_ty), pool_mask)
+    if PV == "16":
+        tl.store(v_out + block_base + row_major, v.to(v_out.dtype.element_ty))
+    else:
+        if PV == "fp8":
+            v_quantized = v.to(tl.float8e4nv)
+        else:
+            v_quantized = round_to_int8(tl.clamp(v, -V_LEVELS, V_LEVELS))
+        # Source row -> slot within its group of 16, the inverse of [0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15].
+        r = slots % 16
+        slot = slots - r + (r % 2) + 2 * (r // 8) + 4 * ((r % 8) // 2)
+        tl.store(v_out + block_base + channels[None, :] * BLOCK + slot[:, None], v_quantized)
+
+    if BIASED:
+        bias = tl.load(key_bias + tl.program_id(2).to(tl.int64) * stride_bias + rows, real, other=0.0).to(tl.float32)
+        # Finite: a block whose keys are all hidden must not turn the running maximum into minus infinity.
+        bias = tl.maximum(bias * LOG2E, -1e30)
+        tl.store(bias_out + (head.to(tl.int64) * k_blocks + block) * BLOCK + slots, bias)
+
+
+@triton.jit(do_not_specialize=["pools"])
+def quantize_pools(pooled, out, scales, pools, PADDED_D: tl.constexpr, QK: tl.constexpr):
+    """Pooled keys float32 `[B*Hkv, pools, PADDED_D]` to the attention's Q K^T type, one scale per 64 pools.
+
+    Grid: (ceil(pools / 64), B*Hkv). Their own scales: means are smaller than the keys they stand for.
+    """
+    channels = tl.arange(0, PADDED_D)
+    pool = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    offsets = (tl.program_id(1).to(tl.int64) * pools + pool)[:, None] * PADDED_D + channels[None, :]
+    mask = (pool < pools)[:, None]
+    x = tl.load(pooled + offsets, mask, other=0.0)
+    largest = tl.maximum(tl.max(tl.abs(x)), 1e-12)
+    if QK == "16":
+        scale = power_of_two_at_least(largest)
+        quantized = x / scale
+    else:
+        LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
+        scale = largest / LEVELS
+        quantized = round_to_int8(x * (LEVELS / largest))
+    tl.store(out + offsets, quantized.to(out.dtype.element_ty), mask)
+    tl.store(scales + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), scale)

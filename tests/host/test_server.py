@@ -1,0 +1,218 @@
+"""One real server process: patched and unpatched runs back to back, plans found again, and everything a user can get
+wrong. A second server without the pack says what an unpatched run must be, to the bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from comfyui_paro.scripts.comfy_server import ComfyError, ComfyServer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+PACK = Path(__file__).resolve().parent.parent.parent
+# A prompt without text encoder, for both servers.
+PROMPT_NODE = """
+import torch
+
+class Prompt:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {"default": 0})}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
+
+    def make(self, seed):
+        return ([[torch.randn(1, 3, 4096, generator=torch.Generator().manual_seed(seed)), {}]],)
+
+NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt}
+"""
+SMALL, OTHER = (5, 8, 10), (3, 9, 11)
+SITES = 4  # blocks of the tiny model
+SPARSE = {"preset": "custom", "density": 0.4, "precision": "int8", "dense_steps": 1, "min_tokens": 0}
+
+
+def start(host: Path, pack: Path | None, folder: Path) -> ComfyServer:
+    (folder / "custom_nodes").mkdir(parents=True)
+    (folder / "custom_nodes" / "test_prompt.py").write_text(PROMPT_NODE)
+    models = folder / "models" / "diffusion_models"
+    models.mkdir(parents=True)
+    (models / "tiny.safetensors").symlink_to(PACK / "tests" / "tiny_wan" / "paro-tiny-wan.safetensors")
+    return ComfyServer(host, pack, folder)
+
+
+def graph(
+    grid: tuple[int, int, int], seed: int = 0, settings: dict | None = None, plan_file: str = "auto", **patch
+) -> dict:
+    """Three steps of the tiny model; with settings under PARO."""
+    f, h, w = grid
+    nodes = {
+        "model": ("UNETLoader", {"unet_name": "tiny.safetensors", "weight_dtype": "default"}),
+        "positive": ("TestPrompt", {"seed": 1}),
+        "negative": ("TestPrompt", {"seed": 2}),
+        "empty": (
+            "EmptyHunyuanLatentVideo",
+            {"width": 16 * w, "height": 16 * h, "length": 4 * f - 3, "batch_size": 1},
+        ),
+        "sample": (
+            "KSampler",
+            {
+                **{name: [name, 0] for name in ("model", "positive", "negative")},
+                **{"latent_image": ["empty", 0], "seed": seed, "steps": 3, "cfg": 2.0},
+                **{"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0},
+            },
+        ),
+        "save": ("SaveLatent", {"samples": ["sample", 0], "filename_prefix": "test"}),
+    }
+    if settings is not None:
+        nodes["settings"] = ("PAROSettings", settings)
+        inputs = {"model": ["model", 0], "enabled": True, "plan_file": plan_file, "settings": ["settings", 0], **patch}
+        nodes["paro"] = ("PAROPatchModel", inputs)
+        nodes["sample"][1]["model"] = ["paro", 0]
+        nodes["report"] = ("PAROReport", {"model": ["paro", 0], "samples": ["sample", 0]})
+    return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
+
+
+def latent(server: ComfyServer, history: dict) -> bytes:
+    """The sampled latent's bytes; the sampler must have run, not been remembered."""
+    remembered = [data["nodes"] for kind, data in history["status"]["messages"] if kind == "execution_cached"]
+    assert not any("sample" in nodes for nodes in remembered)
+    (saved,) = history["outputs"]["save"]["latents"]
+    file = server.folder / "output" / saved["subfolder"] / saved["filename"]
+    return load_file(file)["latent_tensor"].numpy().tobytes()
+
+
+def report(server: ComfyServer, history: dict) -> dict:
+    return json.loads(server.text(history, "report"))
+
+
+@pytest.fixture(scope="module")
+def stock(host_path, tmp_path_factory) -> bytes:
+    """What a server that never loaded the pack makes of the small clip."""
+    with start(host_path, None, tmp_path_factory.mktemp("stock")) as server:
+        return latent(server, server.run(graph(SMALL)))
+
+
+@pytest.fixture(scope="module")
+def server(host_path, tmp_path_factory):
+    """A server with the pack."""
+    with start(host_path, PACK, tmp_path_factory.mktemp("paro")) as server:
+        yield server
+
+
+def plans(server: ComfyServer) -> Path:
+    return server.folder / "models" / "paro"
+
+
+def test_back_to_back(server, stock):
+    """Unpatched runs stay bit-equal to stock around patched ones; the second run at a size finds its plan."""
+    assert latent(server, server.run(graph(SMALL))) == stock
+    first = server.run(graph(SMALL, settings=SPARSE))
+    assert latent(server, first) != stock
+    made = report(server, first)
+    assert made["plan_source"] == "calibrated on the way" and made["calibration_seconds"] > 0
+    assert made["sites"] == made["sites_sparse"] == SITES and abs(made["density"] - 0.4) < 0.05
+    assert not made["fallbacks"] and not made["passed"]
+    other = report(server, server.run(graph(OTHER, seed=5, settings=SPARSE)))
+    assert other["grid"] == list(OTHER) and other["sites_sparse"] == SITES
+    assert latent(server, server.run(graph(SMALL))) == stock
+    again = report(server, server.run(graph(SMALL, seed=7, settings=SPARSE)))
+    assert again["plan_source"] == "plan found" and again["calibration_seconds"] == 0
+    assert again["calls"] == {"sparse": 2 * SITES, "dense step": SITES}
+    assert len(list(plans(server).iterdir())) == 2
+    assert latent(server, server.run(graph(SMALL))) == stock
+    off = graph(SMALL, settings=SPARSE, enabled=False)
+    del off["report"]
+    assert latent(server, server.run(off)) == stock
+
+
+def test_plan_file_from_another_machine(server):
+    """Acceptance: the workflow names a plan that is not here; it runs, calibrates and says so."""
+    for file in plans(server).iterdir():
+        file.unlink()
+    done = report(server, server.run(graph(SMALL, seed=11, settings=SPARSE, plan_file="theirs.safetensors")))
+    assert done["plan_source"] == "calibrated on the way" and done["sites_sparse"] == SITES
+    assert "theirs.safetensors is not in models/paro" in done["notes"][0]
+
+
+def test_calibrate_node(server):
+    """The plan goes down the wire and into a file; the node shows its picture."""
+    nodes = graph(OTHER, seed=3, settings={**SPARSE, "density": 0.3})
+    sampler = nodes["sample"]["inputs"]
+    nodes["calibrate"] = {
+        "class_type": "PAROCalibrate",
+        "inputs": {**sampler, "model": ["model", 0], "calibrate_steps": "1-2", "plan_name": "mine"}
+        | {"settings": ["settings", 0], "positive_2": ["negative", 0]},
+    }
+    nodes["paro"]["inputs"]["plan"] = ["calibrate", 0]
+    history = server.run(nodes)
+    assert report(server, history)["plan_source"] == "given plan"
+    assert len(server.images(history, "calibrate")) == 1 and (plans(server) / "mine.safetensors").is_file()
+    listed = server.json("/object_info/PAROPatchModel")["PAROPatchModel"]["input"]["required"]["plan_file"]
+    assert "mine.safetensors" in str(listed)
+
+
+def change_plan(source: Path, target: Path, **changes) -> None:
+    """A copy of a plan with tensors or header fields replaced."""
+    with safe_open(source, framework="pt") as file:
+        header = json.loads(file.metadata()["paro"])
+    tensors = load_file(source)
+    header.update({key: value for key, value in changes.items() if key in header})
+    tensors.update({key: value for key, value in changes.items() if key in tensors})
+    save_file(tensors, target, metadata={"paro": json.dumps(header)})
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"density": 0}, "density: 0"),
+        ({"density": 1.5}, "density: 1.5"),
+        ({"density": float("nan")}, "density: nan"),
+        ({"dense_blocks": "3-1"}, "dense_blocks: the range '3-1' does not rise"),
+        ({"dense_steps": -2}, "dense_steps"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_runs(server, settings, expected):
+    with pytest.raises(ComfyError) as error:
+        server.run(graph(SMALL, settings={**SPARSE, **settings}))
+    assert expected in str(error.value) and "\n" not in str(error.value)
+    assert "node_errors" in error.value.details
+
+
+@pytest.mark.parametrize("settings", [{"preset": "turbo"}, {"precision": "int3"}])
+def test_unknown_options_are_refused(server, settings):
+    """By the host before anything runs, or, where old hosts do not look, by the node."""
+    ((name, value),) = settings.items()
+    with pytest.raises(ComfyError) as error:
+        server.run(graph(SMALL, settings={**SPARSE, **settings}))
+    assert f"{name}: '{value}'" in str(error.value) and "\n" not in str(error.value)
+    assert {"preset": "balanced", "precision": "int4"}[name] in str(error.value)
+
+
+def test_bad_plans_are_refused(server):
+    """Truncated, not a plan, an order that does not exist, a path: refused before anything runs. Another model's plan:
+    refused by the node. The server survives all of it."""
+    server.run(graph(SMALL, settings=SPARSE))
+    good = next(plans(server).glob("auto-*"))
+    (plans(server) / "truncated.safetensors").write_bytes(good.read_bytes()[:-100])
+    (plans(server) / "garbage.safetensors").write_bytes(b"x" * 1000)
+    heads = load_file(good)["0000.orders"]
+    change_plan(good, plans(server) / "order.safetensors", **{"0000.orders": heads + 200})
+    identity = {"family": "flux", "architecture": "0" * 16, "weights": "1" * 16}
+    change_plan(good, plans(server) / "flux.safetensors", identity=identity)
+    for name, expected in {
+        "truncated.safetensors": "not a complete safetensors file",
+        "garbage.safetensors": "not a complete safetensors file",
+        "order.safetensors": "0000.orders holds 2",
+        "../../secret": "is not a plain file name",
+    }.items():
+        with pytest.raises(ComfyError) as error:
+            server.run(graph(SMALL, settings=SPARSE, plan_file=name))
+        assert "plan_file: plan" in str(error.value) and expected in str(error.value)
+        assert "\n" not in str(error.value) and "node_errors" in error.value.details
+    with pytest.raises(ComfyError, match=r"plan: made for flux 0000000000000000, the model is wan"):
+        server.run(graph(SMALL, settings=SPARSE, plan_file="flux.safetensors"))
+    assert report(server, server.run(graph(SMALL, seed=99, settings=SPARSE)))["sites_sparse"] == SITES
+
+
+def test_latent_smaller_than_a_block(server):
+    small = report(server, server.run(graph((1, 4, 5), settings=SPARSE)))
+    assert small["sites"] == 0 and "do not fill two blocks" in small["passed"][0][0]
