@@ -130,16 +130,21 @@ class Plan:
         names = [name for site in self.sites.values() for name in site.orders]
         return {name: names.count(name) for name in ALL_ORDERS if name in names}
 
-    def unsuitable(self, identity: ModelIdentity, layout: TokenLayout) -> str | None:
-        """Why this plan cannot serve that model and grid, in one line, or None."""
+    def foreign(self, identity: ModelIdentity) -> str | None:
+        """Why this plan cannot serve that model on any grid, in one line, or None. Other weights are no reason."""
         if self.identity.family != identity.family or self.identity.architecture != identity.architecture:
             return (
                 f"plan: made for {self.identity.family} {self.identity.architecture}, "
                 f"the model is {identity.family} {identity.architecture}"
             )
-        if self.layout.grid != layout.grid:
-            return f"plan: made for the grid {_grid(self.layout)}, the model runs on {_grid(layout)}"
         return None
+
+    def unsuitable(self, identity: ModelIdentity, layout: TokenLayout) -> str | None:
+        """Why this plan cannot serve that model and grid as it is, in one line, or None."""
+        reason = self.foreign(identity)
+        if reason is None and self.layout.grid != layout.grid:
+            return f"plan: made for the grid {_grid(self.layout)}, the model runs on {_grid(layout)}"
+        return reason
 
 
 def _grid(layout: TokenLayout) -> str:

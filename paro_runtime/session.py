@@ -29,6 +29,7 @@ from .attention import (
 from .calibration import Calibrator
 from .plan import ModelIdentity, Plan, PlanError, Site
 from .plan_store import PlanStore
+from .portability import MovedPlanCheck, move_plan
 from .recipes import Recipe, mask_options, query_block
 from .refresh import BiasRefresh
 from .report import Report
@@ -64,6 +65,7 @@ class _Grid:
     source: str = ""
     calibrator: Calibrator | None = None
     seen_step: int | None = None
+    check: MovedPlanCheck | None = None
 
 
 @dataclass
@@ -156,6 +158,8 @@ class Session:
                 grid = self._grids[layout.grid] = self._open_grid(layout)
             if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
                 self._close_calibration(grid)
+            if grid.check is not None and step != self._clock.step:
+                self._judge_moved_plan(grid)
             if step != self._clock.step:
                 kind = self._step_kind(step, grid)
                 self._clock.next(step, kind)
@@ -193,11 +197,14 @@ class Session:
             return grid
         given = self.policy.plan
         if given is not None:
-            reason = given.unsuitable(self.policy.identity, layout)
+            reason = given.foreign(self.policy.identity)
             if reason is None:
                 if given.identity.weights != self.policy.identity.weights:
                     self._note("plan: made for other weights of the same architecture; a fine-tune or LoRA may differ")
                 grid.plan, grid.source = given, "given plan"
+                if given.layout.grid != layout.grid:
+                    grid.plan, grid.source = move_plan(given, layout), "given plan, moved to this grid"
+                    grid.check = MovedPlanCheck(grid.plan)
                 return grid
             self._note(f"{reason}; calibrating anew")
         elif self.policy.store is not None:
@@ -212,6 +219,21 @@ class Session:
         if self.settings.calibrate:
             grid.calibrator, grid.source = Calibrator(self.policy.identity, self.options), "calibrated on the way"
         return grid
+
+    def _judge_moved_plan(self, grid: _Grid) -> None:
+        verdict = grid.check.verdict()
+        if verdict is None:
+            return
+        stays, text = verdict
+        self._note(text)
+        grid.check = None
+        if not stays:
+            grid.plan = None
+            self._patterns.clear()
+            self._pattern_bytes = 0
+            if self.settings.calibrate:
+                grid.calibrator = Calibrator(self.policy.identity, self.options)
+                grid.source = "calibrated on the way"
 
     def _close_calibration(self, grid: _Grid) -> None:
         began = time.perf_counter()
@@ -338,6 +360,8 @@ class Evaluation:
             self._observe(session.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
             session._count("dense", "calibrating")
             return dense()
+        if grid.check is not None:
+            grid.check.measure(site, q, k, scale=scale, key_bias=key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):
             session.dense_block_sites.add(site)
             session._count("dense", "dense block")

@@ -259,3 +259,36 @@ def bias_at(curves: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     part = ((place - points[upper - 1]) / (points[upper] - points[upper - 1]))[:, None]
     rows = torch.arange(curves.shape[0], device=curves.device)
     return best_bias(curves[rows, upper - 1] * (1 - part) + curves[rows, upper] * part)
+
+
+def kept_on_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    rows: int = 256,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Share of each head's grid attention inside a mask, from evenly spread rows: float32 `[Hq]`.
+
+    Arguments as in `observe_bias`. Costs rows / L of a product Q K^T.
+    """
+    g, (batch, heads, _, dim) = geometry, q.shape
+    scale = dim**-0.5 if scale is None else scale
+    count = min(g.grid_tokens, rows)
+    positions = ((torch.arange(count, device=q.device) + 0.5) / count * g.grid_tokens).long()
+    kept = torch.zeros(2, heads, device=q.device)
+    group = heads // k.shape[1]
+    for b in range(batch):
+        for h in range(heads):
+            columns = tables[h].long() + g.prefix
+            logits = q[b, h, columns[positions]].float() * scale @ k[b, h // group].float().T
+            if key_bias is not None:
+                logits += key_bias[b].float()
+            blocks = _blocks(logits.softmax(1)[:, columns], g.block_k, 1).sum(2)
+            kept[0, h] += (blocks * mask[h, positions // g.block_q]).sum()
+            kept[1, h] += blocks.sum()
+    return kept[0] / kept[1].clamp_min(1e-20)
