@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .orders import AXIS_ORDERS
+from .orders import ALL_ORDERS
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 # One colour per order, told apart also without red-green vision (Okabe and Ito's palette).
 ORDER_COLOURS = dict(
     zip(
-        AXIS_ORDERS,
-        ((120, 120, 120), (86, 180, 233), (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0)),
+        ALL_ORDERS,
+        (
+            (120, 120, 120),
+            (86, 180, 233),
+            (0, 114, 178),
+            (230, 159, 0),
+            (0, 158, 115),
+            (213, 94, 0),
+            (204, 121, 167),
+            (240, 228, 66),
+            (170, 110, 40),
+            (220, 190, 255),
+        ),
         strict=True,
     )
 )
