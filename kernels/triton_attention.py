@@ -226,8 +226,8 @@ def _quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PAD
 
 @triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "q_blocks", "k_blocks", "k_blocks_grid", "pools"])
 def attention_forward(
-    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias, kept_words,
-    tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
+    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias,
+    kept_words, tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol, stride_od,
     heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,

@@ -57,6 +57,7 @@ class Report:
     plan_source: str
     orders_histogram: dict[str, int]
     calibration_seconds: float
+    tail_seconds: float
     step_seconds: dict[str, float]
     calls: dict[str, int]
     fallbacks: list[tuple[str, int]]
@@ -90,6 +91,7 @@ class Report:
             plan_source=grid.source if grid else "none",
             orders_histogram=plan.orders_histogram() if plan else {},
             calibration_seconds=session.calibration_seconds,
+            tail_seconds=session.tail_seconds,
             step_seconds=session.step_seconds,
             calls={"sparse": counts.sparse, **counts.dense},
             fallbacks=counts.fallbacks.most_common(),
@@ -133,7 +135,7 @@ class Report:
             f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
             f"kernels: {self.backend}, {self.precision}",
             f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self.mass_kept:.1%}",
-            f"calibration took {self.calibration_seconds:.2f} s",
+            f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
         if self.backend == "reference" and self.sites_sparse:
             lines.append("the PyTorch reference is running: right, but not faster than dense attention")

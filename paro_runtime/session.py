@@ -139,6 +139,7 @@ class Session:
         self.dense_block_sites: set[Site] = set()
         self.off_sites: dict[Site, str] = {}
         self.calibration_seconds = 0.0
+        self.tail_seconds = 0.0
         self.backend = ""
         self.device = ""
         self._on_status = on_status
@@ -471,7 +472,7 @@ class Evaluation:
         if refresh.due(key, self.step):
             began = time.perf_counter()
             refresh.measure(key, self.step, q, k, v, pattern, scale=scale, key_bias=key_bias)
-            self.session.calibration_seconds += time.perf_counter() - began
+            self.session.tail_seconds += time.perf_counter() - began
         bias = refresh.bias(key)
         return pattern if bias is None else replace(pattern, tail_bias=bias)
 
