@@ -30,15 +30,24 @@ class HostEvaluation:
     """Lives from APPLY_MODEL's begin to its end, in one thread; `transformer_options` carry it to the override.
 
     evaluations  one per stream of the family, in its order; streams differ in their length.
-    total        self-attention calls that are to come where they are counted, or None.
+    counts       self-attention calls to come, per stream, for families that count them.
+    uncountable  why calls cannot be counted in this evaluation, or None.
     """
 
-    def __init__(self, session: Session, family: Family, *evaluations: Evaluation, total: int | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        family: Family,
+        *evaluations: Evaluation,
+        counts: tuple[int, ...] | None = None,
+        uncountable: str | None = None,
+    ) -> None:
         self._session = session
         self._family = family
         self._evaluations = evaluations
         self._streams = {e.layout.length: stream for stream, e in reversed(list(enumerate(evaluations)))}
-        self._total = total
+        self._counts = counts
+        self._uncountable = uncountable
         self._counted = 0
         self._calls: Counter = Counter()
         self._positions: Counter = Counter()
@@ -60,9 +69,10 @@ class HostEvaluation:
             return None
         site = self._family.site(Place(call.options, stream, self._calls[key, stream], position))
         self._calls[key, stream] += 1
-        self._counted += key is None
+        uncountable = self._uncountable if key is None else None
+        self._counted += key is None and uncountable is None
         bias = key_bias(call.mask, call.q.shape[0], call.length)
-        reason = next((r for r in (site, call.exact, bias, _recording(call)) if isinstance(r, str)), None)
+        reason = next((r for r in (uncountable, site, call.exact, bias, _recording(call)) if isinstance(r, str)), None)
         if reason is not None:
             self._session.decline(reason)
             return None
@@ -87,7 +97,7 @@ class HostEvaluation:
             scale=call.scale,
             key_bias=claim.key_bias,
             dense=outside,
-            blocks=call.options.get("total_blocks"),
+            blocks=call.options.get("total_blocks", self._counts and self._counts[claim.stream]),
         )
 
     def end(self) -> None:
@@ -97,8 +107,9 @@ class HostEvaluation:
             seen = ", ".join(map(str, sorted(self._other_lengths))) or "none"
             expected = " or ".join(f"{layout.length} tokens ({layout.describe()})" for layout in layouts)
             self._session.decline(f"no self-attention over the {expected} expected; seen: {seen}")
-        elif self._counted and self._total not in (None, self._counted):
-            reason = f"{self._counted} self-attention calls where {self._total} were expected: sites are not certain"
+        elif self._counted and self._counts is not None and self._counted != sum(self._counts):
+            expected = sum(self._counts)
+            reason = f"{self._counted} self-attention calls where {expected} were expected: sites are not certain"
             for evaluation in self._evaluations:
                 evaluation.abandon(reason)
         for evaluation in self._evaluations:

@@ -36,18 +36,19 @@ class HostRun:
         x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
         call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
         layouts = self.family.layout(model, call)
-        total = self.family.total(model)
-        reason = layouts if isinstance(layouts, str) else None
-        if reason is None and total is not None:
-            reason = self.family.uncountable(call)
-        if reason is not None:
-            self.session.decline(reason)
+        if isinstance(layouts, str):
+            self.session.decline(layouts)
             return None
         layouts = (layouts,) if isinstance(layouts, TokenLayout) else layouts
+        if self.session.calibrator is not None:
+            # A plan is for one grid; of a model with several the first is the largest.
+            layouts = [layout for layout in layouts if layout.grid == layouts[0].grid]
+        counts = self.family.counts(model)
+        uncountable = None if counts is None else self.family.uncountable(call)
         chunks = tuple(options.get("cond_or_uncond") or ())
         sigma = float(sigma.flatten()[0])
         evaluations = (self.session.begin(layout=layout, sigma=sigma, chunks=chunks) for layout in layouts)
-        return HostEvaluation(self.session, self.family, *evaluations, total=total)
+        return HostEvaluation(self.session, self.family, *evaluations, counts=counts, uncountable=uncountable)
 
 
 class Lifecycle:

@@ -193,3 +193,33 @@ def test_context_windows(comfy, tiny):
     report = comfy.report(patched)
     assert describe(report) in ("0 + 5x7x9 + 0", "0 + 6x7x9 + 0")
     assert report.sites_sparse == case.sites and not report.passed
+
+
+def test_blocks_are_numbered_from_the_end_where_the_model_does_not_count_them(comfy, tiny):
+    case, model = build(tiny, "ltxv")
+    patched = comfy.patched(model, dense_blocks="-1", **SPARSE)
+    tiny.sample(patched, case, case.runs[0])
+    report = comfy.report(patched)
+    assert (report.sites_sparse, report.sites_dense_blocks) == (1, 1)
+
+
+def test_calibrating_a_model_with_several_grids(comfy, tiny, store):
+    """SDXL's plan is for its largest grid; the others are left alone while it is made."""
+    from comfyui_paro.paro_runtime.host.calibrate import Sampling, calibrate
+    from comfyui_paro.paro_runtime.settings import Settings
+
+    case, model = build(tiny, "sdxl")
+    sampling = Sampling({"samples": tiny.latent(case.runs[0].shape)}, 0, 2, 2.0, "euler", "simple")
+    made = calibrate(
+        model,
+        tiny.prompt(case, 2),
+        [tiny.prompt(case, 1)],
+        sampling,
+        settings=Settings(**SPARSE),
+        steps="",
+        store=store,
+        name="",
+        on_status=lambda _: None,
+    )
+    assert made.plan.layout.grid == (1, 25, 23)
+    assert 0 < len(made.plan.sites) < case.sites

@@ -78,7 +78,7 @@ def test_replay(family, run):
     streams = [Stream(TokenLayout(prefix, tuple(grid), suffix)) for prefix, grid, suffix in run["layouts"]]
     declined: list[str] = []
     session = SimpleNamespace(decline=declined.append)
-    evaluation = HostEvaluation(session, family, *streams, total=run["total"])
+    evaluation = HostEvaluation(session, family, *streams, counts=run["counts"])
     override = make_override(None)
     for call in run["calls"]:
         tensors = [tensor(call[name]) for name in "qkv"]

@@ -83,9 +83,9 @@ class Family:
         length, or a reason why there is no such layout."""
         raise NotImplementedError
 
-    def total(self, model: Any) -> int | None:
-        """Self-attention calls of one evaluation, for models whose calls are numbered by counting them; None for
-        models that name the running block."""
+    def counts(self, model: Any) -> tuple[int, ...] | None:
+        """Self-attention calls of one evaluation, per stream, for models whose calls are numbered by counting them;
+        None for models that name the running block."""
         return None
 
     def uncountable(self, call: ModelCall) -> str | None:

@@ -30,8 +30,8 @@ class LTXVideo(CountedFamily):
             return f"LTX: as many {others[layout.length]} tokens as video tokens, which cannot be told apart"
         return layout
 
-    def total(self, model: Any) -> int:
-        return len(model.transformer_blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.transformer_blocks),)
 
     def uncountable(self, call: ModelCall) -> str | None:
         if call.options.get("stg_self_attn_blocks"):
