@@ -443,9 +443,7 @@ class Evaluation:
             return pattern
         key = (site, self.layout.grid)
         if refresh.due(key, self.step):
-            began = time.perf_counter()
             refresh.measure(key, self.step, q, k, v, pattern, scale=scale, key_bias=key_bias)
-            self.session.calibration_seconds += time.perf_counter() - began
         bias = refresh.bias(key)
         return pattern if bias is None else replace(pattern, tail_bias=bias)
 
