@@ -48,12 +48,40 @@ def run_synthetic(args: argparse.Namespace) -> tuple[list[dict], str]:
     records = []
     for grid in GRIDS[: args.grids]:
         for seed in range(args.seed, args.seed + args.seeds):
-            records += run_case(grid, LEVELS[args.level], seed)
+            records += run_case(grid, LEVELS[args.level], seed, args.densities)
             print(f"grid {grid}, seed {seed} done", file=sys.stderr, flush=True)
     return records, table(records)
 
 
-SUITES = {"synthetic": run_synthetic}
+def run_sta(_: argparse.Namespace) -> tuple[list[dict], str]:
+    """Query blocks of 64 and 128, axis orders, and tiled orders too."""
+    from comfyui_paro.bench.paro_bench.sta import run, table
+
+    records = [run(64), run(128), run(64, tiles=True)]
+    return records, table(records)
+
+
+def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Both grids: the table of orders, masks and tail; then calibration in passing against offline."""
+    from comfyui_paro.bench.paro_bench.tiny import (
+        GRIDS,
+        SEEDS,
+        TinyBench,
+        passing_variants,
+        run_variants,
+        standard_variants,
+        table,
+    )
+
+    records = []
+    for grid in GRIDS[: args.grids]:
+        bench = TinyBench(grid, args.device, SEEDS[: args.videos])
+        variants = [v for v in standard_variants() + passing_variants() if args.only in v.name]
+        records += run_variants(bench, variants, lambda line: print(line, file=sys.stderr, flush=True))
+    return records, table(records)
+
+
+SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta}
 
 
 def main() -> None:
@@ -62,6 +90,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (synthetic)")
     parser.add_argument("--grids", type=int, default=4, help="how many of the suite's grids")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="synthetic")
+    parser.add_argument("--videos", type=int, default=16, help="videos per variant (tiny)")
+    parser.add_argument("--only", default="", help="only variants whose name contains this (tiny)")
     parser.add_argument("--level", choices=("easy", "hard"), default="hard", help="synthetic content")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the records to this file")

@@ -12,10 +12,12 @@ import torch
 
 from ...kernels.api import block_statistics, row_logsumexp
 from ...kernels.problem import PRECISIONS
+from ...kernels.statistics_reference import BlockStatistics
 from ...paro_runtime.attention import build_pattern, run_kernel
-from ...paro_runtime.orders import ORIGINAL, candidate_orders, order_table
+from ...paro_runtime.orders import ORIGINAL, candidate_orders, order_table, tiled_orders
 from ...paro_runtime.selection import mass_kept_scores, per_head_masks, shared_masks, tail_bias
-from ...paro_runtime.statistics import StatisticsOptions, first_best, geometry_of, observe
+from ...paro_runtime.statistics import StatisticsOptions, first_best, geometry_of, masses_by_membership, observe
+from ...paro_runtime.tail import bias_at, observe_tail
 from ...paro_runtime.tokens import TokenLayout
 from .baselines import band_mask, radial_mask, random_mask
 from .generator import ARCHETYPES, TEXT, Level, Problem, make_problem
@@ -42,49 +44,60 @@ class SyntheticCase:
         self.layout = TokenLayout(TEXT, grid)
         self.geometry = geometry_of(self.layout, 64)
         self.seed = seed
-        self.candidates = candidate_orders(grid)
+        self.candidates = candidate_orders(grid) + tiled_orders(grid)
         p = self.problem
         self.calibration = self._all_orders(p.q[:-1], p.k[:-1])
         self.held_out = self._all_orders(p.q[-1:], p.k[-1:])
         self.dense = torch.nn.functional.scaled_dot_product_attention(p.q[-1:], p.k[-1:], p.v[-1:])
 
-    def _all_orders(self, q: torch.Tensor, k: torch.Tensor) -> dict:
-        """Block statistics of every head under every order: the oracle's knowledge, and the selectors' ground truth."""
-        lse = row_logsumexp(q, k)
-        heads = q.shape[1]
+    def _all_orders(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Block sums of every head under every order: the oracle's knowledge, and the selectors' ground truth."""
+        tables = [order_table(name, self.layout.grid) for name in self.candidates]
+        masses = masses_by_membership(q, k, row_logsumexp(q, k), self.geometry, tables, None)
+        return dict(zip(self.candidates, masses, strict=True))
 
-        def under(name: str):
-            rows = order_table(name, self.layout.grid).expand(heads, -1)
-            return block_statistics(q, k, lse, self.geometry, rows, pool=POOL)
+    def _gather(self, seen: dict[str, torch.Tensor], orders: tuple[str, ...]) -> torch.Tensor:
+        return torch.stack([seen[name][head] for head, name in enumerate(orders)])
 
-        return {name: under(name) for name in self.candidates}
-
-    def _gather(self, seen: dict, orders: tuple[str, ...]) -> tuple[torch.Tensor, torch.Tensor]:
-        mass = torch.stack([seen[name].mass[head] for head, name in enumerate(orders)])
-        pooled = torch.stack([seen[name].pooled[head] for head, name in enumerate(orders)])
-        return mass, pooled
-
-    def selected(self, order: str, density: float) -> tuple[str, ...]:
+    def selected(self, order: str, density: float, **more) -> tuple[str, ...]:
         """What the runtime's own selector chooses from the calibration samples."""
         p = self.problem
-        seen = observe(p.q[:-1], p.k[:-1], self.layout, 64, StatisticsOptions(density, order, POOL))
+        options = StatisticsOptions(density, order, None, **more)
+        seen = observe(p.q[:-1], p.k[:-1], self.layout, 64, options)
         return tuple(seen.candidates[i] for i in seen.choice.tolist())
+
+    def _tail(self, orders: tuple[str, ...], mask: torch.Tensor, density: float) -> torch.Tensor:
+        """The bias of least output error, as the calibrator finds it."""
+        p = self.problem
+        tables = torch.stack([order_table(name, self.layout.grid) for name in orders])
+        seen = observe_tail(p.q[:-1], p.k[:-1], p.v[:-1], self.geometry, tables, density=density, pool=POOL)
+        return bias_at(seen.curves, mask.float().mean((1, 2)))
+
+    def _mass_tail(self, orders: tuple[str, ...], mask: torch.Tensor) -> torch.Tensor:
+        """The bias that makes the dropped mass right, for comparison."""
+        p = self.problem
+        rows = torch.stack([order_table(name, self.layout.grid) for name in orders])
+        q, k = p.q[:-1], p.k[:-1]
+        seen = block_statistics(q, k, row_logsumexp(q, k), self.geometry, rows, pool=POOL)
+        return tail_bias(seen.mass, seen.pooled, mask)
+
+    def _scores(self, density: float) -> torch.Tensor:
+        return mass_kept_scores([BlockStatistics(self.calibration[name]) for name in self.candidates], density)
 
     def best_global(self, density: float) -> tuple[str, ...]:
         """The one order that suits all heads best."""
-        scores = mass_kept_scores([self.calibration[name] for name in self.candidates], density)
+        scores = self._scores(density)
         return (self.candidates[int(scores.mean(0).argmax())],) * len(ARCHETYPES)
 
     def regret(self, orders: tuple[str, ...], density: float) -> torch.Tensor:
         """Mass that a better choice of order would have kept on the calibration samples, per head."""
-        scores = mass_kept_scores([self.calibration[name] for name in self.candidates], density)
+        scores = self._scores(density)
         chosen = torch.tensor([self.candidates.index(name) for name in orders])
         return scores.amax(1) - scores.gather(1, chosen[:, None])[:, 0]
 
     def methods(self, density: float) -> dict[str, Choice]:
         """Every method's choice at one density."""
-        heads = len(ARCHETYPES)
-        original = (ORIGINAL,) * heads
+        original = (ORIGINAL,) * len(ARCHETYPES)
         ours = self.selected("mass", density)
         named = {
             "original order": original,
@@ -94,16 +107,18 @@ class SyntheticCase:
         }
         result = {}
         for name, orders in named.items():
-            mass, pooled = self._gather(self.calibration, orders)
+            mass = self._gather(self.calibration, orders)
             mask = per_head_masks([mass], density)[0]
             result[name] = Choice(orders, mask)
-            result[f"{name} + tail"] = Choice(orders, mask, tail_bias(mass, pooled, mask))
+            if name in ("original order", "ours"):
+                result[f"{name} + tail"] = Choice(orders, mask, self._tail(orders, mask, density))
             if name == "ours":
+                result["ours + tail of right mass"] = Choice(orders, mask, self._mass_tail(orders, mask))
                 mask = shared_masks([mass], density)[0]
                 result["ours, shared budget"] = Choice(orders, mask)
-                result["ours, shared budget + tail"] = Choice(orders, mask, tail_bias(mass, pooled, mask))
+                result["ours, shared budget + tail"] = Choice(orders, mask, self._tail(orders, mask, density))
         for name, orders in (("oracle, original order", original), ("oracle, our orders", ours)):
-            mass, _ = self._gather(self.held_out, orders)
+            mass = self._gather(self.held_out, orders)
             result[name] = Choice(orders, per_head_masks([mass], density)[0])
         result["radial"] = self._fixed(original, radial_mask(self.geometry, density))
         result["window"] = self._window(density)
@@ -117,7 +132,7 @@ class SyntheticCase:
         """The better of a spatial band (FHW) and a temporal one (HWF) per head, by calibrated mass."""
         band = band_mask(self.geometry, density)
         kinds = [name for name in (ORIGINAL, "HWF") if name in self.candidates]
-        kept = torch.stack([(self.calibration[name].mass * band).sum((1, 2)) for name in kinds], 1)
+        kept = torch.stack([(self.calibration[name] * band).sum((1, 2)) for name in kinds], 1)
         return self._fixed(tuple(kinds[i] for i in first_best(kept).tolist()), band)
 
     def judge(self, choice: Choice) -> dict[str, list[float]]:
@@ -126,7 +141,7 @@ class SyntheticCase:
         pattern = build_pattern(self.layout, choice.orders, choice.mask, choice.bias, pool=POOL)
         out = run_kernel(p.q[-1:], p.k[-1:], p.v[-1:], pattern, PRECISIONS["16bit"])
         got, want = out[0, :, TEXT:], self.dense[0, :, TEXT:]
-        mass, _ = self._gather(self.held_out, choice.orders)
+        mass = self._gather(self.held_out, choice.orders)
         dropped = mass.mul(~choice.mask).sum((1, 2)) / self.layout.grid_tokens
         return {
             "mass": (1 - dropped).tolist(),
