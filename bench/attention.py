@@ -110,6 +110,10 @@ def time_rivals(shape, heads, q, k, v, p: SparsePattern, names: list[str]) -> li
     return rows
 
 
+def _short(value):
+    return round(value, 4) if isinstance(value, float) else value
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="wan720p,wan480p,hunyuan15,ltx,flux,flux2048")
