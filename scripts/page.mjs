@@ -40,7 +40,7 @@ async function enter(page) {
 function build(spec) {
   const { app, LiteGraph } = window;
   app.graph.clear();
-  const made = {}, width = 330, inset = 20, title = 30;
+  const made = {}, width = 330, inset = 28, title = 30;
   const all = spec.columns.flat().flatMap((group) => group.nodes);
   for (const { id, type, title, height = 0, widgets = {}, models } of all) {
     const node = LiteGraph.createNode(type);
@@ -111,14 +111,14 @@ async function shot(page, path) {
     const boxes = [...graph.nodes, ...graph.groups];
     const [left, top] = [0, 1].map((axis) => Math.min(...boxes.map((b) => b.pos[axis])));
     const [right, bottom] = [0, 1].map((axis) => Math.max(...boxes.map((b) => b.pos[axis] + b.size[axis])));
-    const scale = Math.min(1, 1550 / (right - left), 1080 / (bottom - top));
+    const scale = Math.min(1, 1500 / (right - left), 1050 / (bottom - top));
     canvas.ds.scale = scale;
-    canvas.ds.offset = [90 / scale - left, 90 / scale - top];
+    canvas.ds.offset = [140 / scale - left, 120 / scale - top]; // clear of the page's own buttons
     canvas.setDirty(true, true);
     return { width: (right - left) * scale, height: (bottom - top) * scale };
   });
   await page.waitForTimeout(1500);
-  await page.screenshot({ path, clip: { x: 75, y: 75, width: box.width + 30, height: box.height + 30 } });
+  await page.screenshot({ path, clip: { x: 130, y: 110, width: box.width + 20, height: box.height + 20 } });
 }
 
 const { browser, page, errors } = await open();

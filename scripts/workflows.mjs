@@ -17,7 +17,7 @@ const sampler = (id, title, model, steps, cfg, seeds, inputs) => ({
   inputs: { model: [model, 0], ...inputs },
 });
 const patch = (id, title, model) => ({
-  id, type: "PAROPatchModel", title, height: 150,
+  id, type: "PAROPatchModel", title, height: 190,
   widgets: { enabled: true, plan_file: "auto" },
   inputs: { model: [model, 0], settings: ["settings", 0] },
 });
@@ -26,7 +26,7 @@ const demoSampler = (id, title, model) =>
   sampler(id, title, model, 8, 1, "fixed", { positive: ["prompt", 0], negative: ["prompt", 1], latent_image: ["empty", 0] });
 const demoClip = (id, samples) => [
   { id: `decode_${id}`, type: "PARODemoDecode", inputs: { samples: [samples, 0] } },
-  { id: `save_${id}`, type: "SaveAnimatedWEBP", height: 340,
+  { id: `save_${id}`, type: "SaveAnimatedWEBP", height: 390,
     widgets: { filename_prefix: `paro/${id}`, fps: 6, lossless: true, quality: 90, method: "default" },
     inputs: { images: [`decode_${id}`, 0] } },
 ];
@@ -181,7 +181,7 @@ const nodes = {
   columns: [
     [{ title: "What you chose", nodes: [{ id: "settings", type: "PAROSettings" }] }],
     [{ title: "What runs", nodes: [
-      { id: "paro", type: "PAROPatchModel", height: 150, inputs: { settings: ["settings", 0] } },
+      { id: "paro", type: "PAROPatchModel", height: 190, inputs: { settings: ["settings", 0] } },
       { id: "report", type: "PAROReport", inputs: { model: ["paro", 0] } },
     ] }],
     [{ title: "If you want a plan of your own", nodes: [
