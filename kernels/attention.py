@@ -184,7 +184,8 @@ def forward(
         q, out, prepared.q_staged, prepared.q_scales, prepared.k, prepared.v, prepared.k_scales, prepared.v_scales,
         # A kernel without a bias still forms the address.
         prepared.k_scales if prepared.key_bias is None else prepared.key_bias,
-        prepared.pooled_k, prepared.pooled_v, prepared.pooled_scales, pattern.tail_bias, pattern.kept,
+        prepared.pooled_k, prepared.pooled_v, prepared.pooled_scales, pattern.tail_bias,
+        None if lists is None else lists.kept_words,
         pattern.tables, pattern.order_of_head, prepared.rotation, *listed,
         *q.stride(), *out.stride(),
         heads, heads // pattern.kv_heads, g.grid_tokens, g.prefix, length, q_blocks, q_blocks_grid,

@@ -20,6 +20,7 @@ class BlockList:
 
     blocks int16 `[entries]`: in each row the full blocks rising, context included, then the ragged ones.
     start, full, count int32 `[H, q_blocks + 1]`: where a row begins, its full blocks, all its blocks.
+    kept_words int64 `[H, q_blocks, words + 1]`: the mask, bit b of word w for key block 64 w + b; one word of padding.
     head_order int32 `[H]`, row_order int32 `[H, q_blocks + context q blocks]`: the longest first.
     """
 
@@ -27,6 +28,7 @@ class BlockList:
     start: torch.Tensor
     full: torch.Tensor
     count: torch.Tensor
+    kept_words: torch.Tensor
     head_order: torch.Tensor
     row_order: torch.Tensor
 
@@ -34,7 +36,13 @@ class BlockList:
         """The same for some of the heads."""
         count = self.count[heads]
         return BlockList(
-            self.blocks, self.start[heads], self.full[heads], count, _longest_heads_first(count), self.row_order[heads]
+            self.blocks,
+            self.start[heads],
+            self.full[heads],
+            count,
+            self.kept_words[heads],
+            _longest_heads_first(count),
+            self.row_order[heads],
         )
 
 
@@ -67,7 +75,8 @@ def _build(pattern: SparsePattern) -> BlockList:
 
     always_full = torch.ones(1, 1, context_full, dtype=torch.bool, device=device)
     always_ragged = torch.ones(1, 1, int(bool(context_ragged)), dtype=torch.bool, device=device)
-    parts, fulls, counts = [], [], []
+    parts, fulls, counts, words = [], [], [], []
+    bits = 1 << torch.arange(64, device=device)
     # nonzero needs three int64 per kept block.
     step = max(1, COMPACTION_BYTES // (24 * max(1, kept[0].numel())))
     for first in range(0, heads, step):
@@ -78,6 +87,8 @@ def _build(pattern: SparsePattern) -> BlockList:
         )
         parts.append(columns[wide.nonzero()[:, 2]])
         counts.append(wide.sum(2))
+        padded = torch.nn.functional.pad(some, (0, -g.k_blocks % 64 + 64)).unflatten(2, (-1, 64))
+        words.append((padded * bits).sum(3))
         fulls.append(wide[..., : grid_full + context_full].sum(2))
     entries = sum(part.numel() for part in parts)
     padding = torch.zeros(LIST_PADDING, dtype=torch.int16, device=device)
@@ -96,6 +107,7 @@ def _build(pattern: SparsePattern) -> BlockList:
         with_context_row([start], entries),
         with_context_row(fulls, len(ids)),
         with_context_row(counts, columns.numel()),
+        torch.cat(words),
         _longest_heads_first(count),
         row_order.int(),
     )

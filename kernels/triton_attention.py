@@ -110,22 +110,36 @@ def _one_block(
 
 
 @triton.jit
+def _halves(x):
+    """Columns 0..63 and 64..127 of `[rows, 128]`: registers are relabelled, nothing moves."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, BLOCK]), [0, 2, 1]))
+
+
+@triton.jit
 def _two_blocks(
     accumulator, total, maximum, q, q_scale, first, second, K, k_scales, V, key_bias, columns,
     PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, MARGIN: tl.constexpr,
     BIASED: tl.constexpr,
 ):  # fmt: skip
     """As `_one_block` for two key blocks at once: one maximum and one rescaling per 128 keys, scales stay scalars."""
-    raw0, scale0 = _scores(
-        q, K + first * (BLOCK * PADDED_D), k_scales + first, q_scale, key_bias + first * BLOCK, columns, 0,
-        PADDED_D, QK, BIASED, False,
-    )  # fmt: skip
-    raw1, scale1 = _scores(
-        q, K + second * (BLOCK * PADDED_D), k_scales + second, q_scale, key_bias + second * BLOCK, columns, 0,
-        PADDED_D, QK, BIASED, False,
-    )  # fmt: skip
-    both = tl.maximum(_row_maximum(raw0, scale0, QK, BIASED), _row_maximum(raw1, scale1, QK, BIASED))
-    highest = tl.maximum(maximum, both)
+    both = tl.arange(0, 2 * BLOCK)
+    # The part that does not change stays apart from the part that does, so that it is computed once.
+    inside = (both % BLOCK)[:, None] * PADDED_D + tl.arange(0, PADDED_D)[None, :]
+    offsets = tl.where(both < BLOCK, first * (BLOCK * PADDED_D), second * (BLOCK * PADDED_D))[:, None] + inside
+    product = tl.dot(q, tl.trans(tl.load(K + offsets)))
+    if QK == "16":
+        raw = product
+    else:
+        raw = (product + MAGIC_BITS).to(tl.float32, bitcast=True)
+    raw0, raw1 = _halves(raw)
+    scale0 = q_scale * tl.load(k_scales + first)
+    scale1 = q_scale * tl.load(k_scales + second)
+    if BIASED:
+        base = 0.0 if QK == "16" else MAGIC
+        raw0 = (raw0 - base) * scale0[:, None] + tl.load(key_bias + first * BLOCK + columns)[None, :]
+        raw1 = (raw1 - base) * scale1[:, None] + tl.load(key_bias + second * BLOCK + columns)[None, :]
+    pair_maximum = tl.maximum(_row_maximum(raw0, scale0, QK, BIASED), _row_maximum(raw1, scale1, QK, BIASED))
+    highest = tl.maximum(maximum, pair_maximum)
     rescale = tl.exp2(maximum - highest)
     v0 = V + first * (BLOCK * PADDED_D)
     v1 = V + second * (BLOCK * PADDED_D)
@@ -147,17 +161,23 @@ def _two_blocks(
 
 @triton.jit
 def _tail(
-    accumulator, total, maximum, q, q_scale, kept_row, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
-    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    accumulator, total, maximum, q, q_scale, kept_words, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
+    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias."""
+    """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
+
+    kept_words: this row's mask as int64 words, bit b of word w for key block 64 w + b.
+    """
     channels = tl.arange(0, PADDED_D)
+    PER_BLOCK: tl.constexpr = BLOCK // POOL
+    word = tl.load(kept_words)
     for start in tl.range(0, pools, BLOCK):
+        next_word = tl.load(kept_words + (start + BLOCK) // (PER_BLOCK * 64))
         pool = start + columns
         real = pool < pools
-        kept = tl.load(kept_row + pool // (BLOCK // POOL), mask=real, other=1)
-        tokens = tl.minimum(grid_tokens - pool * POOL, POOL)
-        pool_bias = tl.where(kept == 0, tl.log2(tl.maximum(tokens, 1).to(tl.float32)) + bias, float("-inf"))
+        kept = (word >> (pool // PER_BLOCK % 64).to(tl.int64)) & 1
+        tokens = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1)
+        pool_bias = tl.where(real & (kept == 0), tl.log2(tokens.to(tl.float32)) + bias, float("-inf"))
         offsets = pool[:, None] * PADDED_D + channels[None, :]
         keys = tl.load(pooled_k + offsets, mask=real[:, None], other=0)
         product = tl.dot(q, tl.trans(keys)).to(tl.float32)
@@ -169,8 +189,15 @@ def _tail(
         rescale = tl.exp2(maximum - highest)
         total = total * rescale + tl.sum(p, 1)
         values = tl.load(pooled_v + offsets, mask=real[:, None], other=0)
-        accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
+        if PV == "16":
+            accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
+        else:
+            # Beside an 8-bit main loop the form above makes ptxas wait after every single wgmma of the whole kernel
+            # (its message C7515).
+            wide = tl.zeros_like(accumulator) + rescale[:, None]
+            accumulator = tl.fma(accumulator, wide, tl.dot(p.to(values.dtype), values))
         maximum = highest
+        word = next_word
     return accumulator, total
 
 
@@ -199,8 +226,8 @@ def _quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PAD
 
 @triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "q_blocks", "k_blocks", "k_blocks_grid", "pools"])
 def attention_forward(
-    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias, kept,
-    tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
+    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias,
+    kept_words, tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol, stride_od,
     heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,
@@ -332,11 +359,11 @@ def attention_forward(
             pooled_rows = (pools + BLOCK - 1) // BLOCK
             accumulator, total = _tail(
                 accumulator, total, maximum, q, q_scale,
-                kept + (head * q_blocks_grid + q_block).to(tl.int64) * k_blocks_grid,
+                kept_words + (head * q_blocks_grid + q_block) * ((k_blocks_grid + 63) // 64 + 1),
                 tl.load(tail_bias + head) * 1.4426950408889634,
                 pooled_k + kv_head.to(tl.int64) * pools * PADDED_D, pooled_scales + kv_head * pooled_rows,
                 pooled_v + kv_head.to(tl.int64) * pools * PADDED_D, grid_tokens, pools, columns,
-                PADDED_D, QK, P_LOG2, POOL,
+                PADDED_D, QK, PV, P_LOG2, POOL,
             )  # fmt: skip
 
     # Looked up again rather than kept in registers across the loops.

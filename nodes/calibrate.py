@@ -22,7 +22,7 @@ class PAROCalibrate(io.ComfyNode):
             io.Conditioning.Input(
                 f"positive_{n}",
                 optional=True,
-                tooltip="One more prompt to watch. Two to four different prompts make a plan that fits most prompts.",
+                tooltip="One more prompt to watch: a plan seen over several prompts hangs less on any one.",
             )
             for n in (2, 3, 4)
         ]

@@ -10,6 +10,8 @@ from comfy_api.latest import io, ui
 from ..paro_runtime.host.patching import last_report
 from .schema import ALIASES, CATEGORY, schema
 
+_EMPTY = torch.zeros(1, 64, 64, 3)
+
 
 class PAROReport(io.ComfyNode):
     """The report of a patched model's last run."""
@@ -43,11 +45,12 @@ class PAROReport(io.ComfyNode):
     @classmethod
     def execute(cls, model: object, samples: dict) -> io.NodeOutput:
         report = last_report(model)
-        if report is None:
-            raise ValueError("model: no run of PARO to report; connect the output of PARO Patch Model")
+        if isinstance(report, str):
+            # Not an error: it would take the pictures down with it.
+            return io.NodeOutput(report, json.dumps({"reason": report}), _EMPTY, ui={"text": (report,)})
         picture = report.picture()
         if picture is None:
-            picture = torch.zeros(1, 64, 64, 3)
+            picture = _EMPTY
         text = json.dumps(report.as_dict())
         shown = {"text": (text,), **ui.PreviewImage(picture, cls=cls).as_dict()}
         return io.NodeOutput(report.text(), text, picture, ui=shown)

@@ -8,12 +8,16 @@ from functools import cache
 from pathlib import Path
 
 from ..kernels.problem import BLOCK_K
+from .schedule import default_dense_steps
 from .settings import Settings
+from .tokens import TokenLayout
 
 FOLDER = Path(__file__).resolve().parent.parent / "calib_presets"
 # Above this many grid tokens queries are masked in rows of 128: the kernels' tiles are that tall, and with hundreds of
 # blocks a side the finer mask no longer pays.
 WIDE_QUERY_TOKENS = 8192
+# Quantising, pooling and reordering, as a share of dense attention.
+PREPARING_COST = 0.05
 
 
 class RecipeError(ValueError):
@@ -29,10 +33,31 @@ class Recipe:
     evidence: str
     densities: dict[str, float]
     dense_fraction: float
+    few_steps: dict[str, int]
     dense_blocks: str
     min_tokens: int
+    sparse_tokens: int
+    attention_half: list[int]
+    typical: dict[str, int]
     precision: str
     notes: str = ""
+
+    def dense_steps(self, steps: int) -> int:
+        """First steps that keep every block: a share of a full schedule, a fixed number of a short one."""
+        if steps <= self.few_steps["up_to"]:
+            return self.few_steps["dense_steps"]
+        return default_dense_steps(steps, self.dense_fraction)
+
+    def expected_gain(self, layout: TokenLayout, density: float) -> tuple[float, float]:
+        """How much faster a sparse step may be than a dense one, from (careful) to (hopeful). Estimated from token
+        counts, not measured: the first takes 16-bit weights and a kernel that gains by dropping blocks only, the second
+        weights and a kernel that run at twice the speed."""
+        kept = 1 - (layout.grid_tokens / layout.length) ** 2 * (1 - density)
+        fast, slow = self.attention_half
+        careful, hopeful = (layout.grid_tokens / (layout.grid_tokens + half) for half in (slow, fast))
+        careful_cost = min(1.0, kept + PREPARING_COST)
+        hopeful_cost = min(1.0, kept / 2 + PREPARING_COST)
+        return 1 / (1 - careful * (1 - careful_cost)), 1 / (1 - hopeful * (1 - hopeful_cost))
 
 
 @cache

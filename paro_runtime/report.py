@@ -12,6 +12,7 @@ from .plan import Plan
 
 if TYPE_CHECKING:
     from .session import Session, _Grid
+    from .tokens import TokenLayout
 
 # One colour per order, told apart also without red-green vision (Okabe and Ito's palette).
 ORDER_COLOURS = dict(
@@ -56,11 +57,13 @@ class Report:
     plan_source: str
     orders_histogram: dict[str, int]
     calibration_seconds: float
+    tail_seconds: float
     step_seconds: dict[str, float]
     calls: dict[str, int]
     fallbacks: list[tuple[str, int]]
     passed: list[tuple[str, int]]
     notes: list[str]
+    expected_gain: tuple[float, float] | None = None
     plan: Plan | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -88,11 +91,13 @@ class Report:
             plan_source=grid.source if grid else "none",
             orders_histogram=plan.orders_histogram() if plan else {},
             calibration_seconds=session.calibration_seconds,
+            tail_seconds=session.tail_seconds,
             step_seconds=session.step_seconds,
             calls={"sparse": counts.sparse, **counts.dense},
             fallbacks=counts.fallbacks.most_common(),
             passed=counts.passed.most_common(),
             notes=list(session.notes),
+            expected_gain=_expected_gain(session, layout, plan),
             plan=plan,
         )
 
@@ -130,12 +135,15 @@ class Report:
             f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
             f"kernels: {self.backend}, {self.precision}",
             f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self.mass_kept:.1%}",
-            f"calibration took {self.calibration_seconds:.2f} s",
+            f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
         if self.backend == "reference" and self.sites_sparse:
             lines.append("the PyTorch reference is running: right, but not faster than dense attention")
         if self.orders_histogram:
             lines.append("orders: " + ", ".join(f"{n} {name}" for name, n in self.orders_histogram.items()))
+        if self.expected_gain is not None:
+            low, high = self.expected_gain
+            lines.append(f"expected: sparse steps {low:.2f} to {high:.2f}x as fast as dense ones, by token count alone")
         lines += [f"a {kind} step took {seconds:.2f} s" for kind, seconds in self.step_seconds.items()]
         lines += [f"calls: {name} {count}" for name, count in self.calls.items()]
         lines += [f"fell back {count} times: {reason}" for reason, count in self.fallbacks]
@@ -145,6 +153,12 @@ class Report:
     def picture(self) -> torch.Tensor | None:
         """Order and density of every head: float32 `[1, height, width, 3]` in 0..1, or None without a plan."""
         return plan_picture(self.plan) if self.plan is not None else None
+
+
+def _expected_gain(session: Session, layout: TokenLayout | None, plan: Plan | None) -> tuple[float, float] | None:
+    if plan is None or session.backend != "triton":
+        return None
+    return session.policy.recipe.expected_gain(layout, plan.density)
 
 
 def plan_picture(plan: Plan) -> torch.Tensor:

@@ -33,16 +33,18 @@ from .portability import MovedPlanCheck, move_plan
 from .recipes import Recipe, mask_options, query_block
 from .refresh import BiasRefresh
 from .report import Report
-from .schedule import Schedule, default_dense_steps, step_index
+from .schedule import Schedule, step_index
 from .settings import Settings
 from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 
-# Patterns of sites stay on the device up to about this many bytes; making one anew costs little beside its attention.
-PATTERN_CACHE_BYTES = 1 << 30
-# A mask, the same without empty rows, and 16-bit lists of what is kept.
-PATTERN_BYTES_PER_BLOCK = 3
+# Patterns of sites stay on the device up to about this share of its memory. Making one anew on an H100 costs a fifth of
+# its attention at density 0.3, so the share is what the sites of a 14B model at 720p need there.
+PATTERN_CACHE_SHARE = 1 / 24
+PATTERN_CACHE_BYTES = 1 << 30  # where the device does not tell its memory
+# A mask, its bits, and a 16-bit list of what is kept.
+PATTERN_BYTES_PER_BLOCK = 2
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,10 @@ class Session:
         self.options = mask_options(self.settings, policy.recipe)
         wanted = self.settings.dense_steps
         if wanted is None:
-            wanted = default_dense_steps(self.steps, policy.recipe.dense_fraction)
+            wanted = policy.recipe.dense_steps(self.steps)
         blocks = self.settings.dense_blocks or policy.recipe.dense_blocks
         self.schedule = Schedule.create(self.steps, wanted, blocks)
-        self.precision = resolve_precision(self.settings.precision, policy.recipe.precision)
+        self.precision = self.settings.precision  # `auto` until the device is known
         self.calibrator = calibrator
         self.calibrate_steps = calibrate_steps
         self.counts = Counts()
@@ -137,6 +139,7 @@ class Session:
         self.dense_block_sites: set[Site] = set()
         self.off_sites: dict[Site, str] = {}
         self.calibration_seconds = 0.0
+        self.tail_seconds = 0.0
         self.backend = ""
         self.device = ""
         self._on_status = on_status
@@ -266,7 +269,7 @@ class Session:
         with self._lock:
             # Sites come round in the same order in every evaluation: dropping the oldest would drop each just before
             # it is wanted again, so what does not fit is made anew every time instead.
-            if self._pattern_bytes + size <= PATTERN_CACHE_BYTES:
+            if self._pattern_bytes + size <= _pattern_cache_bytes(device):
                 self._patterns[key] = pattern
                 self._pattern_bytes += size
         return pattern
@@ -283,6 +286,7 @@ class Session:
             return f"dtype {dtype} is not supported"
         if tokens < 2 * query_block(tokens):
             return f"{tokens} grid tokens do not fill two blocks of {query_block(tokens)}"
+        self.precision = resolve_precision(self.settings.precision, self.policy.recipe.precision, device)
         precision = PRECISIONS[self.precision]
         backend, reason = resolve_backend(self.settings.backend, device, dtype, head_dim, precision)
         if reason is not None:
@@ -314,6 +318,14 @@ class Session:
     def _tell(self, text: str) -> None:
         if self._on_status is not None:
             self._on_status(text)
+
+    def _too_short_to_drop(self, tokens: int) -> str | None:
+        """Why a grid this small keeps every block, in PARO's own precision, or None. Where the user gives a density,
+        or nothing is to be gained (the reference), it is not asked."""
+        least = self.policy.recipe.sparse_tokens
+        if tokens >= least or self.settings.density is not None or self.backend != "triton":
+            return None
+        return f"every block kept: {tokens} grid tokens, sparse from {least} on"
 
     def _step_kind(self, step: int, grid: _Grid) -> str:
         if grid.plan is not None:
@@ -360,6 +372,11 @@ class Evaluation:
             self._observe(session.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
             session._count("dense", "calibrating")
             return dense()
+        too_short = session._too_short_to_drop(self.layout.grid_tokens)
+        if too_short is not None:
+            session._count("dense", too_short)
+            out = self._guarded(None, q, k, v, scale, key_bias)
+            return dense() if out is None else out
         if grid.check is not None:
             grid.check.measure(site, q, k, scale=scale, key_bias=key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):
@@ -384,6 +401,16 @@ class Evaluation:
             why_not = session.off_sites[site]
         session._count("fallbacks", why_not)
         return dense()
+
+    def abandon(self, reason: str) -> None:
+        """The evaluation's sites were not what they seemed: its grid's plan and observations are dropped, and the rest
+        of the run on this grid keeps every block. Raises RuntimeError with `strict`."""
+        if self.session.settings.strict:
+            raise RuntimeError(reason)
+        with self.session._lock:
+            self._grid.plan = self._grid.calibrator = self._grid.seen_step = None
+            self._grid.source = "none"
+            self.session._note(reason)
 
     def end(self) -> None:
         """The evaluation is over; nothing is held beyond it."""
@@ -443,7 +470,9 @@ class Evaluation:
             return pattern
         key = (site, self.layout.grid)
         if refresh.due(key, self.step):
+            began = time.perf_counter()
             refresh.measure(key, self.step, q, k, v, pattern, scale=scale, key_bias=key_bias)
+            self.session.tail_seconds += time.perf_counter() - began
         bias = refresh.bias(key)
         return pattern if bias is None else replace(pattern, tail_bias=bias)
 
@@ -476,6 +505,12 @@ class Evaluation:
         else:
             session.off_sites[site] = reason
         return None
+
+
+def _pattern_cache_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PATTERN_CACHE_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * PATTERN_CACHE_SHARE)
 
 
 def _one_line(error: Exception) -> str:

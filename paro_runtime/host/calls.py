@@ -75,6 +75,8 @@ def _read(
 ) -> AttentionCall | None:
     q, k, v = (_tensor(t) for t in (q, k, v))
     if not skip_reshape:
+        # Stable Diffusion 3 passes v with its heads apart already.
+        q, k, v = (t.flatten(2) for t in (q, k, v))
         width = q.shape[-1] // heads
         kv_heads = k.shape[-1] // width if enable_gqa else heads
         q = q.unflatten(2, (heads, -1)).transpose(1, 2)

@@ -11,8 +11,7 @@ import torch
 from ..plan import Site
 from ..session import Evaluation, Session
 from .calls import AttentionCall, key_bias
-from .families import Family
-from .families.base import block_key
+from .families import Family, Place
 
 OPTIONS_KEY = "paro"
 """Under this key of `transformer_options`: the run (between evaluations) or the evaluation (inside one)."""
@@ -20,40 +19,54 @@ OPTIONS_KEY = "paro"
 
 @dataclass(frozen=True, eq=False)
 class Claim:
-    """A call that is PARO's: its site and the additive bias per key `[B, L]`, or None."""
+    """A call that is PARO's: its site, the additive bias per key `[B, L]` or None, and the stream it belongs to."""
 
     site: Site
     key_bias: torch.Tensor | None
+    stream: int = 0
 
 
 class HostEvaluation:
-    """Lives from APPLY_MODEL's begin to its end, in one thread; `transformer_options` carry it to the override."""
+    """Lives from APPLY_MODEL's begin to its end, in one thread; `transformer_options` carry it to the override.
 
-    def __init__(self, session: Session, family: Family, evaluation: Evaluation) -> None:
+    evaluations  one per stream of the family, in its order; streams differ in their length.
+    total        self-attention calls that are to come where they are counted, or None.
+    """
+
+    def __init__(self, session: Session, family: Family, *evaluations: Evaluation, total: int | None = None) -> None:
         self._session = session
         self._family = family
-        self._evaluation = evaluation
+        self._evaluations = evaluations
+        self._streams = {e.layout.length: stream for stream, e in reversed(list(enumerate(evaluations)))}
+        self._total = total
+        self._counted = 0
         self._calls: Counter = Counter()
+        self._positions: Counter = Counter()
         self._other_lengths: Counter = Counter()
         self._inside = False
 
     def claim(self, call: AttentionCall) -> Claim | None:
         """PARO's claim on a call. Calls of other lengths (text, audio, cross-attention) pass in silence; one of the
         right length that is declined counts as a reason in the report."""
-        if self._inside or call.length is None:
+        if self._inside:
             return None
-        if call.length != self._evaluation.layout.length:
-            self._other_lengths[call.length] += 1
+        key = self._family.key(call.options)
+        position = self._positions[key]
+        self._positions[key] += 1
+        stream = self._streams.get(call.length)
+        if stream is None:
+            if call.length is not None:
+                self._other_lengths[call.length] += 1
             return None
-        key = block_key(call.options)
-        site = self._family.site(call.options, self._calls[key])
-        self._calls[key] += 1
+        site = self._family.site(Place(call.options, stream, self._calls[key, stream], position))
+        self._calls[key, stream] += 1
+        self._counted += key is None
         bias = key_bias(call.mask, call.q.shape[0], call.length)
         reason = next((r for r in (site, call.exact, bias, _recording(call)) if isinstance(r, str)), None)
         if reason is not None:
             self._session.decline(reason)
             return None
-        return Claim(site, bias)
+        return Claim(site, bias, stream)
 
     def attend(self, call: AttentionCall, claim: Claim, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
         """`[B, H, L, D]` in q's dtype. `dense` runs what would have run without PARO."""
@@ -66,7 +79,7 @@ class HostEvaluation:
             finally:
                 self._inside = False
 
-        return self._evaluation.attend(
+        return self._evaluations[claim.stream].attend(
             claim.site,
             call.q,
             call.k,
@@ -78,14 +91,18 @@ class HostEvaluation:
         )
 
     def end(self) -> None:
-        """Close the evaluation; says so if the model never ran an attention over the expected tokens."""
-        layout = self._evaluation.layout
+        """Close the evaluation; says so if its self-attention calls were not those expected."""
+        layouts = [e.layout for e in self._evaluations]
         if not self._calls:
             seen = ", ".join(map(str, sorted(self._other_lengths))) or "none"
-            self._session.decline(
-                f"no self-attention over the {layout.length} tokens expected ({layout.describe()}); seen: {seen}"
-            )
-        self._evaluation.end()
+            expected = " or ".join(f"{layout.length} tokens ({layout.describe()})" for layout in layouts)
+            self._session.decline(f"no self-attention over the {expected} expected; seen: {seen}")
+        elif self._counted and self._total not in (None, self._counted):
+            reason = f"{self._counted} self-attention calls where {self._total} were expected: sites are not certain"
+            for evaluation in self._evaluations:
+                evaluation.abandon(reason)
+        for evaluation in self._evaluations:
+            evaluation.end()
 
 
 def _recording(call: AttentionCall) -> str | None:

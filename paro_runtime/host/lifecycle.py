@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..session import Report, Session
+from ..tokens import TokenLayout
 from .evaluation import OPTIONS_KEY, HostEvaluation
 from .families import Family, ModelCall
 from .override import SLOT, is_override, make_override
@@ -33,14 +34,20 @@ class HostRun:
     def begin(self, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
         """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part."""
         x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
-        call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra)
-        layout = self.family.layout(model, call)
-        if isinstance(layout, str):
-            self.session.decline(layout)
+        call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
+        layouts = self.family.layout(model, call)
+        total = self.family.total(model)
+        reason = layouts if isinstance(layouts, str) else None
+        if reason is None and total is not None:
+            reason = self.family.uncountable(call)
+        if reason is not None:
+            self.session.decline(reason)
             return None
+        layouts = (layouts,) if isinstance(layouts, TokenLayout) else layouts
         chunks = tuple(options.get("cond_or_uncond") or ())
-        evaluation = self.session.begin(layout=layout, sigma=float(sigma.flatten()[0]), chunks=chunks)
-        return HostEvaluation(self.session, self.family, evaluation)
+        sigma = float(sigma.flatten()[0])
+        evaluations = (self.session.begin(layout=layout, sigma=sigma, chunks=chunks) for layout in layouts)
+        return HostEvaluation(self.session, self.family, *evaluations, total=total)
 
 
 class Lifecycle:
@@ -76,13 +83,23 @@ class Lifecycle:
         run = args[APPLY_MODEL_OPTIONS].get(OPTIONS_KEY)
         if not isinstance(run, HostRun):
             return executor(*args, **kwargs)
-        evaluation = run.begin(executor.class_obj.diffusion_model, args, kwargs)
+        evaluation = self._begin(run, executor.class_obj.diffusion_model, args, kwargs)
         # Always a new dict: the host hands the same one to every evaluation of a step.
         options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
         result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
         if evaluation is not None:
             evaluation.end()
         return result
+
+    def _begin(self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
+        try:
+            return run.begin(model, args, extra)
+        except Exception as error:
+            # A model that another node changed beyond recognition runs dense; it does not fail.
+            if self.strict:
+                raise
+            run.session.decline(f"the token layout could not be read ({type(error).__name__}: {error})")
+            return None
 
     def _finish(self, session: Session) -> Report | None:
         try:

@@ -41,6 +41,7 @@ def patch_model(
     family = family_of(clone.model.diffusion_model)
     if isinstance(family, str):
         _say(on_status, f"passed through · {family}")
+        clone.set_attachments(KEY, family)
         return clone
     policy = policy_for(clone, family, settings, plan, store)
 
@@ -118,10 +119,12 @@ def remove(model: Any) -> Any:
     return clone
 
 
-def last_report(model: Any) -> Report | None:
-    """The report of the last complete run of a patched model."""
-    lifecycle = model.get_attachment(KEY)
-    return lifecycle.last_report if isinstance(lifecycle, Lifecycle) else None
+def last_report(model: Any) -> Report | str:
+    """The report of the last complete run of a patched model, or a one-line reason why there is none."""
+    found = model.get_attachment(KEY)
+    if isinstance(found, Lifecycle):
+        return found.last_report or "PARO has not run yet: sample with this model first"
+    return f"PARO passed this model through: {found}" if found else "PARO is not on this model, or is switched off"
 
 
 def _say(on_status: Callable[[str], None] | None, text: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from comfyui_paro.scripts._host import find_host, host_version
+from comfyui_paro.scripts.comfy_server import ComfyServer
 
 NO_HOST = (
     "NO COMFYUI FOUND: host tests did not run. Set COMFYUI_PATH to a checkout (REQUIRE_COMFYUI=1 makes this fail)."
@@ -14,6 +15,20 @@ NO_HOST = (
 
 # As `requires-comfyui` in pyproject.toml says: Wan tells which block is running since then.
 FLOOR = (0, 5, 0)
+PACK = Path(__file__).resolve().parent.parent.parent
+# A prompt without text encoder, for both servers.
+PROMPT_NODE = """
+import torch
+
+class Prompt:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {"default": 0})}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
+
+    def make(self, seed):
+        return ([[torch.randn(1, 3, 4096, generator=torch.Generator().manual_seed(seed)), {}]],)
+
+NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt}
+"""
 
 
 def pytest_report_header() -> str:
@@ -85,3 +100,26 @@ def store(tmp_path):
     from comfyui_paro.paro_runtime.plan_store import PlanStore
 
     return PlanStore([], tmp_path / "paro")
+
+
+def _server(host: Path, pack: Path | None, folder: Path) -> ComfyServer:
+    (folder / "custom_nodes").mkdir(parents=True)
+    (folder / "custom_nodes" / "test_prompt.py").write_text(PROMPT_NODE)
+    models = folder / "models" / "diffusion_models"
+    models.mkdir(parents=True)
+    (models / "tiny.safetensors").symlink_to(PACK / "tests" / "tiny_wan" / "paro-tiny-wan.safetensors")
+    return ComfyServer(host, pack, folder)
+
+
+@pytest.fixture(scope="session")
+def server(host_path, tmp_path_factory):
+    """A running server with the pack."""
+    with _server(host_path, PACK, tmp_path_factory.mktemp("paro")) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def stock_server(host_path, tmp_path_factory):
+    """A running server that never saw the pack."""
+    with _server(host_path, None, tmp_path_factory.mktemp("stock")) as server:
+        yield server

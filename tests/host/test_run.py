@@ -138,14 +138,16 @@ def test_unknown_model_passes_through(comfy, wan):
     patched = comfy.patched(model, said=said)
     assert said == ["passed through · the model class Strange is not supported"]
     assert SLOT not in patched.model_options["transformer_options"] and not patched.wrappers.get("outer_sample")
+    assert comfy.report(patched) == "PARO passed this model through: the model class Strange is not supported"
+    assert comfy.report(wan) == "PARO is not on this model, or is switched off"
 
 
-def test_wan_variants_pass_through(comfy, store, tmp_path):
-    from comfy.ldm.wan.model import VaceWanModel
-    from comfyui_paro.paro_runtime.host.families import family_of
-
-    vace = VaceWanModel.__new__(VaceWanModel)
-    assert family_of(vace) == "the Wan variant VaceWanModel is not supported yet"
+def test_a_model_changed_beyond_recognition_runs_dense(comfy, wan, store, monkeypatch):
+    model = comfy.patched(wan, store=store, **{**SPARSE, "strict": False})
+    monkeypatch.setattr(wan.model.diffusion_model, "patch_size", None)
+    monkeypatch.setattr(type(wan.model.diffusion_model), "_forward", lambda self, x, *args, **kwargs: x)
+    comfy.sample(model, GRID)
+    assert "the token layout could not be read (TypeError" in comfy.report(model).passed[0][0]
 
 
 def test_small_latent_runs_dense_with_a_reason(comfy, wan, store):
@@ -171,7 +173,7 @@ def test_cancelling_leaves_nothing_behind(comfy, wan, store):
     with pytest.raises(CancelError):
         comfy.sample(model, GRID, callback=cancel)
     assert "paro" not in model.model_options["transformer_options"]
-    assert comfy.report(model) is None
+    assert comfy.report(model) == "PARO has not run yet: sample with this model first"
     comfy.sample(model, GRID)
     assert comfy.report(model).sites_sparse == comfy.LAYERS
 
@@ -238,3 +240,15 @@ def test_sites_of_flux(comfy, flux, store):
     comfy.sample(model, (1, 16, 16), video=False, cfg=1.0)
     assert comfy.report(model).sites_sparse == 3
     assert set(store.load(store.names()[0]).sites) == {Site("double", 0), Site("single", 0), Site("single", 1)}
+
+
+def test_compiled_model(comfy, wan, store):
+    """Inside a compiled model every step still decides for itself: the override is no part of the graph."""
+    helpers = pytest.importorskip("comfy_api.torch_helpers")
+    compiled = wan.clone()
+    helpers.set_torch_compile_wrapper(compiled, backend="eager")
+    model = comfy.patched(compiled, store=store, **SPARSE)
+    comfy.sample(model, GRID, steps=4)
+    report = comfy.report(model)
+    assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS}
+    assert store.names() and comfy.identify(compiled, "wan") == comfy.identify(wan, "wan")

@@ -11,32 +11,9 @@ from comfyui_paro.scripts.comfy_server import ComfyError, ComfyServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-PACK = Path(__file__).resolve().parent.parent.parent
-# A prompt without text encoder, for both servers.
-PROMPT_NODE = """
-import torch
-
-class Prompt:
-    INPUT_TYPES = classmethod(lambda cls: {"required": {"seed": ("INT", {"default": 0})}})
-    RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "test"
-
-    def make(self, seed):
-        return ([[torch.randn(1, 3, 4096, generator=torch.Generator().manual_seed(seed)), {}]],)
-
-NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt}
-"""
 SMALL, OTHER = (5, 8, 10), (3, 9, 11)
 SITES = 4  # blocks of the tiny model
 SPARSE = {"preset": "custom", "density": 0.4, "precision": "int8", "dense_steps": 1, "min_tokens": 0}
-
-
-def start(host: Path, pack: Path | None, folder: Path) -> ComfyServer:
-    (folder / "custom_nodes").mkdir(parents=True)
-    (folder / "custom_nodes" / "test_prompt.py").write_text(PROMPT_NODE)
-    models = folder / "models" / "diffusion_models"
-    models.mkdir(parents=True)
-    (models / "tiny.safetensors").symlink_to(PACK / "tests" / "tiny_wan" / "paro-tiny-wan.safetensors")
-    return ComfyServer(host, pack, folder)
 
 
 def graph(
@@ -85,25 +62,23 @@ def report(server: ComfyServer, history: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def stock(host_path, tmp_path_factory) -> bytes:
+def stock(stock_server) -> bytes:
     """What a server that never loaded the pack makes of the small clip."""
-    with start(host_path, None, tmp_path_factory.mktemp("stock")) as server:
-        return latent(server, server.run(graph(SMALL)))
-
-
-@pytest.fixture(scope="module")
-def server(host_path, tmp_path_factory):
-    """A server with the pack."""
-    with start(host_path, PACK, tmp_path_factory.mktemp("paro")) as server:
-        yield server
+    return latent(stock_server, stock_server.run(graph(SMALL)))
 
 
 def plans(server: ComfyServer) -> Path:
     return server.folder / "models" / "paro"
 
 
+def clear(server: ComfyServer) -> None:
+    for file in plans(server).glob("*"):
+        file.unlink()
+
+
 def test_back_to_back(server, stock):
     """Unpatched runs stay bit-equal to stock around patched ones; the second run at a size finds its plan."""
+    clear(server)
     assert latent(server, server.run(graph(SMALL))) == stock
     first = server.run(graph(SMALL, settings=SPARSE))
     assert latent(server, first) != stock
@@ -126,8 +101,7 @@ def test_back_to_back(server, stock):
 
 def test_plan_file_from_another_machine(server):
     """Acceptance: the workflow names a plan that is not here; it runs, calibrates and says so."""
-    for file in plans(server).iterdir():
-        file.unlink()
+    clear(server)
     done = report(server, server.run(graph(SMALL, seed=11, settings=SPARSE, plan_file="theirs.safetensors")))
     assert done["plan_source"] == "calibrated on the way" and done["sites_sparse"] == SITES
     assert "theirs.safetensors is not in models/paro" in done["notes"][0]
@@ -148,6 +122,27 @@ def test_calibrate_node(server):
     assert len(server.images(history, "calibrate")) == 1 and (plans(server) / "mine.safetensors").is_file()
     listed = server.json("/object_info/PAROPatchModel")["PAROPatchModel"]["input"]["required"]["plan_file"]
     assert "mine.safetensors" in str(listed)
+
+
+def test_calibration_can_be_cancelled(server):
+    """The page's cancel button during PARO Calibrate: the run ends as interrupted and nothing is saved."""
+    clear(server)
+    nodes = graph(OTHER, seed=4, settings=SPARSE)
+    sampler = {**nodes["sample"]["inputs"], "steps": 500, "model": ["model", 0], "settings": ["settings", 0]}
+    inputs = {**sampler, "calibrate_steps": "499", "plan_name": "cancelled"}
+    calibrate = {key: nodes[key] for key in ("model", "positive", "negative", "empty", "settings")}
+    calibrate["calibrate"] = {"class_type": "PAROCalibrate", "inputs": inputs}
+    sent = []
+
+    def cancel(seconds: float) -> None:
+        if seconds > 1:
+            sent.append(server.json("/interrupt", {}))
+
+    with pytest.raises(ComfyError) as error:
+        server.run(calibrate, waiting=cancel)
+    kinds = [kind for kind, _ in error.value.details["status"]["messages"]]
+    assert sent and "execution_interrupted" in kinds and "execution_error" not in kinds
+    assert not list(plans(server).glob("*"))
 
 
 def change_plan(source: Path, target: Path, **changes) -> None:

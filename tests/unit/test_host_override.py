@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -275,8 +276,11 @@ FLUX = _model("comfy.ldm.flux.model.Flux", patch_size=2, params=SimpleNamespace(
 
 def test_families():
     assert family_of(WAN) is wan.FAMILY and family_of(FLUX) is flux.FAMILY
-    assert "VaceWanModel" in family_of(_model("comfy.ldm.wan.model.VaceWanModel"))
-    assert "Flux 2" in family_of(_model("comfy.ldm.flux.model.Flux", params=SimpleNamespace(global_modulation=True)))
+    assert "CacheWanModel" in family_of(_model("comfy.ldm.wan.model.CacheWanModel"))
+    assert family_of(_model("comfy.ldm.wan.model.VaceWanModel")).name == "wan_vace"
+    assert (
+        family_of(_model("comfy.ldm.flux.model.Flux", params=SimpleNamespace(global_modulation=True))).name == "flux2"
+    )
     assert family_of(_model("comfy.ldm.x.Other")) == "the model class Other is not supported"
 
 
@@ -311,3 +315,17 @@ def test_layouts_of_flux():
     assert flux.FAMILY.layout(FLUX, ModelCall((1, 16, 9, 8), (1, 256, 64))) == TokenLayout(256, (1, 5, 4))
     assert flux.FAMILY.layout(FLUX, ModelCall((1, 16, 9, 8), (1, 7, 64), references)) == TokenLayout(7, (1, 5, 4), 35)
     assert "no text" in flux.FAMILY.layout(FLUX, ModelCall((1, 16, 9, 8)))
+
+
+def test_status_line(monkeypatch):
+    """Text goes to the node where a server runs; nothing happens anywhere else."""
+    from comfyui_paro.paro_runtime.host.status import status_line
+
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace())
+    status_line("7")("nobody listens")
+    sent = []
+    server = SimpleNamespace(send_progress_text=lambda text, node_id: sent.append((text, node_id)))
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=server)))
+    status_line("7")("hello")
+    status_line(None)("no node")
+    assert sent == [("hello", "7")]

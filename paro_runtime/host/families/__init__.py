@@ -1,15 +1,24 @@
-"""The model families PARO knows. A new family is one module and one entry here."""
+"""The model families PARO knows: every module of this folder that has a `FAMILY`."""
 
 from __future__ import annotations
 
+import pkgutil
+from importlib import import_module
 from typing import Any
 
-from . import flux, wan
-from .base import Family, ModelCall, class_path
+from .base import CountedFamily, Family, ModelCall, Place, class_path
 
-FAMILIES: tuple[Family, ...] = (wan.FAMILY, flux.FAMILY)
 
-__all__ = ["FAMILIES", "Family", "ModelCall", "family_of"]
+def _discover() -> tuple[Family, ...]:
+    """The `FAMILY` of every module here, by module name."""
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = (import_module(f".{name}", __name__) for name in names)
+    return tuple(module.FAMILY for module in modules if hasattr(module, "FAMILY"))
+
+
+FAMILIES: tuple[Family, ...] = _discover()
+
+__all__ = ["FAMILIES", "CountedFamily", "Family", "ModelCall", "Place", "family_of"]
 
 
 def family_of(model: Any) -> Family | str:

@@ -1,0 +1,151 @@
+// Drive ComfyUI's real page in a headless Chromium: build the example workflows, run one, take a picture.
+//
+//   node scripts/page.mjs build URL FOLDER           writes every workflow of workflows.mjs to FOLDER
+//   node scripts/page.mjs run URL FILE [OUT [SHOT]]  opens FILE, saves it to OUT as the page would, runs it
+//   node scripts/page.mjs shot URL FILE PICTURE      takes a picture of FILE
+//   node scripts/page.mjs nodes URL PICTURE          takes a picture of the pack's nodes
+//
+// Needs the npm package playwright-core (found through NODE_PATH as well) and a Chromium (CHROMIUM, or the system's).
+// Prints one line of JSON: node types the page does not know, errors, and how the run ended.
+
+import { readFileSync, writeFileSync } from "node:fs";
+import { createRequire } from "node:module";
+import { join } from "node:path";
+import { PICTURE, WORKFLOWS } from "./workflows.mjs";
+
+const { chromium } = createRequire(import.meta.url)("playwright-core");
+const [command, url, ...rest] = process.argv.slice(2);
+
+async function open() {
+  const browser = await chromium.launch({
+    executablePath: process.env.CHROMIUM ?? "/usr/bin/chromium",
+    args: ["--no-sandbox", "--disable-gpu"],
+  });
+  const page = await browser.newPage({ viewport: { width: 1800, height: 1300 }, deviceScaleFactor: 1.5 });
+  const errors = [];
+  page.on("pageerror", (error) => errors.push(error.message));
+  await enter(page);
+  return { browser, page, errors };
+}
+
+async function enter(page) {
+  await page.goto(url);
+  await page.waitForFunction(
+    () => window.app?.graph && Object.keys(window.LiteGraph?.registered_node_types ?? {}).length > 100, null, { timeout: 120000 });
+  await page.waitForTimeout(1500);
+  await page.keyboard.press("Escape"); // the dialog of templates that greets a new user
+}
+
+// Runs in the page: builds a graph from a specification and returns the page's own JSON of it.
+function build(spec) {
+  const { app, LiteGraph } = window;
+  app.graph.clear();
+  const made = {}, width = 330, inset = 28, title = 30;
+  const all = spec.columns.flat().flatMap((group) => group.nodes);
+  for (const { id, type, title, height = 0, widgets = {}, models } of all) {
+    const node = LiteGraph.createNode(type);
+    if (!node) throw new Error(`no node type ${type}`);
+    app.graph.add(node);
+    node.size = [width, Math.max(height, node.computeSize()[1])];
+    if (title) node.title = title;
+    if (models) node.properties.models = models;
+    for (const [name, value] of Object.entries(widgets)) {
+      const widget = node.widgets?.find((w) => w.name === name || (name === "text" && w.name === ""));
+      if (!widget) throw new Error(`${type} has no widget ${name}, only ${node.widgets?.map((w) => w.name)}`);
+      widget.value = value;
+    }
+    made[id] = node;
+  }
+  for (const { id, type, inputs = {} } of all) {
+    for (const [name, [source, slot]] of Object.entries(inputs)) {
+      const index = made[id].findInputSlot(name);
+      if (index < 0) throw new Error(`${type} has no input ${name}`);
+      if (!made[source].connect(slot, made[id], index)) throw new Error(`${source} does not fit ${id}.${name}`);
+    }
+  }
+  spec.columns.forEach((column, number) => {
+    let y = 0;
+    const x = number * (width + 4 * inset);
+    for (const { title: name, nodes } of column) {
+      const group = new LiteGraph.LGraphGroup(name), top = y;
+      y += title + inset;
+      for (const { id } of nodes) {
+        made[id].pos = [x + inset, y + title];
+        y += title + made[id].size[1] + inset;
+      }
+      group.pos = [x, top];
+      group.size = [width + 2 * inset, y - top];
+      app.graph.add(group);
+      y += 2 * inset;
+    }
+  });
+  return app.graph.serialize();
+}
+
+async function load(page, path) {
+  await page.evaluate((json) => window.app.loadGraphData(json), JSON.parse(readFileSync(path, "utf8")));
+  await page.waitForTimeout(1000);
+  return page.evaluate(() => {
+    const known = window.LiteGraph.registered_node_types;
+    return window.app.graph.nodes.map((n) => n.type).filter((type) => !(type in known));
+  });
+}
+
+async function run(page) {
+  return await page.evaluate(
+    () =>
+      new Promise((resolve) => {
+        const on = (kind, how) => window.app.api.addEventListener(kind, (e) => resolve({ how, ...how === "error" && { message: e.detail.exception_message } }));
+        on("execution_success", "success");
+        on("execution_error", "error");
+        on("execution_interrupted", "interrupted");
+        setTimeout(() => resolve({ how: "timeout" }), 240000);
+        window.app.queuePrompt(0).then((queued) => queued === false && resolve({ how: "refused" }));
+      }),
+  );
+}
+
+async function shot(page, path) {
+  const box = await page.evaluate(() => {
+    const { canvas, graph } = window.app;
+    const boxes = [...graph.nodes, ...graph.groups];
+    const [left, top] = [0, 1].map((axis) => Math.min(...boxes.map((b) => b.pos[axis])));
+    const [right, bottom] = [0, 1].map((axis) => Math.max(...boxes.map((b) => b.pos[axis] + b.size[axis])));
+    const scale = Math.min(1, 1500 / (right - left), 1050 / (bottom - top));
+    canvas.ds.scale = scale;
+    canvas.ds.offset = [140 / scale - left, 120 / scale - top]; // clear of the page's own buttons
+    canvas.setDirty(true, true);
+    return { width: (right - left) * scale, height: (bottom - top) * scale };
+  });
+  await page.waitForTimeout(1500);
+  await page.screenshot({ path, clip: { x: 130, y: 110, width: box.width + 20, height: box.height + 20 } });
+}
+
+const { browser, page, errors } = await open();
+const result = { errors };
+try {
+  if (command === "build") {
+    for (const spec of WORKFLOWS) {
+      // The page remembers widget values by node number: every graph needs a page of its own.
+      await enter(page);
+      const json = await page.evaluate(build, spec);
+      writeFileSync(join(rest[0], `${spec.name}.json`), JSON.stringify(json, null, 2) + "\n");
+    }
+  } else if (command === "nodes") {
+    await page.evaluate(build, PICTURE);
+    await shot(page, rest[0]);
+  } else {
+    result.missing = await load(page, rest[0]);
+    if (command === "shot") await shot(page, rest[1]);
+    if (command === "run") {
+      const saved = await page.evaluate(() => window.app.graph.serialize());
+      if (rest[1]) writeFileSync(rest[1], JSON.stringify(saved, null, 2) + "\n");
+      result.run = await run(page);
+      await page.waitForTimeout(2000);
+      if (rest[2]) await shot(page, rest[2]);
+    }
+  }
+} finally {
+  await browser.close();
+}
+console.log(JSON.stringify(result));

@@ -1,0 +1,195 @@
+"""Every supported architecture in the real sampler: exact at density 1, sparse where intended, reported, removed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_paro.tests.host.cases import Case, Run
+from comfyui_paro.tests.host.cases_image import CASES as IMAGE_CASES
+from comfyui_paro.tests.host.cases_video import CASES as VIDEO_CASES
+
+CASES = {case.name: case for case in (*VIDEO_CASES, *IMAGE_CASES)}
+EXACT = {"preset": "custom", "density": 1.0, "precision": "16bit", "tail": "off", "dense_steps": 0}
+SPARSE = {"preset": "custom", "density": 0.4, "dense_steps": 1}
+# Both sides compute in float32; sums over some hundred keys in another order, amplified by guidance.
+CLOSE = {"atol": 5e-4, "rtol": 5e-4}
+TOO_OLD = "does not tell which block is running"
+
+
+@pytest.fixture(scope="session")
+def tiny(comfy):
+    """The builders, which import the booted host."""
+    from comfyui_paro.tests.host import tiny_families
+
+    return tiny_families
+
+
+def build(tiny, name: str):
+    """The case and its model; skipped, with a line, on a host that does not know the architecture."""
+    case = CASES[name]
+    if not tiny.known(case):
+        pytest.skip(f"this ComfyUI has no {case.config}")
+    return case, tiny.build(case)
+
+
+def guided_run(tiny, case: Case) -> Run:
+    """LTX's run with a guide frame, where this host knows it in that form."""
+    if case.runs[2] not in tiny.runs(case):
+        pytest.skip("this ComfyUI takes guide frames in another form")
+    return case.runs[2]
+
+
+def describe(report) -> str:
+    return f"{report.prefix} + {'x'.join(map(str, report.grid))} + {report.suffix}"
+
+
+def check(report, case: Case, run: Run) -> None:
+    """Every intended site went sparse and nothing else was asked for."""
+    sites = run.sites or case.sites
+    assert report.family == case.family
+    assert describe(report) == run.layout
+    assert (report.sites, report.sites_sparse) == (sites, sites), report.text()
+    assert report.calls["sparse"] == report.calls["dense step"]
+    assert report.calls["sparse"] % sites == 0
+    assert not report.passed and not report.fallbacks and not report.notes, report.text()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_family(comfy, tiny, name):
+    from comfyui_paro.paro_runtime.host.families import FAMILIES
+    from comfyui_paro.paro_runtime.host.patching import remove
+
+    case, model = build(tiny, name)
+    assert [f.name for f in FAMILIES if f.recognise(model.model.diffusion_model)] == [case.family]
+    dense = None
+    for run in tiny.runs(case):
+        dense = tiny.sample(model, case, run)
+        exact = comfy.patched(model, **EXACT)
+        out = tiny.sample(exact, case, run)
+        torch.testing.assert_close(out, dense, **CLOSE)
+        rounding = (out - dense).abs().max()
+        report = comfy.report(exact)
+        if report.passed and all(TOO_OLD in reason for reason, _ in report.passed):
+            assert describe(report) == run.layout and not report.sites
+            pytest.skip(f"{case.name}: {report.passed[0][0]}")
+        check(report, case, run)
+        sparse = comfy.patched(model, **SPARSE)
+        out = tiny.sample(sparse, case, run)
+        assert torch.isfinite(out).all()
+        assert (out - dense).abs().max() > 20 * rounding
+        check(comfy.report(sparse), case, run)
+    assert torch.equal(tiny.sample(remove(sparse), case, run), dense)
+    assert torch.equal(tiny.sample(model, case, run), dense)
+
+
+def test_wan_animate_2_is_left_alone_while_its_pose_is_on(comfy, tiny):
+    case, model = build(tiny, "wan_animate2")
+    run = Run(case.runs[0].shape, "", lambda: {"pose_video_latent": torch.zeros(1, 16, 4, 14, 18)})
+    said: list = []
+    patched = comfy.patched(model, said=said, **SPARSE)
+    assert torch.equal(tiny.sample(patched, case, run), tiny.sample(model, case, run))
+    assert said[-1] == "wan: passed through · Wan Animate 2 attends frame by frame while its pose is on"
+
+
+def test_ltx_guides_of_reduced_strength_run_in_the_host(comfy, tiny):
+    """The host splits such a self-attention into rectangular calls."""
+    case, model = build(tiny, "ltxv")
+    guided = guided_run(tiny, case)
+    entries = [{"pre_filter_count": 99, "strength": 0.5, "pixel_mask": None, "latent_shape": None}]
+    run = Run(guided.shape, "", lambda: {**guided.extra(), "guide_attention_entries": entries})
+    if torch.equal(tiny.sample(model, case, run), tiny.sample(model, case, guided)):
+        pytest.skip("this ComfyUI does not attenuate guides")
+    patched = comfy.patched(model, **SPARSE)
+    assert torch.equal(tiny.sample(patched, case, run), tiny.sample(model, case, run))
+    # Older hosts make one call with a mask of queries by keys of it.
+    reason = comfy.report(patched).passed[0][0]
+    assert "no self-attention over the 396 tokens" in reason or "a mask of shape [1, 1, 396, 396]" in reason
+
+
+def test_ltx_video_tokens_taken_out_by_a_mask(comfy, tiny):
+    case, model = build(tiny, "ltxv")
+    guided = guided_run(tiny, case)
+
+    def extra() -> dict:
+        conditioning = guided.extra()
+        conditioning["concat_mask"][..., 0, 0, 0] = -1
+        return conditioning
+
+    patched = comfy.patched(model, **SPARSE)
+    tiny.sample(patched, case, Run(guided.shape, "", extra))
+    assert comfy.report(patched).passed[0][0] == "LTX: a mask takes tokens out of the video itself"
+
+
+def test_counted_calls_are_not_trusted_when_blocks_are_replaced(comfy, tiny):
+    """LTX names no block: with a block replacement that may skip one, sites cannot be told apart."""
+    case, model = build(tiny, "ltxv")
+    clone = model.clone()
+    clone.set_model_patch_replace(lambda args, extra: extra["original_block"](args), "dit", "double_block", 0)
+    patched = comfy.patched(clone, **SPARSE)
+    assert torch.equal(tiny.sample(patched, case, case.runs[0]), tiny.sample(model, case, case.runs[0]))
+    assert "another node replaces blocks" in comfy.report(patched).passed[0][0]
+
+
+def test_a_missing_call_is_noticed(comfy, tiny):
+    """A model that skips an attention call nobody announced: the count is off, and PARO keeps every block."""
+    case, model = build(tiny, "ltxv")
+    skipped = model.model.diffusion_model.transformer_blocks[0].attn1
+    skipped.forward = lambda x, **_: torch.zeros_like(x)
+    with pytest.raises(RuntimeError, match="1 self-attention calls where 2 were expected"):
+        tiny.sample(comfy.patched(model, **SPARSE), case, case.runs[0])
+    patched = comfy.patched(model, strict=False, **SPARSE)
+    assert torch.equal(tiny.sample(patched, case, case.runs[0]), tiny.sample(model, case, case.runs[0]))
+    report = comfy.report(patched)
+    assert report.notes == ["1 self-attention calls where 2 were expected: sites are not certain"]
+    assert report.sites_sparse == 0
+
+
+def test_refusals(comfy, tiny):
+    from comfyui_paro.paro_runtime.host.families import family_of
+
+    _, h3 = build(tiny, "minimax_h3")
+    h3.model.diffusion_model.blocks[0].attn.to_gate_compress = torch.nn.Linear(2, 2)
+    assert "to_gate_compress" in family_of(h3.model.diffusion_model)
+    case = CASES["sdxl"]
+    other = Case("sd15", "", "SDXL", case.unet | {"context_dim": 768}, (), 0)
+    assert "only SDXL is supported" in family_of(tiny.build(other).model.diffusion_model)
+
+
+def test_masked_prompts_run_as_more_chunks(comfy, tiny):
+    """Regional prompts: three conditionings of two text lengths, in one batch or in several."""
+    case, model = build(tiny, "flux")
+    run = case.runs[0]
+    mask = torch.zeros(1, *run.shape[2:])
+    mask[..., :12] = 1
+    positive = [*tiny.prompt(case, 1, mask=mask, mask_strength=1.0), *tiny.prompt(case, 3, mask=1 - mask)]
+    longer = Case(case.name, "", "", {}, (), 0, text=(11, case.text[1]))
+    both = [*positive, *tiny.prompt(longer, 4)]
+    for conditioning in (positive, both):
+        dense = tiny.sample(model, case, run, conditioning)
+        patched = comfy.patched(model, **EXACT)
+        torch.testing.assert_close(tiny.sample(patched, case, run, conditioning), dense, **CLOSE)
+        report = comfy.report(patched)
+        assert report.sites_sparse == case.sites and not report.passed and not report.fallbacks
+
+
+def test_context_windows(comfy, tiny):
+    """A long video in windows: the grid is that of a window, which later windows precede by an anchor frame."""
+    windows = pytest.importorskip("comfy.context_windows")
+    case, model = build(tiny, "wan_t2v")
+    run = Run((1, 16, 7, 14, 18), "")
+    handler = windows.IndexListContextHandler(
+        context_schedule=windows.get_matching_context_schedule("standard_static"),
+        fuse_method=windows.get_matching_fuse_method("pyramid"),
+        context_length=5,
+        context_overlap=2,
+        context_stride=1,
+        closed_loop=False,
+        dim=2,
+    )
+    model.model_options["context_handler"] = handler
+    dense = tiny.sample(model, case, run)
+    patched = comfy.patched(model, **EXACT)
+    torch.testing.assert_close(tiny.sample(patched, case, run), dense, **CLOSE)
+    report = comfy.report(patched)
+    assert describe(report) in ("0 + 5x7x9 + 0", "0 + 6x7x9 + 0")
+    assert report.sites_sparse == case.sites and not report.passed

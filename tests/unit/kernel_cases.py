@@ -1,0 +1,151 @@
+"""Attention calls at their awkward edges, and an oracle that knows nothing of blocks: a token mask in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from comfyui_paro.kernels.problem import Geometry, SparsePattern
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. mask: density, `isolated` (1-0-1), `empty` (a row keeps nothing), `one` (one block in all) or None."""
+
+    name: str
+    grid: tuple[int, int, int] = (3, 7, 11)
+    prefix: int = 0
+    suffix: int = 0
+    mask: float | str | None = 0.5
+    tail: bool = False
+    block_q: int = 64
+    heads: int = 2
+    kv_heads: int = 2
+    batch: int = 1
+    dim: int = 64
+    pool: int = 64
+    orders: str = "random"
+    sigma: float = 1.0
+    bias: bool = False
+    strided: bool = False
+    dtype: torch.dtype = torch.float16
+
+
+CASES = [
+    Case("ragged grid, random permutations"),
+    Case("isolated kept blocks: 1-0-1", grid=(1, 16, 20), mask="isolated"),
+    Case("a row that keeps nothing keeps its own block", mask="empty"),
+    Case("one block in all: 20 tokens", grid=(1, 4, 5), mask=1.0),
+    Case("a single kept block in the whole mask", mask="one", prefix=1),
+    Case("whole blocks only, no ragged end", grid=(2, 8, 16), mask=0.6),
+    Case("axis orders, dense without a list", mask=None, orders="axes", heads=6, kv_heads=6),
+    Case("dense without a list, ragged grid and ragged context", mask=None, prefix=5, suffix=3),
+    Case("dense, whole blocks and whole context", mask=None, grid=(2, 8, 8), prefix=64),
+    Case("context of one token", suffix=1, tail=True),
+    Case("context of one block", prefix=64, tail=True),
+    Case("context of a block and a bit, on both sides", prefix=70, suffix=7),
+    Case("long text in front", prefix=226, mask=0.3, grid=(1, 7, 11)),
+    Case("the tail alone on the grid", mask="empty", tail=True, suffix=2),
+    Case("tail with pools of 16", tail=True, pool=16, suffix=3),
+    Case("tail with pools of 32 and padded head dimension 72", tail=True, pool=32, dim=72),
+    Case("head dimension 96", dim=96, tail=True),
+    Case("head dimension 32", dim=32),
+    Case("query blocks of 128 rows", block_q=128, grid=(3, 10, 11), tail=True, prefix=9),
+    Case("batch of two, grouped queries", batch=2, heads=4, kv_heads=2, tail=True),
+    Case("key bias hides padded text", prefix=77, bias=True, batch=2, mask=0.6),
+    Case("key bias, dense", prefix=20, bias=True, mask=None),
+    Case("views of a fused QKV projection", strided=True, suffix=4, tail=True),
+    Case("float32 inputs", dtype=torch.float32, mask=0.6, suffix=2, tail=True),
+]
+AXES = ((0, 1, 2), (0, 2, 1), (1, 2, 0), (1, 0, 2), (2, 1, 0), (2, 0, 1))
+
+
+def geometry(case: Case) -> Geometry:
+    return Geometry(case.prefix, case.grid, case.suffix, case.block_q)
+
+
+def make(case: Case, seed: int = 0):
+    """q, k, v `[B, H, L, D]` with channel outliers in K, the pattern and the key bias of a case."""
+    generator = torch.Generator().manual_seed(seed)
+    g = geometry(case)
+
+    def random(heads):
+        if case.strided:  # [B, L, 3, H, D], as a fused projection leaves it
+            return torch.randn(case.batch, g.length, 3, heads, case.dim, generator=generator)[:, :, 1].transpose(1, 2)
+        return torch.randn(case.batch, heads, g.length, case.dim, generator=generator)
+
+    q, k, v = random(case.heads) * case.sigma, random(case.kv_heads) * case.sigma, random(case.kv_heads)
+    k = k + 3 * torch.randn(1, case.kv_heads, 1, case.dim, generator=generator)
+    if case.orders == "axes":
+        index = torch.arange(g.grid_tokens).view(case.grid)
+        tables = torch.stack([index.permute(axes).flatten() for axes in AXES])
+        order_of_head = torch.arange(case.kv_heads) % len(AXES)
+    else:
+        tables = torch.stack([torch.randperm(g.grid_tokens, generator=generator) for _ in range(3)])
+        order_of_head = torch.randint(0, 3, (case.kv_heads,), generator=generator)
+    shape = (case.heads, g.q_blocks, g.k_blocks)
+    if case.mask is None:
+        mask = None
+    elif case.mask == "isolated":
+        mask = (torch.arange(g.k_blocks) % 2 == 0).expand(shape).clone()
+    elif case.mask == "one":
+        mask = torch.zeros(shape, dtype=torch.bool)
+        mask[0, -1, -1] = True
+    else:
+        mask = torch.rand(shape, generator=generator) < (0.5 if case.mask == "empty" else case.mask)
+        if case.mask == "empty":
+            mask[:, 1] = False
+    bias = None
+    if case.bias:
+        bias = torch.zeros(case.batch, g.length)
+        bias[:, case.prefix // 2 : case.prefix] = -torch.inf
+        bias[:, -1] = 0.7
+    tail = torch.randn(case.heads, generator=generator) * 0.5 if case.tail else None
+    pattern = SparsePattern(g, tables.int(), order_of_head.int(), mask, tail, case.pool)
+    return q.to(case.dtype), k.to(case.dtype), v.to(case.dtype), pattern, bias
+
+
+def oracle(q, k, v, pattern: SparsePattern, bias=None) -> torch.Tensor:
+    """Exact attention `[B, H, L, D]` in float64, token by token in original order; pools as extra keys."""
+    g = pattern.geometry
+    q, k, v = q.double(), k.double(), v.double()
+    result = torch.empty_like(q)
+    group = q.shape[1] // k.shape[1]
+    for h in range(q.shape[1]):
+        table = pattern.tables[pattern.order_of_head[h // group]].long()
+        place = torch.empty_like(table)  # where each grid token stands in the head's order
+        place[table] = torch.arange(table.numel())
+        allowed = torch.ones(g.length, g.length, dtype=torch.bool)
+        grid = slice(g.prefix, g.prefix + g.grid_tokens)
+        if pattern.mask is not None:
+            blocks = pattern.mask[h].clone()
+            for row in range(blocks.shape[0]):
+                if not blocks[row].any():
+                    blocks[row, row * g.block_q // g.block_k] = True
+            allowed[grid, grid] = blocks[place // g.block_q][:, place // g.block_k]
+        for b in range(q.shape[0]):
+            scores = q[b, h] @ k[b, h // group].T * q.shape[3] ** -0.5
+            if bias is not None:
+                scores = scores + bias[b].double()
+            scores = scores.masked_fill(~allowed, -torch.inf)
+            values = v[b, h // group]
+            if pattern.mask is not None and pattern.tail_bias is not None:
+                extra, pooled_v = [], []
+                for first in range(0, g.grid_tokens, pattern.pool):
+                    members = table[first : first + pattern.pool] + g.prefix
+                    score = q[b, h] @ k[b, h // group][members].mean(0) * q.shape[3] ** -0.5
+                    score = score + torch.tensor(float(members.numel())).log() + pattern.tail_bias[h].double()
+                    score[allowed[:, members[0]]] = -torch.inf
+                    extra.append(score)
+                    pooled_v.append(values[members].mean(0))
+                scores = torch.cat([scores, torch.stack(extra, 1)], 1)
+                values = torch.cat([values, torch.stack(pooled_v)])
+            result[b, h] = scores.softmax(1) @ values
+    return result
+
+
+def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative L2 distance; infinite if x holds anything that is not finite."""
+    if not x.isfinite().all():
+        return float("inf")
+    return ((x.double() - expected.double()).norm() / expected.double().norm()).item()

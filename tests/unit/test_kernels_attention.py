@@ -1,0 +1,102 @@
+"""The Triton attention in the interpreter (or on a GPU), against a float64 oracle, over a table of edge cases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_paro.kernels.api import sparse_attention
+from comfyui_paro.kernels.problem import PRECISIONS
+from comfyui_paro.kernels.support import interpreted
+
+from .kernel_cases import CASES, Case, make, oracle, relative_error
+
+pytest.importorskip("triton")
+if not interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+from comfyui_paro.kernels.attention import launch_attention
+from comfyui_paro.kernels.configs import Tile
+
+# Relative L2 against float64. Triton's interpreter casts fp32 to fp8 wrongly (no carry into the next binade), which
+# doubles the fp8 error that a GPU shows.
+BOUNDS = {"16bit": 2e-3, "int8": 1.5e-2, "int8_pv8": 2.5e-2, "fp8": 9e-2, "int4": 2.5e-1, "int4_pv4": 4e-1}
+PAIRS, SINGLE = Tile(64, True, 4, 2), Tile(64, False, 4, 2)
+
+
+def run(case: Case, precision: str, tile: Tile = PAIRS):
+    q, k, v, pattern, bias = make(case)
+    # Poisoned: every element must be written. [B, L, H, D] storage, as the host wants it.
+    out = torch.full((case.batch, q.shape[2], case.heads, case.dim), torch.nan, dtype=q.dtype).transpose(1, 2)
+    launch_attention(q, k, v, pattern, PRECISIONS[precision], key_bias=bias, out=out, tile=tile)
+    return out, oracle(q, k, v, pattern, bias)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_edge_case(case: Case):
+    out, expected = run(case, "int8", PAIRS if len(case.name) % 2 else SINGLE)
+    assert relative_error(out, expected) < BOUNDS["int8"]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_precision(precision: str, dim: int):
+    out, expected = run(Case("", grid=(2, 8, 13), suffix=5, tail=True, dim=dim, heads=1, kv_heads=1), precision)
+    assert relative_error(out, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("precision", ["16bit", "int8_pv8", "int4_pv4"])
+def test_single_blocks_in_other_precisions(precision: str):
+    out, expected = run(Case("", prefix=3, tail=True), precision, SINGLE)
+    assert relative_error(out, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("sigma", [6.0, 25.0])
+@pytest.mark.parametrize("tile", [PAIRS, SINGLE])
+def test_large_scores_do_not_wrap_int8_weights(sigma: float, tile: Tile):
+    """127 at the row's maximum must not round up to 128, which wraps to -128 (error above 1)."""
+    q, k, v, pattern, _ = make(Case("", mask=None, sigma=sigma, heads=1, kv_heads=1, dim=128))
+    out = launch_attention(q, k, v, pattern, PRECISIONS["int8_pv8"], tile=tile)
+    same_scores = launch_attention(q, k, v, pattern, PRECISIONS["int8"], tile=tile)
+    assert relative_error(out, same_scores) < 4e-2
+
+
+def test_rows_of_128():
+    out, expected = run(Case("", block_q=128, grid=(3, 10, 11), tail=True, prefix=9), "int8", Tile(128, True, 8, 2))
+    assert relative_error(out, expected) < BOUNDS["int8"]
+
+
+def test_small_tiles_share_a_row_of_wide_blocks():
+    out, expected = run(Case("", block_q=128, grid=(1, 7, 11), mask="one", tail=True), "int8")
+    assert relative_error(out, expected) < BOUNDS["int8"]
+
+
+def test_scale_is_the_callers():
+    q, k, v, pattern, _ = make(Case("", mask=None))
+    out = sparse_attention(q, k, v, pattern, PRECISIONS["16bit"], scale=0.25, backend="triton")
+    expected = oracle(q * (0.25 * q.shape[3] ** 0.5), k, v, pattern)
+    assert relative_error(out, expected) < 3e-3
+
+
+@pytest.mark.parametrize("precision", ["16bit", "int8"])
+def test_float32_values_beyond_the_range_of_fp16(precision: str):
+    q, k, v, pattern, _ = make(Case("", dtype=torch.float32, heads=1, kv_heads=1, tail=True))
+    v = v * 1e6
+    if precision == "16bit":
+        q, k = q * 1e5, k * 1e-5
+    out = sparse_attention(q, k, v, pattern, PRECISIONS[precision], backend="triton")
+    assert relative_error(out, oracle(q, k, v, pattern)) < BOUNDS[precision]
+
+
+def test_same_bits_every_time():
+    case = Case("", tail=True, suffix=3)
+    first, _ = run(case, "int8_pv8")
+    second, _ = run(case, "int8_pv8")
+    assert torch.equal(first, second)
+
+
+def test_bfloat16_is_declined_in_the_interpreter():
+    q, k, v, pattern, _ = make(replace(CASES[0], dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="bf16"):
+        sparse_attention(q, k, v, pattern, PRECISIONS["int8"], backend="triton")

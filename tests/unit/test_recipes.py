@@ -1,0 +1,73 @@
+"""What follows from a recipe: dense steps, floors, expected gains."""
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.recipes import FOLDER, all_recipes, recipe_for
+from comfyui_paro.paro_runtime.session import Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+
+
+@pytest.mark.parametrize("family", all_recipes())
+def test_dense_steps_of_short_and_full_schedules(family):
+    recipe = recipe_for(family)
+    assert [recipe.dense_steps(n) for n in (1, 4, 8)] == [1, 1, 1]
+    assert 2 <= recipe.dense_steps(20) <= 6
+    steps = [recipe.dense_steps(n) for n in range(1, 60)]
+    assert steps == sorted(steps)
+
+
+@pytest.mark.parametrize("family", all_recipes())
+def test_expected_gains(family):
+    """More tokens and fewer blocks gain more; everything kept gains nothing beyond a faster kernel."""
+    recipe = recipe_for(family)
+    assert recipe.attention_half[0] < recipe.attention_half[1]
+    for low, high in (recipe.expected_gain(TokenLayout(0, (1, 1, n)), 0.3) for n in recipe.typical.values()):
+        assert 1 < low < high < 5
+    small, large = (recipe.expected_gain(TokenLayout(0, (1, 1, n)), 0.3) for n in (4096, 65536))
+    assert small[0] < large[0] and small[1] < large[1]
+    assert recipe.expected_gain(TokenLayout(0, (1, 1, 4096)), 1.0)[0] == 1
+    kept_text = recipe.expected_gain(TokenLayout(4096, (1, 1, 4096)), 0.3)
+    assert kept_text[0] < small[0]
+
+
+def test_gains_of_images_are_small_at_1024_pixels():
+    for family in ("flux", "flux2", "qwen_image", "lumina2", "krea2"):
+        recipe = recipe_for(family)
+        assert recipe.expected_gain(TokenLayout(512, (1, 64, 64)), recipe.densities["balanced"])[0] < 1.15
+
+
+@pytest.mark.parametrize(
+    "settings, backend, tokens, kept",
+    [
+        (Settings(), "triton", 4096, True),
+        (Settings(), "triton", 9216, False),
+        (Settings(preset="custom", density=0.3), "triton", 4096, False),
+        (Settings(), "reference", 4096, False),
+    ],
+)
+def test_short_grids_keep_every_block(settings, backend, tokens, kept):
+    session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.5, 0.0])
+    session.backend = backend
+    reason = session._too_short_to_drop(tokens)
+    assert (reason == f"every block kept: {tokens} grid tokens, sparse from 9216 on") is kept
+
+
+def test_a_short_grid_runs_in_paros_own_attention():
+    recipe = recipe_for("sdxl")
+    session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe, Settings(backend="reference")), sigmas=[1.0, 0.0])
+    session._too_short_to_drop = lambda tokens: "every block kept"
+    evaluation = session.begin(layout=TokenLayout(0, (1, 16, 16)), sigma=1.0)
+    q, k, v = torch.randn(3, 1, 2, 256, 32)
+
+    out = evaluation.attend(Site("block", 0), q, k, v, dense=lambda: pytest.fail("the host's attention ran"))
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    assert ((out - expected).norm() / expected.norm()).item() < 0.05
+    assert session.counts.dense == {"every block kept": 1}
+
+
+def test_every_family_has_a_row_in_the_docs():
+    text = (FOLDER.parent / "docs" / "models.md").read_text(encoding="utf-8")
+    missing = [family for family in all_recipes() if f"(`{family}`)" not in text]
+    assert not missing
