@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .problem import Precision, SparsePattern, problem_with
+from .problem import Geometry, Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
 from .statistics_reference import BlockStatistics, block_statistics_reference, row_logsumexp_reference
 from .support import triton_reason
@@ -74,13 +74,29 @@ def row_logsumexp(
     backend: str = "auto",
 ) -> torch.Tensor:
     """See `statistics_reference.row_logsumexp_reference`."""
-    return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
+    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
+        return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
+    from .triton_statistics import launch_row_logsumexp
+
+    return launch_row_logsumexp(q, k, scale=scale, key_bias=key_bias)
 
 
 def block_statistics(
-    q, k, lse, geometry, rows, *, q_blocks=None, scale=None, epsilon=None, pool=None, backend="auto"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+    rows: torch.Tensor,
+    *,
+    q_blocks: torch.Tensor | None = None,
+    scale: float | None = None,
+    epsilon: float | None = None,
+    pool: int | None = None,
+    backend: str = "auto",
 ) -> BlockStatistics:
     """See `statistics_reference.block_statistics_reference`."""
-    return block_statistics_reference(
-        q, k, lse, geometry, rows, q_blocks=q_blocks, scale=scale, epsilon=epsilon, pool=pool
-    )
+    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
+        run = block_statistics_reference
+    else:
+        from .triton_statistics import launch_block_statistics as run
+    return run(q, k, lse, geometry, rows, q_blocks=q_blocks, scale=scale, epsilon=epsilon, pool=pool)

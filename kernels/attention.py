@@ -194,7 +194,8 @@ def forward(
         D=dim, PADDED_D=padded_dim(dim), ROWS=tile.rows, BLOCK_Q=block_q, PAIRS=tile.pairs,
         QK=precision.qk, PV=_kernel_pv(precision), P_LOG2=P_LOG2[precision.pv], LISTED=lists is not None, TAIL=tail,
         POOL=pattern.pool, BIASED=prepared.key_bias is not None, ROTATE=prepared.rotation is not None,
-        VALUES_SCALED=prepared.v_scales is not None, STAGES=tile.stages,
+        VALUES_SCALED=prepared.v_scales is not None,
+        SEPARATE_TAIL=precision.pv != "16" and _capability(q.device)[0] == 9, STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 

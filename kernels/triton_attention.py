@@ -162,7 +162,8 @@ def _two_blocks(
 @triton.jit
 def _tail(
     accumulator, total, maximum, q, q_scale, kept_words, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
-    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    SEPARATE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
 
@@ -170,14 +171,19 @@ def _tail(
     """
     channels = tl.arange(0, PADDED_D)
     PER_BLOCK: tl.constexpr = BLOCK // POOL
+    last_bias = bias + tl.log2((grid_tokens - (pools - 1) * POOL).to(tl.float32))
+    bias += tl.log2(POOL * 1.0)
     word = tl.load(kept_words)
     for start in tl.range(0, pools, BLOCK):
         next_word = tl.load(kept_words + (start + BLOCK) // (PER_BLOCK * 64))
+        # A column's bit by 32-bit shifts: 64-bit ones would cost more than the exponential.
+        bits = word >> (start // PER_BLOCK % 64)
+        bit = columns // PER_BLOCK
+        kept = (tl.where(bit < 32, bits.to(tl.int32), (bits >> 32).to(tl.int32)) >> (bit % 32)) & 1
         pool = start + columns
         real = pool < pools
-        kept = (word >> (pool // PER_BLOCK % 64).to(tl.int64)) & 1
-        tokens = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1)
-        pool_bias = tl.where(real & (kept == 0), tl.log2(tokens.to(tl.float32)) + bias, float("-inf"))
+        pool_bias = tl.where(pool < pools - 1, bias, last_bias)
+        pool_bias = tl.where(real & (kept == 0), pool_bias, float("-inf"))
         offsets = pool[:, None] * PADDED_D + channels[None, :]
         keys = tl.load(pooled_k + offsets, mask=real[:, None], other=0)
         product = tl.dot(q, tl.trans(keys)).to(tl.float32)
@@ -189,13 +195,13 @@ def _tail(
         rescale = tl.exp2(maximum - highest)
         total = total * rescale + tl.sum(p, 1)
         values = tl.load(pooled_v + offsets, mask=real[:, None], other=0)
-        if PV == "16":
-            accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
-        else:
-            # Beside an 8-bit main loop the form above makes ptxas wait after every single wgmma of the whole kernel
-            # (its message C7515).
+        if SEPARATE:
+            # Beside an 8-bit main loop on sm_90 the other form makes ptxas wait after every single wgmma of the whole
+            # kernel (its message C7515).
             wide = tl.zeros_like(accumulator) + rescale[:, None]
             accumulator = tl.fma(accumulator, wide, tl.dot(p.to(values.dtype), values))
+        else:
+            accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
         maximum = highest
         word = next_word
     return accumulator, total
@@ -226,14 +232,15 @@ def _quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PAD
 
 @triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "q_blocks", "k_blocks", "k_blocks_grid", "pools"])
 def attention_forward(
-    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias, kept_words,
+    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias,
+    pooled_k, pooled_v, pooled_scales, tail_bias, kept_words,
     tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol, stride_od,
     heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
     POOL: tl.constexpr, BIASED: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr,
-    STAGES: tl.constexpr,
+    SEPARATE_TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS query rows of one (batch, head). See `attention.launch_attention` for every argument.
 
@@ -363,7 +370,7 @@ def attention_forward(
                 tl.load(tail_bias + head) * 1.4426950408889634,
                 pooled_k + kv_head.to(tl.int64) * pools * PADDED_D, pooled_scales + kv_head * pooled_rows,
                 pooled_v + kv_head.to(tl.int64) * pools * PADDED_D, grid_tokens, pools, columns,
-                PADDED_D, QK, PV, P_LOG2, POOL,
+                PADDED_D, QK, P_LOG2, POOL, SEPARATE_TAIL,
             )  # fmt: skip
 
     # Looked up again rather than kept in registers across the loops.

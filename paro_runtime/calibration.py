@@ -1,83 +1,93 @@
 """Calibration: collect what passes by, then make a plan of it.
 
 One calibrator serves one model and grid. A run in passing feeds it the last dense step; *PARO Calibrate* feeds it
-chosen steps of several prompts. Sums live on the CPU, so the GPU holds one site at a time.
+chosen steps of several prompts and keeps the sums in a folder, so that it can be stopped at any moment and resumed.
+Sums live on the CPU; the GPU holds one site at a time.
 """
 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from .orders import AXIS_ORDERS
+from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .recipes import MaskOptions, query_block
 from .selection import mass_kept, per_head_masks, shared_masks, tail_bias
+from .stability import Glimpse, Stability, compare, glimpse
 from .statistics import Observation, StatisticsOptions, observe
+from .sums import SiteSums, stored
+from .tail import bias_at
 from .tokens import TokenLayout
 
-# Larger block tables are kept in half precision: 40 sites of a 720p model would not fit the memory otherwise.
-FULL_PRECISION_ELEMENTS = 1 << 22
 
+@dataclass(frozen=True)
+class Method:
+    """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
 
-@dataclass
-class _SiteSums:
-    """Sums over the observations of one site; `weight` counts, per head, those that the mass of its choice rests on."""
+    criterion: blocks are kept by `error`, the squared output error that leaving them to the tail would cost, or by
+    `mass`. Without a tail or without values it is always mass.
+    relative: each head's errors count relative to its own output, not in absolute terms.
+    bias: the tail's bias by least `error`, or so that the total `mass` is right.
+    tiles: offer tiled orders. alpha, sigma: of the paper's metric.
+    """
 
-    candidates: tuple[str, ...]
-    scores: torch.Tensor
-    choice: torch.Tensor
-    mass: torch.Tensor
-    pooled: torch.Tensor | None
-    weight: torch.Tensor
-
-    def add(self, seen: Observation) -> None:
-        """Fold in one more observation; heads whose order changed start anew with it."""
-        same = seen.choice == self.choice
-        keep = same[:, None, None]
-        self.scores += seen.scores
-        self.choice = seen.choice
-        self.mass = _add(self.mass, seen.mass, keep)
-        if self.pooled is not None:
-            self.pooled = _add(self.pooled, seen.pooled, keep)
-        self.weight = self.weight.where(same, 0) + 1
-
-
-def _add(total: torch.Tensor, more: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    return (total.float().where(keep, 0) + more.float()).to(total.dtype)
-
-
-def _stored(seen: Observation, block_q: int) -> Observation:
-    """The observation on the CPU, its tables scaled so that evenly spread attention is 1: half precision's range."""
-    dtype = torch.float32 if seen.mass.numel() <= FULL_PRECISION_ELEMENTS else torch.float16
-    scale = seen.mass.shape[2] / block_q
-
-    def store(table: torch.Tensor | None) -> torch.Tensor | None:
-        return None if table is None else (table * scale).to(dtype).cpu()
-
-    return Observation(seen.candidates, seen.scores.cpu(), seen.choice.cpu(), store(seen.mass), store(seen.pooled))
+    criterion: str = "error"
+    relative: bool = False
+    bias: str = "error"
+    tiles: bool = True
+    alpha: float = 0.5
+    sigma: float = 1.0
 
 
 class Calibrator:
-    """Collects observations of every site and turns them into a plan. Safe to feed from several threads."""
+    """Collects observations of every site and turns them into a plan. Safe to feed from several threads.
 
-    def __init__(self, identity: ModelIdentity, options: MaskOptions) -> None:
+    prompt: number of the prompt that is being run; set it before each run.
+    """
+
+    def __init__(
+        self,
+        identity: ModelIdentity,
+        options: MaskOptions,
+        *,
+        method: Method | None = None,
+        partial: Path | None = None,
+    ) -> None:
+        """partial: folder that keeps the sums after every observation; what it holds already is taken up again.
+
+        Raises PlanError when the folder belongs to another model, grid or options.
+        """
         self.identity = identity
         self.options = options
+        self.method = method or Method()
         self.layout: TokenLayout | None = None
-        self._sums: dict[Site, _SiteSums] = {}
+        self.prompt = 0
+        self._sums: dict[Site, SiteSums] = {}
+        self._glimpses: dict[tuple[Site, int, int], Glimpse] = {}
         self._lock = threading.Lock()
+        self._partial = PartialStore(partial, identity, options.as_dict()) if partial is not None else None
+        self._resumed: set[tuple[Site, int, int]] = set()
+        if self._partial is not None:
+            self.layout, self._sums = self._partial.read()
+            self._resumed = {(site, *label) for site, sums in self._sums.items() for label in sums.done}
 
     @property
     def observations(self) -> int:
         """Site observations so far."""
-        return sum(int(s.weight.max()) for s in self._sums.values())
+        return sum(len(sums.done) for sums in self._sums.values())
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(sorted(self._sums))
+
+    def has(self, prompt: int, steps: set[int] | frozenset[int]) -> bool:
+        """Whether these steps of a prompt were observed at every site: after a resumption such a prompt is skipped."""
+        wanted = {(prompt, step) for step in steps}
+        return bool(self._sums) and all(wanted <= sums.done for sums in self._sums.values())
 
     def observe(
         self,
@@ -85,38 +95,77 @@ class Calibrator:
         layout: TokenLayout,
         q: torch.Tensor,
         k: torch.Tensor,
+        v: torch.Tensor | None = None,
         *,
+        step: int = 0,
+        weight: float = 1.0,
         scale: float | None = None,
         key_bias: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        """Add one attention call: q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`. Raises PlanError for another grid."""
+        """Add one attention call: q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`. Raises PlanError for another grid.
+
+        weight: how much the tail's errors of this call count; they matter more where a step moves the sample further.
+        """
+        if (site, self.prompt, step) in self._resumed:
+            return
         with self._lock:
             if self.layout is None:
                 self.layout = layout
             previous = self._sums.get(site)
         if self.layout.grid != layout.grid:
             raise PlanError(f"calibration: began on the grid {self.layout.grid}, now sees {layout.grid}")
-        options = StatisticsOptions(self.options.density, self.options.order, self.options.pool)
+        method, options = self.method, self.options
+        wanted = StatisticsOptions(
+            options.density,
+            options.order,
+            options.pool,
+            method.tiles,
+            options.pool is not None and method.bias == "mass",
+            method.alpha,
+            method.sigma,
+        )
         block_q = query_block(layout.grid_tokens)
+        before = None if previous is None else previous.scores
         seen = observe(
             q,
             k,
             layout,
             block_q,
-            options,
+            wanted,
+            v=v,
             scale=scale,
             key_bias=key_bias,
-            previous_scores=None if previous is None else previous.scores,
+            previous_scores=before,
             backend=backend,
         )
-        seen = _stored(seen, block_q)
+        if seen.tail is not None and weight != 1:
+            seen = replace(seen, tail=seen.tail.scaled(weight))
+        self._add(site, step, seen)
+
+    def _add(self, site: Site, step: int, seen: Observation) -> None:
+        look = glimpse(seen, self.options.density)
+        fresh = stored(seen)
         with self._lock:
+            label = (self.prompt, step)
+            self._glimpses[(site, *label)] = look
             if site in self._sums:
-                self._sums[site].add(seen)
+                self._sums[site].add(fresh)
             else:
-                weight = torch.ones(seen.choice.shape[0], dtype=torch.long)
-                self._sums[site] = _SiteSums(seen.candidates, seen.scores, seen.choice, seen.mass, seen.pooled, weight)
+                self._sums[site] = fresh
+            sums = self._sums[site]
+            sums.done.add(label)
+            if self._partial is not None:
+                self._partial.write(site, sums, self.layout)
+
+    def stability(self) -> Stability:
+        """Agreement of orders and masks between steps of a prompt and between prompts, of what this object saw."""
+        return compare(self._glimpses)
+
+    def forget_partial(self) -> None:
+        """Remove the folder of sums: the plan is saved."""
+        if self._partial is not None:
+            self._partial.remove()
 
     def plan(self, made: dict) -> Plan:
         """Orders, masks and biases from everything observed. Raises PlanError when nothing was."""
@@ -124,23 +173,32 @@ class Calibrator:
             raise PlanError("calibration: no self-attention call was observed")
         sites = self.sites
         sums = [self._sums[site] for site in sites]
-        masses = [s.mass.float() / s.weight[:, None, None] for s in sums]
         choose = shared_masks if self.options.budget == "shared" else per_head_masks
-        masks = choose(masses, self.options.density)
+        masks = choose([self._criterion(s) for s in sums], self.options.density)
         entries = {}
-        for site, s, mass, mask in zip(sites, sums, masses, masks, strict=True):
+        for site, s, mask in zip(sites, sums, masks, strict=True):
             orders = [s.candidates[i] for i in s.choice.tolist()]
-            # Mass and pooled mass carry the same scale and weight, so the bias needs neither undone.
-            bias = None if s.pooled is None else tail_bias(s.mass, s.pooled, mask)
-            entries[site] = SitePlan.create(orders, mask, bias, mass_kept(mass, mask))
+            entries[site] = SitePlan.create(orders, mask, self._bias(s, mask), mass_kept(s.mass, mask))
         layout = self.layout
-        made = {"observations": self.observations, "candidates": list(AXIS_ORDERS), **made}
-        return Plan(
-            self.identity,
-            layout,
-            query_block(layout.grid_tokens),
-            entries,
-            self.options.pool or 64,
-            self.options.as_dict(),
-            made,
-        )
+        made = {
+            "observations": self.observations,
+            "candidates": list(sums[0].candidates),
+            "stability": self.stability().as_dict(),
+            **made,
+        }
+        block_q, pool = query_block(layout.grid_tokens), self.options.pool or 64
+        return Plan(self.identity, layout, block_q, entries, pool, self.options.as_dict(), made)
+
+    def _criterion(self, s: SiteSums) -> torch.Tensor:
+        """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""
+        if s.error is None or self.method.criterion == "mass":
+            return s.mass.float() / s.weight[:, None, None]
+        per_output = s.energy if self.method.relative else s.weight
+        return s.error.float() / per_output[:, None, None].clamp_min(1e-20)
+
+    def _bias(self, s: SiteSums, mask: torch.Tensor) -> torch.Tensor | None:
+        if self.options.pool is None:
+            return None
+        if s.curves is not None and self.method.bias == "error":
+            return bias_at(s.curves, mask.float().mean((1, 2)))
+        return None if s.pooled is None else tail_bias(s.mass, s.pooled, mask)

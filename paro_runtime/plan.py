@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES
-from .orders import AXIS_ORDERS
+from .orders import ALL_ORDERS
 from .tokens import TokenLayout
 
 FORMAT = 1
@@ -126,20 +126,25 @@ class Plan:
         return torch.cat(kept).mean().item() if kept else 1.0
 
     def orders_histogram(self) -> dict[str, int]:
-        """Heads per order, in the order of `AXIS_ORDERS`."""
+        """Heads per order, in the order of `ALL_ORDERS`."""
         names = [name for site in self.sites.values() for name in site.orders]
-        return {name: names.count(name) for name in AXIS_ORDERS if name in names}
+        return {name: names.count(name) for name in ALL_ORDERS if name in names}
 
-    def unsuitable(self, identity: ModelIdentity, layout: TokenLayout) -> str | None:
-        """Why this plan cannot serve that model and grid, in one line, or None."""
+    def foreign(self, identity: ModelIdentity) -> str | None:
+        """Why this plan cannot serve that model on any grid, in one line, or None. Other weights are no reason."""
         if self.identity.family != identity.family or self.identity.architecture != identity.architecture:
             return (
                 f"plan: made for {self.identity.family} {self.identity.architecture}, "
                 f"the model is {identity.family} {identity.architecture}"
             )
-        if self.layout.grid != layout.grid:
-            return f"plan: made for the grid {_grid(self.layout)}, the model runs on {_grid(layout)}"
         return None
+
+    def unsuitable(self, identity: ModelIdentity, layout: TokenLayout) -> str | None:
+        """Why this plan cannot serve that model and grid as it is, in one line, or None."""
+        reason = self.foreign(identity)
+        if reason is None and self.layout.grid != layout.grid:
+            return f"plan: made for the grid {_grid(self.layout)}, the model runs on {_grid(layout)}"
+        return reason
 
 
 def _grid(layout: TokenLayout) -> str:
@@ -152,7 +157,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     for number, (site, entry) in enumerate(sorted(plan.sites.items())):
         key = f"{number:04d}"
         sites.append({"name": site.name, "shape": list(entry.shape), "tail": entry.tail_bias is not None})
-        tensors[f"{key}.orders"] = torch.tensor([AXIS_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
+        tensors[f"{key}.orders"] = torch.tensor([ALL_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
         tensors[f"{key}.mask"] = entry.packed
         tensors[f"{key}.density"] = entry.density
         tensors[f"{key}.mass_kept"] = entry.mass_kept
@@ -165,7 +170,7 @@ def save_plan(plan: Plan, path: Path) -> None:
         "block_q": plan.block_q,
         "block_k": BLOCK_K,
         "pool": plan.pool,
-        "order_names": AXIS_ORDERS,
+        "order_names": ALL_ORDERS,
         "sites": sites,
         "settings": plan.settings,
         "made": plan.made,
@@ -212,7 +217,7 @@ def _read(file, name: str) -> Plan:
     if block_q not in BLOCK_Q_CHOICES or header["block_k"] != BLOCK_K or pool < 1 or BLOCK_K % pool:
         raise PlanError(f"plan {name}: blocks of {block_q} x {header['block_k']} and pools of {pool} are not supported")
     names = header["order_names"]
-    if not isinstance(names, list) or any(order not in AXIS_ORDERS for order in names):
+    if not isinstance(names, list) or any(order not in ALL_ORDERS for order in names):
         raise PlanError(f"plan {name}: order names {names!r} are not all known")
     blocks = (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // BLOCK_K))
     if not 0 < len(header["sites"]) <= LIMITS["sites"]:

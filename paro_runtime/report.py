@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .orders import AXIS_ORDERS
+from .orders import ALL_ORDERS
 from .plan import Plan
 
 if TYPE_CHECKING:
@@ -17,8 +17,19 @@ if TYPE_CHECKING:
 # One colour per order, told apart also without red-green vision (Okabe and Ito's palette).
 ORDER_COLOURS = dict(
     zip(
-        AXIS_ORDERS,
-        ((120, 120, 120), (86, 180, 233), (0, 114, 178), (230, 159, 0), (0, 158, 115), (213, 94, 0)),
+        ALL_ORDERS,
+        (
+            (120, 120, 120),
+            (86, 180, 233),
+            (0, 114, 178),
+            (230, 159, 0),
+            (0, 158, 115),
+            (213, 94, 0),
+            (204, 121, 167),
+            (240, 228, 66),
+            (170, 110, 40),
+            (220, 190, 255),
+        ),
         strict=True,
     )
 )
@@ -46,6 +57,7 @@ class Report:
     plan_source: str
     orders_histogram: dict[str, int]
     calibration_seconds: float
+    tail_seconds: float
     step_seconds: dict[str, float]
     calls: dict[str, int]
     fallbacks: list[tuple[str, int]]
@@ -79,6 +91,7 @@ class Report:
             plan_source=grid.source if grid else "none",
             orders_histogram=plan.orders_histogram() if plan else {},
             calibration_seconds=session.calibration_seconds,
+            tail_seconds=session.tail_seconds,
             step_seconds=session.step_seconds,
             calls={"sparse": counts.sparse, **counts.dense},
             fallbacks=counts.fallbacks.most_common(),
@@ -122,7 +135,7 @@ class Report:
             f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
             f"kernels: {self.backend}, {self.precision}",
             f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self.mass_kept:.1%}",
-            f"calibration took {self.calibration_seconds:.2f} s",
+            f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
         if self.backend == "reference" and self.sites_sparse:
             lines.append("the PyTorch reference is running: right, but not faster than dense attention")

@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -29,7 +29,9 @@ from .attention import (
 from .calibration import Calibrator
 from .plan import ModelIdentity, Plan, PlanError, Site
 from .plan_store import PlanStore
+from .portability import MovedPlanCheck, move_plan
 from .recipes import Recipe, mask_options, query_block
+from .refresh import BiasRefresh
 from .report import Report
 from .schedule import Schedule, step_index
 from .settings import Settings
@@ -37,10 +39,12 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 
-# Patterns of sites stay on the device up to about this many bytes; making one anew costs little beside its attention.
-PATTERN_CACHE_BYTES = 1 << 30
-# A mask, the same without empty rows, and 16-bit lists of what is kept.
-PATTERN_BYTES_PER_BLOCK = 3
+# Patterns of sites stay on the device up to about this share of its memory. Making one anew on an H100 costs a fifth of
+# its attention at density 0.3, so the share is what the sites of a 14B model at 720p need there.
+PATTERN_CACHE_SHARE = 1 / 24
+PATTERN_CACHE_BYTES = 1 << 30  # where the device does not tell its memory
+# A mask, its bits, and a 16-bit list of what is kept.
+PATTERN_BYTES_PER_BLOCK = 2
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class _Grid:
     source: str = ""
     calibrator: Calibrator | None = None
     seen_step: int | None = None
+    check: MovedPlanCheck | None = None
 
 
 @dataclass
@@ -107,9 +112,11 @@ class Session:
         calibrator: Calibrator | None = None,
         calibrate_steps: frozenset[int] | None = None,
         on_status: Callable[[str], None] | None = None,
+        refresh: bool = True,
     ) -> None:
         """sigmas: the run's noise levels, falling, last one included (steps + 1 values).
 
+        refresh: measure the tail's bias again in some sparse steps; False keeps the plan's.
         With a calibrator the whole run is dense and the calibrator sees `calibrate_steps` (default: every step).
         """
         self.policy = policy
@@ -132,6 +139,7 @@ class Session:
         self.dense_block_sites: set[Site] = set()
         self.off_sites: dict[Site, str] = {}
         self.calibration_seconds = 0.0
+        self.tail_seconds = 0.0
         self.backend = ""
         self.device = ""
         self._on_status = on_status
@@ -141,6 +149,7 @@ class Session:
         self._unsuitable: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
         self._clock = StepClock()
+        self._refresh = BiasRefresh() if refresh else None
         self._lock = threading.RLock()
 
     def begin(self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,)) -> Evaluation:
@@ -152,6 +161,8 @@ class Session:
                 grid = self._grids[layout.grid] = self._open_grid(layout)
             if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
                 self._close_calibration(grid)
+            if grid.check is not None and step != self._clock.step:
+                self._judge_moved_plan(grid)
             if step != self._clock.step:
                 kind = self._step_kind(step, grid)
                 self._clock.next(step, kind)
@@ -189,11 +200,14 @@ class Session:
             return grid
         given = self.policy.plan
         if given is not None:
-            reason = given.unsuitable(self.policy.identity, layout)
+            reason = given.foreign(self.policy.identity)
             if reason is None:
                 if given.identity.weights != self.policy.identity.weights:
                     self._note("plan: made for other weights of the same architecture; a fine-tune or LoRA may differ")
                 grid.plan, grid.source = given, "given plan"
+                if given.layout.grid != layout.grid:
+                    grid.plan, grid.source = move_plan(given, layout), "given plan, moved to this grid"
+                    grid.check = MovedPlanCheck(grid.plan)
                 return grid
             self._note(f"{reason}; calibrating anew")
         elif self.policy.store is not None:
@@ -208,6 +222,21 @@ class Session:
         if self.settings.calibrate:
             grid.calibrator, grid.source = Calibrator(self.policy.identity, self.options), "calibrated on the way"
         return grid
+
+    def _judge_moved_plan(self, grid: _Grid) -> None:
+        verdict = grid.check.verdict()
+        if verdict is None:
+            return
+        stays, text = verdict
+        self._note(text)
+        grid.check = None
+        if not stays:
+            grid.plan = None
+            self._patterns.clear()
+            self._pattern_bytes = 0
+            if self.settings.calibrate:
+                grid.calibrator = Calibrator(self.policy.identity, self.options)
+                grid.source = "calibrated on the way"
 
     def _close_calibration(self, grid: _Grid) -> None:
         began = time.perf_counter()
@@ -240,7 +269,7 @@ class Session:
         with self._lock:
             # Sites come round in the same order in every evaluation: dropping the oldest would drop each just before
             # it is wanted again, so what does not fit is made anew every time instead.
-            if self._pattern_bytes + size <= PATTERN_CACHE_BYTES:
+            if self._pattern_bytes + size <= _pattern_cache_bytes(device):
                 self._patterns[key] = pattern
                 self._pattern_bytes += size
         return pattern
@@ -340,7 +369,7 @@ class Evaluation:
         session.sites.add(site)
         session.device = str(q.device)
         if session.calibrator is not None:
-            self._observe(session.calibrator, site, q, k, scale, key_bias, self._calibrates())
+            self._observe(session.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
             session._count("dense", "calibrating")
             return dense()
         too_short = session._too_short_to_drop(self.layout.grid_tokens)
@@ -348,12 +377,14 @@ class Evaluation:
             session._count("dense", too_short)
             out = self._guarded(None, q, k, v, scale, key_bias)
             return dense() if out is None else out
+        if grid.check is not None:
+            grid.check.measure(site, q, k, scale=scale, key_bias=key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):
             session.dense_block_sites.add(site)
             session._count("dense", "dense block")
             return self._dense(q, k, v, scale, key_bias, dense)
         if grid.plan is None:
-            self._observe(grid.calibrator, site, q, k, scale, key_bias, self._calibrates())
+            self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
             waiting = "no plan and calibration is off" if grid.calibrator is None else "dense step"
             session._count("dense" if grid.calibrator is not None else "fallbacks", waiting)
             return self._dense(q, k, v, scale, key_bias, dense)
@@ -390,13 +421,23 @@ class Evaluation:
             return session.calibrate_steps is None or self.step in session.calibrate_steps
         return grid.calibrator is not None and self.step >= session.schedule.dense_steps - 1
 
-    def _observe(self, calibrator, site, q, k, scale, key_bias, wanted: bool) -> None:
+    def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> None:
         if not wanted:
             return
         session = self.session
         began = time.perf_counter()
         try:
-            calibrator.observe(site, self.layout, q, k, scale=scale, key_bias=key_bias, backend=session.backend)
+            calibrator.observe(
+                site,
+                self.layout,
+                q,
+                k,
+                v,
+                step=self.step,
+                scale=scale,
+                key_bias=key_bias,
+                backend=session.backend,
+            )
         except Exception as error:
             if session.settings.strict or session.calibrator is not None:
                 raise
@@ -422,6 +463,19 @@ class Evaluation:
                 self.session.sparse_sites.add(site)
         return out
 
+    def _refreshed(self, site: Site, pattern: SparsePattern, q, k, v, scale, key_bias) -> SparsePattern:
+        """The pattern with the tail's bias as this run measured it, if it did."""
+        refresh = self.session._refresh
+        if refresh is None or pattern.tail_bias is None:
+            return pattern
+        key = (site, self.layout.grid)
+        if refresh.due(key, self.step):
+            began = time.perf_counter()
+            refresh.measure(key, self.step, q, k, v, pattern, scale=scale, key_bias=key_bias)
+            self.session.tail_seconds += time.perf_counter() - began
+        bias = refresh.bias(key)
+        return pattern if bias is None else replace(pattern, tail_bias=bias)
+
     def _guarded(self, site: Site | None, q, k, v, scale, key_bias) -> torch.Tensor | None:
         """Run PARO's kernel for a planned site, or dense for None. Returns None after noting why it could not."""
         session = self.session
@@ -430,6 +484,7 @@ class Evaluation:
                 pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
             else:
                 pattern = session._pattern(site, self._grid, self.layout, k.shape[1], q.device)
+                pattern = self._refreshed(site, pattern, q, k, v, scale, key_bias)
             precision = PRECISIONS[session.precision]
             out = run_kernel(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=session.backend)
             if torch.isfinite(torch.linalg.vector_norm(out, torch.inf, dtype=torch.float32)):
@@ -450,6 +505,12 @@ class Evaluation:
         else:
             session.off_sites[site] = reason
         return None
+
+
+def _pattern_cache_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PATTERN_CACHE_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * PATTERN_CACHE_SHARE)
 
 
 def _one_line(error: Exception) -> str:

@@ -66,8 +66,11 @@ def disassemble(compiled) -> tuple[str, int]:
     return code, int(registers.group(1)) if registers else -1
 
 
-def hot_loop(code: str) -> list[str]:
-    """Instructions of the innermost loop with the most tensor products (their mnemonics, in order)."""
+def matrix_loops(code: str) -> list[list[str]]:
+    """The innermost loops with tensor products, each as its mnemonics in order, in the order of the code.
+
+    The first is the main loop; those behind it (left-over blocks, the pooled tail) run a few times only.
+    """
     labels, lines = {}, []
     for line in code.splitlines():
         label = LABEL.match(line)
@@ -76,22 +79,20 @@ def hot_loop(code: str) -> list[str]:
         found = INSTRUCTION.search(line)
         if found:
             lines.append((found.group(2), found.group(3)))
-    best, best_key = [], (0, 0)
+    loops = []
     for end, (mnemonic, operands) in enumerate(lines):
         target = re.search(r"(\.L_x_\w+|\.L_\w+)", operands)
-        if not mnemonic.startswith("BRA") or not target or labels.get(target.group(1), end + 1) > end:
-            continue
-        body = [name for name, _ in lines[labels[target.group(1)] : end + 1]]
-        key = (sum(bool(MATRIX.match(name)) for name in body), -len(body))
-        if key > best_key:
-            best, best_key = body, key
-    return best
+        begin = labels.get(target.group(1), end + 1) if target and mnemonic.startswith("BRA") else end + 1
+        body = [name for name, _ in lines[begin : end + 1]]
+        if any(MATRIX.match(name) for name in body) and not any(begin <= first for first, _ in loops):
+            loops.append((begin, body))
+    return [body for _, body in loops]
 
 
 def inspect(compiled, warps: int, elements: int) -> Compiled:
     """Read one compiled kernel; `elements`: softmax elements of one pass of its hot loop."""
     code, registers = disassemble(compiled)
-    loop = hot_loop(code)
+    loop = matrix_loops(code)[0]
     spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
     return Compiled(
         registers,

@@ -43,8 +43,9 @@ def test_workflow_matches_the_nodes(known, path):
         info = known[node["type"]]
         declared = {**info["input"].get("required", {}), **info["input"].get("optional", {})}
         for entry in node["inputs"]:
-            # A dynamic combo's own inputs are named `combo.input`.
-            assert entry["name"].partition(".")[0] in declared, (node["type"], entry["name"])
+            if entry.get("link") is None and not node["type"].startswith("PARO"):
+                continue  # the host's own widgets come and go with its versions
+            assert entry["name"] in declared, (node["type"], entry["name"])
             if entry.get("link") is not None:
                 _, source, slot, target, _, kind = links[entry["link"]]
                 assert target == node["id"] and known[nodes[source]["type"]]["output"][slot] == kind

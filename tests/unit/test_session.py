@@ -186,7 +186,7 @@ def test_out_of_memory_is_answered_by_the_host(monkeypatch, error):
 
 def test_patterns_beyond_the_memory_for_them_are_made_anew(monkeypatch):
     expected = sample(Session(policy(), sigmas=SIGMAS))
-    monkeypatch.setattr(session_module, "PATTERN_CACHE_BYTES", 350)  # one site of 4 heads x 5 x 5 blocks
+    monkeypatch.setattr(session_module, "PATTERN_CACHE_BYTES", 250)  # one site of 4 heads x 5 x 5 blocks
     session = Session(policy(), sigmas=SIGMAS)
     results = sample(session)
     assert len(session._patterns) == 1

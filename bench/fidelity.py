@@ -1,0 +1,111 @@
+"""Fidelity of PARO's masks, orders and tail, without anyone's model weights.
+
+    python bench/fidelity.py --suite synthetic --seeds 5 --json bench/results/fidelity-synthetic.json
+    python bench/fidelity.py --suite tiny --device cuda --json bench/results/fidelity-tiny.json
+    python bench/fidelity.py --suite sta
+
+Suites: `synthetic`, planted attention patterns; `tiny`, the tiny trained video model against its own dense run; `sta`,
+windows published for HunyuanVideo. The figures validate this implementation; they are not the quality of any model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.util
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+_spec = importlib.util.spec_from_file_location(
+    "_checkout", Path(__file__).resolve().parent.parent / "scripts" / "_checkout.py"
+)
+_checkout = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_checkout)
+_checkout.register()
+
+
+def machine(device: str) -> dict:
+    """What the figures were made on."""
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    return {
+        "device": name,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def run_synthetic(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Five seeds and four grids by default."""
+    from comfyui_paro.bench.paro_bench.generator import LEVELS
+    from comfyui_paro.bench.paro_bench.synthetic import GRIDS, run_case, table
+
+    records = []
+    for grid in GRIDS[: args.grids]:
+        for seed in range(args.seed, args.seed + args.seeds):
+            records += run_case(grid, LEVELS[args.level], seed, args.densities)
+            print(f"grid {grid}, seed {seed} done", file=sys.stderr, flush=True)
+    return records, table(records)
+
+
+def run_sta(_: argparse.Namespace) -> tuple[list[dict], str]:
+    """Query blocks of 64 and 128, axis orders, and tiled orders too."""
+    from comfyui_paro.bench.paro_bench.sta import run, table
+
+    records = [run(64), run(128), run(64, tiles=True)]
+    return records, table(records)
+
+
+def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Both grids: the table of orders, masks and tail; then calibration in passing against offline."""
+    from comfyui_paro.bench.paro_bench.tiny import (
+        GRIDS,
+        SEEDS,
+        TinyBench,
+        passing_variants,
+        run_variants,
+        standard_variants,
+        table,
+    )
+
+    records = []
+    for grid in GRIDS[: args.grids]:
+        bench = TinyBench(grid, args.device, SEEDS[: args.videos])
+        variants = [v for v in standard_variants() + passing_variants() if args.only in v.name]
+        records += run_variants(bench, variants, lambda line: print(line, file=sys.stderr, flush=True))
+    return records, table(records)
+
+
+SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--suite", choices=SUITES, default="synthetic")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (synthetic)")
+    parser.add_argument("--grids", type=int, default=4, help="how many of the suite's grids")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="synthetic")
+    parser.add_argument("--videos", type=int, default=16, help="videos per variant (tiny)")
+    parser.add_argument("--only", default="", help="only variants whose name contains this (tiny)")
+    parser.add_argument("--level", choices=("easy", "hard"), default="hard", help="synthetic content")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--json", type=Path, help="also write the records to this file")
+    args = parser.parse_args()
+    began = time.perf_counter()
+    records, text = SUITES[args.suite](args)
+    print(text)
+    if args.json:
+        content = {"suite": args.suite, "command": " ".join(sys.argv[1:]), **machine(args.device)}
+        content |= {"seconds": round(time.perf_counter() - began, 1), "records": records}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,257 @@
+"""Suite `tiny`: a trained video model, small enough to sample hundreds of times, sparse against dense by seed.
+
+Everything runs through the runtime's own session, calibrator and PyTorch reference at 16-bit precision, so what differs
+from the dense run is what the method leaves out.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ...paro_runtime.calibration import Calibrator, Method
+from ...paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
+from ...paro_runtime.recipes import MaskOptions, recipe_for
+from ...paro_runtime.session import Policy, Session
+from ...paro_runtime.settings import Settings
+from ...paro_runtime.statistics import geometry_of
+from ...paro_runtime.tokens import TokenLayout
+from ...tests.tiny_wan import data, sampler
+from ...tests.tiny_wan.model import TinyWan, load_tiny_wan
+from ..metrics import cosine, psnr, ssim
+from .baselines import band_mask, radial_mask, random_mask
+
+GRIDS = ((8, 12, 12), (9, 13, 11))
+STEPS = 8
+SEEDS = tuple(range(1000, 1016))
+CALIBRATION_SEEDS = tuple(range(1, 5))
+IDENTITY = ModelIdentity("wan", "tiny", "tiny")
+LAYERS, HEADS = 4, 2
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to sample sparsely.
+
+    plan: `offline` (made from other videos), `passing` (from the last dense step of the same video) or a fixed mask's
+    name. videos: how many the offline plan is made from. refresh: measure the tail's bias again while sampling.
+    """
+
+    name: str
+    density: float
+    dense_steps: int
+    tail: bool = True
+    order: str = "mass"
+    budget: str = "shared"
+    pool: int = 64
+    plan: str = "offline"
+    videos: int = 2
+    refresh: bool = True
+    method: Method = field(default_factory=Method)
+
+    def settings(self) -> Settings:
+        return Settings(
+            preset="custom",
+            density=self.density,
+            precision="16bit",
+            dense_steps=self.dense_steps,
+            tail="on" if self.tail else "off",
+            order=self.order,
+            budget=self.budget,
+            backend="reference",
+            strict=True,
+        ).validated()
+
+    def options(self) -> MaskOptions:
+        return MaskOptions(self.density, self.order, self.budget, self.pool if self.tail else None)
+
+
+class TinyBench:
+    """The model and the dense runs of one grid. Tensors stay on `device`."""
+
+    def __init__(self, grid: tuple[int, int, int], device: str = "cpu", seeds=SEEDS) -> None:
+        self.grid, self.device, self.seeds = grid, device, tuple(seeds)
+        self.layout = TokenLayout(0, grid)
+        self.size = (grid[0], 2 * grid[1], 2 * grid[2])
+        self.model: TinyWan = load_tiny_wan(device=device)
+        self._plans: dict[tuple, Plan] = {}
+        self.dense = self.sample(self.seeds, None)
+        self.dense_video = data.decode(self.dense)
+
+    def start(self, seeds) -> tuple[torch.Tensor, torch.Tensor]:
+        """Text `[B, 3, 4096]` and noise of the clips with these seeds: each depends on its own seed only."""
+        labels = [torch.randint(0, 4, (1, 3), generator=torch.Generator().manual_seed(s)) for s in seeds]
+        noise = [sampler.seeded_noise((1, 16, *self.size), s) for s in seeds]
+        return data.contexts(torch.cat(labels)), torch.cat(noise)
+
+    def sample(self, seeds, session: Session | None) -> torch.Tensor:
+        """Latents of the clips, every self-attention through the session (None: dense)."""
+        context, noise = self.start(seeds)
+        evaluation = [None]
+
+        def attention(q, k, v, *, layer):
+            def dense():
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+            if session is None:
+                return dense()
+            return evaluation[0].attend(Site("block", layer), q, k, v, dense=dense, blocks=LAYERS)
+
+        def on_step(_, sigma):
+            if session is not None:
+                evaluation[0] = session.begin(layout=self.layout, sigma=sigma)
+
+        return sampler.sample(
+            self.model, context, self.size, steps=STEPS, noise=noise, attention=attention, on_step=on_step
+        )
+
+    def session(self, variant: Variant, **more) -> Session:
+        policy = Policy(IDENTITY, recipe_for("wan"), variant.settings(), more.pop("plan", None), None)
+        return Session(policy, sigmas=sampler.sigmas(STEPS).tolist(), refresh=variant.refresh, **more)
+
+    def offline_plan(self, variant: Variant) -> Plan:
+        """From all steps of other videos; kept, since many variants share one."""
+        key = (variant.options(), variant.method, variant.videos)
+        if key not in self._plans:
+            calibrator = Calibrator(IDENTITY, variant.options(), method=variant.method)
+            self.sample(CALIBRATION_SEEDS[: variant.videos], self.session(variant, calibrator=calibrator))
+            self._plans[key] = calibrator.plan({"by": "bench"})
+        return self._plans[key]
+
+    def fixed_plan(self, kind: str, density: float) -> Plan:
+        """The same published rule for every head; `window` takes the better of two bands for each."""
+        geometry = geometry_of(self.layout, 64)
+        orders = dict.fromkeys(self._sites(), ("FHW",) * HEADS)
+        if kind == "window":
+            mask = band_mask(geometry, density)
+            orders = self._better_band(mask)
+        else:
+            mask = radial_mask(geometry, density) if kind == "radial" else random_mask(geometry, density, 0)
+        mask = mask.expand(HEADS, -1, -1)
+        sites = {s: SitePlan.create(names, mask, None, torch.ones(HEADS)) for s, names in orders.items()}
+        return Plan(IDENTITY, self.layout, 64, sites)
+
+    def _sites(self) -> tuple[Site, ...]:
+        return tuple(Site("block", layer) for layer in range(LAYERS))
+
+    def _better_band(self, mask: torch.Tensor) -> dict[Site, tuple[str, ...]]:
+        from ...kernels.api import block_statistics, row_logsumexp
+        from ...paro_runtime.orders import order_table
+
+        kept = {s: dict.fromkeys(("FHW", "HWF"), 0.0) for s in self._sites()}
+        context, noise = self.start(CALIBRATION_SEEDS[:1])
+        geometry, mask = geometry_of(self.layout, 64), mask.to(self.device)
+
+        def attention(q, k, v, *, layer):
+            lse = row_logsumexp(q, k)
+            for name in ("FHW", "HWF"):
+                rows = order_table(name, self.grid).to(q.device).expand(HEADS, -1)
+                mass = block_statistics(q, k, lse, geometry, rows).mass
+                kept[Site("block", layer)][name] += (mass * mask).sum((1, 2))
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        sampler.sample(self.model, context, self.size, steps=STEPS, noise=noise, attention=attention)
+        return {
+            s: tuple(
+                "HWF" if b > a else "FHW" for a, b in zip(found["FHW"].tolist(), found["HWF"].tolist(), strict=True)
+            )
+            for s, found in kept.items()
+        }
+
+    def run(self, variant: Variant) -> dict:
+        """Sample every seed sparsely and compare with its dense run."""
+        began = time.perf_counter()
+        density = kept = extra = None
+        if variant.plan == "passing":
+            parts = []
+            for seed in self.seeds:
+                session = self.session(variant)
+                parts.append(self.sample([seed], session))
+                report = session.finish()
+                density, kept, extra = report.density, report.mass_kept, report.calibration_seconds
+            latents = torch.cat(parts)
+        else:
+            offline = variant.plan == "offline"
+            plan = self.offline_plan(variant) if offline else self.fixed_plan(variant.plan, variant.density)
+            density, kept = plan.density, plan.mass_kept if offline else None
+            latents = self.sample(self.seeds, self.session(variant, plan=plan))
+        record = self.compare(latents)
+        record |= {"name": variant.name, "grid": "x".join(map(str, self.grid)), "density": variant.density}
+        record |= {"dense_steps": variant.dense_steps, "tail": variant.tail, "plan": variant.plan}
+        record |= {"kept_density": density, "mass_kept": kept, "calibration_seconds": extra}
+        return record | {"seconds": round(time.perf_counter() - began, 2)}
+
+    def compare(self, latents: torch.Tensor) -> dict:
+        """PSNR of each video and its mean and worst, SSIM, cosine of the latents."""
+        video = data.decode(latents)
+        values = [psnr(a, b) for a, b in zip(video, self.dense_video, strict=True)]
+        likeness = [ssim(a, b) for a, b in zip(video, self.dense_video, strict=True)]
+        cosines = [cosine(a, b) for a, b in zip(latents, self.dense, strict=True)]
+        mean = sum(values) / len(values)
+        return {
+            "psnr": round(mean, 3),
+            "psnr_worst": round(min(values), 3),
+            "ssim": round(sum(likeness) / len(likeness), 4),
+            "latent_cosine": round(sum(cosines) / len(cosines), 5),
+            "psnr_each": [round(v, 2) for v in values],
+        }
+
+
+PAPER = Method(criterion="mass", bias="mass", tiles=False)
+
+
+def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> list[Variant]:
+    """The table of the acceptance: orders, fixed masks, tail and dropping."""
+    made = []
+    for density, dense in itertools.product(densities, dense_steps):
+        common = (density, dense)
+        made += [
+            Variant("original order, drop", *common, tail=False, order="original", method=PAPER),
+            Variant("original order, tail", *common, order="original"),
+            Variant("paper's metric, drop", *common, tail=False, order="paper", method=PAPER),
+            Variant("paper's metric, tail", *common, order="paper"),
+            Variant("axis orders, mass tail (prototype)", *common, method=PAPER, refresh=False),
+            Variant("ours, drop", *common, tail=False),
+            Variant("ours, tail", *common),
+            Variant("ours, per-head budget, drop", *common, tail=False, budget="per_head"),
+            Variant("radial", *common, tail=False, plan="radial"),
+            Variant("window", *common, tail=False, plan="window"),
+            Variant("random", *common, tail=False, plan="random"),
+        ]
+    return made
+
+
+def passing_variants() -> list[Variant]:
+    """On the fly against offline, one and three dense steps."""
+    made = []
+    for dense, density in itertools.product((1, 3), (0.1, 0.2)):
+        for plan in ("offline", "passing"):
+            made.append(Variant(f"ours, {plan}", density, dense, plan=plan))
+            made.append(Variant(f"ours, {plan}, bias kept", density, dense, plan=plan, refresh=False))
+    return made
+
+
+def run_variants(bench: TinyBench, variants: list[Variant], told: Callable[[str], None]) -> list[dict]:
+    """Records of every variant."""
+    records = []
+    for variant in variants:
+        record = bench.run(variant)
+        records.append(record)
+        told(
+            f"{record['grid']} {variant.name} d {variant.density} dense {variant.dense_steps}: {record['psnr']:.2f} dB"
+        )
+    return records
+
+
+def table(records: list[dict]) -> str:
+    """Markdown, a line per grid, dense steps, density and variant."""
+    head = "| grid | dense steps | density | variant | PSNR mean | worst | SSIM | latent cosine |"
+    lines = [head, "|---|---|---|---|---|---|---|---|"]
+    for r in sorted(records, key=lambda r: (r["grid"], r["dense_steps"], r["density"])):
+        figures = f"{r['psnr']:.2f} | {r['psnr_worst']:.2f} | {r['ssim']:.3f} | {r['latent_cosine']:.4f}"
+        lines.append(f"| {r['grid']} | {r['dense_steps']} of {STEPS} | {r['density']} | {r['name']} | {figures} |")
+    return "\n".join(lines)

@@ -1,0 +1,72 @@
+"""The tail's bias, measured again while sampling.
+
+A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure it
+on the very queries and keys at hand, which costs one hundredth of a dense attention: done in the first sparse step, and
+then ever more rarely (after 1, 3, 7, 15 ... steps), because the bias drifts with the noise level.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+
+import torch
+
+from ..kernels.problem import SparsePattern
+from .tail import best_bias, observe_bias
+
+ROWS_SHARE = 0.01
+
+
+class BiasRefresh:
+    """Biases of one run by site. Safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._first: dict[Hashable, int] = {}
+        self._errors: dict[Hashable, tuple[int, torch.Tensor]] = {}
+        self._biases: dict[Hashable, torch.Tensor] = {}
+        self._lock = threading.Lock()
+
+    def due(self, key: Hashable, step: int) -> bool:
+        """Whether the bias of this site should be measured in this step."""
+        with self._lock:
+            age = step - self._first.setdefault(key, step) + 1
+        return age > 0 and age & (age - 1) == 0
+
+    def measure(
+        self,
+        key: Hashable,
+        step: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        pattern: SparsePattern,
+        *,
+        scale: float | None,
+        key_bias: torch.Tensor | None,
+    ) -> None:
+        """Measure the bias on this call; calls of one step (conditionings that the host runs apart) add up."""
+        group = q.shape[1] // pattern.kv_heads
+        tables = pattern.tables[pattern.order_of_head.long()].repeat_interleave(group, 0)
+        errors = observe_bias(
+            q,
+            k,
+            v,
+            pattern.geometry,
+            tables,
+            pattern.mask,
+            pool=pattern.pool,
+            share=ROWS_SHARE,
+            scale=scale,
+            key_bias=key_bias,
+        )
+        with self._lock:
+            before = self._errors.get(key)
+            if before is not None and before[0] == step:
+                errors = errors + before[1]
+            self._errors[key] = (step, errors)
+            self._biases[key] = best_bias(errors)
+
+    def bias(self, key: Hashable) -> torch.Tensor | None:
+        """float32 `[Hq]`, or None if the site was never measured."""
+        return self._biases.get(key)
