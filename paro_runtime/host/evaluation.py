@@ -100,8 +100,8 @@ class HostEvaluation:
             blocks=call.options.get("total_blocks", self._counts and self._counts[claim.stream]),
         )
 
-    def end(self) -> None:
-        """Close the evaluation; says so if its self-attention calls were not those expected."""
+    def end(self, attempt: int = 0) -> bool:
+        """Close the evaluation; says so if its self-attention calls were not those expected. True: run it again."""
         layouts = [e.layout for e in self._evaluations]
         if not self._calls:
             seen = ", ".join(map(str, sorted(self._other_lengths))) or "none"
@@ -112,8 +112,8 @@ class HostEvaluation:
             reason = f"{self._counted} self-attention calls where {expected} were expected: sites are not certain"
             for evaluation in self._evaluations:
                 evaluation.abandon(reason)
-        for evaluation in self._evaluations:
-            evaluation.end()
+        redo = [evaluation.end(attempt) for evaluation in self._evaluations]
+        return any(redo)
 
 
 def _recording(call: AttentionCall) -> str | None:
