@@ -40,8 +40,8 @@ class Stream:
     def abandon(self, reason: str) -> None:
         self.abandoned.append(reason)
 
-    def end(self) -> None:
-        pass
+    def end(self, attempt: int) -> bool:
+        return False
 
 
 def host_attention(
