@@ -40,8 +40,18 @@ def sparse_attention(
     """Attention over the kept blocks of each head's reordered sequence.
 
     Arguments and result as in `reference.sparse_attention_reference`; backend is `auto`, `triton` or `reference`.
-    Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short.
+    Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short. Under
+    torch.compile it is one opaque operator: no graph break, and nothing to recompile from step to step.
     """
+    if torch.compiler.is_compiling():
+        from .operator import attention_operator
+
+        result = attention_operator(
+            q, k, v, pattern.tables, pattern.order_of_head, pattern.mask, pattern.tail_bias, key_bias,
+            pattern.geometry.prefix, list(pattern.geometry.grid), pattern.geometry.suffix, pattern.geometry.block_q,
+            pattern.pool, precision.qk, precision.pv, precision.hadamard, scale, backend,
+        )  # fmt: skip
+        return result if out is None else out.copy_(result)
     reason = problem_with(q, k, v, pattern) or _problem_with_rest(q, scale, key_bias, out)
     if reason:
         raise ValueError(reason)

@@ -28,8 +28,8 @@ class Entry:
     reason: str
 
 
-# Keys: (generation, padded head dimension, what the products are). Products: `16` QK and PV in 16 bits, `8+16` INT8 QK
-# and 16-bit PV, `8+8` both in 8 bits. Head dimension 32 uses the entry of 64.
+# Keys: (generation or exact architecture, padded head dimension, products). Products: `16` both in 16 bits, `8+16`
+# INT8 QK and 16-bit PV, `8+8` both in 8 bits. Head dimension 32 uses the entry of 64.
 TILES = {
     ("hopper", 128, "8+16"): Entry(
         Tile(128, True, 8, 3),
@@ -66,6 +66,9 @@ TILES = {
     ),
     ("mma", 128, "8+8"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; as with 16-bit PV"),
     ("mma", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured; two stages fit 99 KB"),
+    ("sm_120", 128, "8+8"): Entry(
+        Tile(64, False, 4, 3), Tile(64, False, 4, 3), "not measured; 128 rows would spill in the tail (Triton 3.7)"
+    ),
     ("mma", 64, "8+16"): Entry(
         Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; 4 warps need 9.5 issue slots, not 11, but spill"
     ),
@@ -104,7 +107,9 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
     """The tile of a call: query blocks of `block_q` rows with a list of kept blocks, or dense. None: an AMD GPU."""
     if capability is None:
         return AMD_TILE
-    entry = TILES[generation(capability), max(64, padded_dim), products(qk, pv)]
+    rest = (max(64, padded_dim), products(qk, pv))
+    exact = (f"sm_{capability[0]}{capability[1]}", *rest)
+    entry = TILES[exact] if exact in TILES else TILES[(generation(capability), *rest)]
     return entry.narrow if listed and block_q == 64 else entry.wide
 
 
