@@ -83,6 +83,11 @@ class Family:
         length, or a reason why there is no such layout."""
         raise NotImplementedError
 
+    def first_query(self, layout: TokenLayout) -> int:
+        """The first token that asks. Models that treat their context as fixed run the queries behind it alone: tokens
+        before the first query have keys and values only."""
+        return 0
+
     def counts(self, model: Any) -> tuple[int, ...] | None:
         """Self-attention calls of one evaluation, per stream, for models whose calls are numbered by counting them;
         None for models that name the running block."""
