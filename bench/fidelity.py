@@ -40,6 +40,15 @@ def machine(device: str) -> dict:
     }
 
 
+def save(args: argparse.Namespace, records: list[dict], seconds: float | None = None) -> None:
+    """Write what there is to the JSON file, if one was asked for: a long suite may be stopped."""
+    if args.json:
+        content = {"suite": args.suite, "command": " ".join(sys.argv[1:]), **machine(args.device)}
+        content |= {"seconds": seconds, "records": records}
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
 def run_synthetic(args: argparse.Namespace) -> tuple[list[dict], str]:
     """Five seeds and four grids by default."""
     from comfyui_paro.bench.paro_bench.generator import LEVELS
@@ -50,6 +59,7 @@ def run_synthetic(args: argparse.Namespace) -> tuple[list[dict], str]:
         for seed in range(args.seed, args.seed + args.seeds):
             records += run_case(grid, LEVELS[args.level], seed, args.densities)
             print(f"grid {grid}, seed {seed} done", file=sys.stderr, flush=True)
+            save(args, records)
     return records, table(records)
 
 
@@ -77,7 +87,9 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     for grid in GRIDS[: args.grids]:
         bench = TinyBench(grid, args.device, SEEDS[: args.videos])
         variants = [v for v in standard_variants() + passing_variants() if args.only in v.name]
-        records += run_variants(bench, variants, lambda line: print(line, file=sys.stderr, flush=True))
+        for variant in variants:
+            records += run_variants(bench, [variant], lambda line: print(line, file=sys.stderr, flush=True))
+            save(args, records)
     return records, table(records)
 
 
@@ -100,11 +112,7 @@ def main() -> None:
     began = time.perf_counter()
     records, text = SUITES[args.suite](args)
     print(text)
-    if args.json:
-        content = {"suite": args.suite, "command": " ".join(sys.argv[1:]), **machine(args.device)}
-        content |= {"seconds": round(time.perf_counter() - began, 1), "records": records}
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    save(args, records, round(time.perf_counter() - began, 1))
 
 
 if __name__ == "__main__":

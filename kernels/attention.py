@@ -10,10 +10,11 @@ import torch
 import triton
 
 from .block_list import BlockList, block_list, context_blocks
-from .configs import Tile, tile_for
+from .configs import Tile, needs_separate_tail, tile_for
 from .problem import Precision, SparsePattern
 from .quantization import hadamard_matrix
 from .scratch import Scratch, ScratchOutOfMemory, release_scratch
+from .support import LOWEST_CAPABILITY
 from .triton_attention import attention_forward
 from .triton_prepass import channel_statistics, prepare_keys_values, quantize_pools
 
@@ -195,13 +196,16 @@ def forward(
         QK=precision.qk, PV=_kernel_pv(precision), P_LOG2=P_LOG2[precision.pv], LISTED=lists is not None, TAIL=tail,
         POOL=pattern.pool, BIASED=prepared.key_bias is not None, ROTATE=prepared.rotation is not None,
         VALUES_SCALED=prepared.v_scales is not None,
-        SEPARATE_TAIL=precision.pv != "16" and _capability(q.device)[0] == 9, STAGES=tile.stages,
+        SEPARATE_TAIL=needs_separate_tail(_capability(q.device), precision.pv), STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """The GPU's compute capability; None on AMD. The interpreter stands in for the oldest GPU."""
+    if device.type != "cuda":
+        return LOWEST_CAPABILITY
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 def launch_attention(

@@ -6,6 +6,7 @@ against the declaration before it is read, so a wrong file costs one line and li
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -20,7 +21,7 @@ from .orders import ALL_ORDERS
 from .tokens import TokenLayout
 
 FORMAT = 1
-LIMITS = {"metadata_bytes": 4 << 20, "sites": 4096, "heads": 1024, "grid_tokens": 1 << 24, "mask_bytes": 4 << 30}
+LIMITS = {"metadata_bytes": 4 << 20, "sites": 4096, "heads": 1024, "grid_tokens": 1 << 24, "mask_bytes": 1 << 30}
 
 
 class PlanError(ValueError):
@@ -175,10 +176,20 @@ def save_plan(plan: Plan, path: Path) -> None:
         "settings": plan.settings,
         "made": plan.made,
     }
+    text = json.dumps(header)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata={"paro": json.dumps(header)})
+    save_file(tensors, partial, metadata={"paro": text, "paro_sha256": _digest(text, tensors)})
     partial.replace(path)
+
+
+def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the header and every tensor: a flipped bit in a mask is a plan nobody made."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
 
 
 def load_plan(path: Path) -> Plan:
@@ -187,18 +198,22 @@ def load_plan(path: Path) -> Plan:
     try:
         with safe_open(path, framework="pt") as file:
             return _read(file, name)
-    except PlanError:
-        raise
     except FileNotFoundError:
-        raise PlanError(f"plan {name}: no such file") from None
+        reason = "no such file"
+    except PlanError as error:
+        reason = str(error).removeprefix(f"plan {name}: ")
     except (SafetensorError, OSError) as error:
-        raise PlanError(f"plan {name}: not a complete safetensors file ({str(error).splitlines()[0]})") from None
+        reason = f"not a complete safetensors file ({error})"
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
-        raise PlanError(f"plan {name}: damaged header ({type(error).__name__}: {str(error)[:120]})") from None
+        reason = f"damaged header ({type(error).__name__}: {error})"
+    # One line, and no longer than a line: reasons quote the file, and the file may be hostile.
+    reason = " ".join(reason.split())
+    raise PlanError(f"plan {name}: {reason if len(reason) <= 240 else reason[:237] + '...'}")
 
 
 def _read(file, name: str) -> Plan:
-    text = (file.metadata() or {}).get("paro")
+    metadata = file.metadata() or {}
+    text = metadata.get("paro")
     if text is None:
         raise PlanError(f"plan {name}: a safetensors file, but not a PARO plan")
     if len(text) > LIMITS["metadata_bytes"]:
@@ -222,7 +237,7 @@ def _read(file, name: str) -> Plan:
     blocks = (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // BLOCK_K))
     if not 0 < len(header["sites"]) <= LIMITS["sites"]:
         raise PlanError(f"plan {name}: {len(header['sites'])} sites, expected 1 to {LIMITS['sites']}")
-    sites, budget = {}, LIMITS["mask_bytes"]
+    sites, tensors, budget = {}, {}, LIMITS["mask_bytes"]
     for number, entry in enumerate(header["sites"]):
         heads, *found = entry["shape"]
         if type(heads) is not int or not 0 < heads <= LIMITS["heads"] or tuple(found) != blocks:
@@ -230,17 +245,22 @@ def _read(file, name: str) -> Plan:
         budget -= heads * math.prod(blocks) // 8
         if budget < 0:
             raise PlanError(f"plan {name}: masks over {LIMITS['mask_bytes']} bytes")
-        sites[Site.parse(entry["name"])] = _read_site(
-            file, name, f"{number:04d}", (heads, *blocks), names, entry["tail"]
-        )
+        key = f"{number:04d}"
+        found = _read_site(file, name, key, (heads, *blocks), names, entry["tail"])
+        tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
+        sites[Site.parse(entry["name"])] = _site_plan(found, (heads, *blocks), names)
     if len(sites) != len(header["sites"]):
         raise PlanError(f"plan {name}: a site is named twice")
+    if set(file.keys()) != set(tensors):
+        raise PlanError(f"plan {name}: {len(file.keys())} tensors, {len(tensors)} are declared")
+    if metadata.get("paro_sha256") != _digest(text, tensors):
+        raise PlanError(f"plan {name}: damaged, its checksum does not match")
     identity = ModelIdentity(**{key: str(value) for key, value in header["identity"].items()})
     settings, made = dict(header["settings"]), dict(header["made"])
     return Plan(identity, layout, block_q, sites, pool, settings, made)
 
 
-def _read_site(file, name: str, key: str, shape: tuple[int, int, int], names: list[str], tail: bool) -> SitePlan:
+def _read_site(file, name: str, key: str, shape: tuple[int, int, int], names: list[str], tail: bool) -> dict:
     heads = shape[0]
     expected = {
         "orders": ("U8", [heads]),
@@ -272,5 +292,9 @@ def _read_site(file, name: str, key: str, shape: tuple[int, int, int], names: li
         raise PlanError(f"plan {name}: {key}.mask does not have the density it declares")
     if tail and tensors["tail_bias"].abs().max() > 20:
         raise PlanError(f"plan {name}: {key}.tail_bias is beyond 20")
+    return tensors
+
+
+def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str]) -> SitePlan:
     orders = tuple(names[i] for i in tensors["orders"].tolist())
     return SitePlan(orders, tensors["mask"], shape, tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"])

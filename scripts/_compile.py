@@ -18,18 +18,26 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(?:IMMA|HMMA|QMMA|OMMA|IGMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)[\w.]*")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
+SPILL = re.compile(r"\b(?:LDL|STL)\b")
 LABEL = re.compile(r"^\s*(\.L_x_\w+|\.L_\w+):")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compilation gave. slots: issue slots per softmax element in the hot loop; mma: tensor instructions."""
+    """What one compilation gave.
+
+    spills: register spills in all, of which loop_spills in loops with tensor products; what is parked outside them
+    costs nothing that counts. shared: bytes per block. slots: issue slots per softmax element of the main loop; mma:
+    its tensor instructions. serialized: ptxas waits after every single wgmma.
+    """
 
     registers: int
     spills: int
+    loop_spills: int
     shared: int
     slots: float
     mma: tuple[str, ...]
+    serialized: bool
 
 
 def compile_kernel(kernel, pointers: dict[str, str], constants: dict, capability: int, warps: int, stages: int):
@@ -90,14 +98,18 @@ def matrix_loops(code: str) -> list[list[str]]:
 
 
 def inspect(compiled, warps: int, elements: int) -> Compiled:
-    """Read one compiled kernel; `elements`: softmax elements of one pass of its hot loop."""
+    """Read one compiled kernel; `elements`: softmax elements of one pass of its main loop."""
     code, registers = disassemble(compiled)
-    loop = matrix_loops(code)[0]
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    loops = matrix_loops(code)
+    products = [name for name in loops[0] if MATRIX.match(name)]
+    # One wait per product: healthy loops wait once for several.
+    waits = sum(name.startswith("WARPGROUP.DEPBAR") for name in loops[0])
     return Compiled(
         registers,
-        spills,
+        len(SPILL.findall(code)),
+        sum(bool(SPILL.match(name)) for loop in loops for name in loop),
         compiled.metadata.shared,
-        len(loop) * warps * 32 / elements,
-        tuple(sorted({name for name in loop if MATRIX.match(name)})),
+        len(loops[0]) * warps * 32 / elements,
+        tuple(sorted(set(products))),
+        waits >= len(products),
     )

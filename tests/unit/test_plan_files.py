@@ -1,0 +1,199 @@
+"""Plan files from strangers, interrupted calibrations and moved plans."""
+
+import json
+import random
+import struct
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime import partial as partial_module
+from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, PlanError, Site, SitePlan, load_plan, save_plan
+from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+
+IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
+LAYOUT = TokenLayout(3, (4, 8, 10), 2)
+OPTIONS = MaskOptions(0.3, "mass", "shared", 64)
+
+
+def make_plan() -> Plan:
+    generator = torch.Generator().manual_seed(0)
+    sites = {}
+    for index in range(3):
+        mask = torch.rand(4, 5, 5, generator=generator) < 0.3
+        mask[:, :, 0] = True
+        orders = ("FHW", "HWF", "4x4x4", "WFH")
+        sites[Site("double", index)] = SitePlan.create(orders, mask, torch.randn(4, generator=generator), torch.ones(4))
+    return Plan(IDENTITY, LAYOUT, 64, sites, 64, OPTIONS.as_dict(), {"by": "test", "note": "x" * 40})
+
+
+def same(a: Plan, b: Plan) -> bool:
+    return (
+        (a.identity, a.layout, a.block_q, a.pool, a.settings, a.made)
+        == (b.identity, b.layout, b.block_q, b.pool, b.settings, b.made)
+        and a.sites.keys() == b.sites.keys()
+        and all(
+            x.orders == y.orders
+            and torch.equal(x.packed, y.packed)
+            and torch.equal(x.tail_bias, y.tail_bias)
+            and torch.equal(x.density, y.density)
+            and torch.equal(x.mass_kept, y.mass_kept)
+            for x, y in zip(a.sites.values(), b.sites.values(), strict=True)
+        )
+    )
+
+
+def test_a_plan_comes_back_as_it_was_saved(tmp_path):
+    plan = make_plan()
+    save_plan(plan, tmp_path / "p.safetensors")
+    assert same(load_plan(tmp_path / "p.safetensors"), plan)
+    assert [f.name for f in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+HOSTILE = (None, True, -1, 0, 1 << 62, 1e308, "", "../../x", [], {}, [[]], "FHW", [1 << 40] * 3, "9" * 3000)
+
+
+def mutate(data: bytes, random: random.Random) -> bytes:
+    """Damage of one kind: cut, flipped, overwritten, moved, doubled, or a header that lies."""
+    kind = random.randrange(8)
+    at = random.randrange(len(data))
+    if kind == 0:
+        return data[:at]
+    if kind == 1:
+        return data[:at] + bytes([data[at] ^ (1 << random.randrange(8))]) + data[at + 1 :]
+    if kind == 2:
+        return data[:at] + random.randbytes(random.randrange(1, 64)) + data[at:]
+    if kind == 3:
+        return struct.pack("<Q", random.choice((0, 1, 1 << 20, 1 << 40, (1 << 64) - 1))) + data[8:]
+    if kind == 4:
+        return data[:at] + data
+    size = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + size])
+    if kind == 5:  # the file's own header
+        name = random.choice(sorted(header))
+        field = random.choice(("dtype", "shape", "data_offsets"))
+        header[name] = {**header[name], field: random.choice(HOSTILE)}
+    else:  # what the plan declares
+        declared = json.loads(header["__metadata__"]["paro"])
+        field = random.choice(sorted(declared))
+        if kind == 6 or not isinstance(declared[field], (list, dict)) or not declared[field]:
+            declared[field] = random.choice(HOSTILE)
+        elif isinstance(declared[field], list):
+            declared[field][random.randrange(len(declared[field]))] = random.choice(HOSTILE)
+        else:
+            declared[field][random.choice(sorted(declared[field]))] = random.choice(HOSTILE)
+        header["__metadata__"]["paro"] = json.dumps(declared)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + data[8 + size :]
+
+
+@pytest.mark.parametrize("seed", [*range(4), None])
+def test_mutated_plans_are_refused_in_one_line(seed, tmp_path):
+    """A thousand in all; the last seed is fresh in every run and named on failure."""
+    seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
+    chance, path = random.Random(seed), tmp_path / "p.safetensors"
+    plan = make_plan()
+    save_plan(plan, path)
+    data = path.read_bytes()
+    for number in range(200):
+        path.write_bytes(mutate(data, chance))
+        try:
+            loaded = load_plan(path)
+        except PlanError as error:
+            assert str(error).startswith("plan p.safetensors: ") and "\n" not in str(error) and len(str(error)) < 400
+        else:
+            # White space in the file's own header may change without changing anything.
+            assert same(loaded, plan), f"seed {seed}, mutation {number}"
+
+
+@pytest.mark.parametrize(
+    "bad, told",
+    [
+        ({"tail_bias": torch.full((4,), 99.0)}, "beyond 20"),
+        ({"tail_bias": torch.full((4,), float("nan"))}, "not finite"),
+        ({"density": torch.zeros(4)}, "density"),
+        ({"packed": torch.zeros(13, dtype=torch.uint8)}, "keeps no block"),
+    ],
+)
+def test_a_consistent_file_with_wrong_content_is_refused(bad, told, tmp_path):
+    """The checksum is right in these: whoever writes a file can also sign it."""
+    plan = make_plan()
+    entry = plan.sites[Site("double", 1)]
+    plan.sites[Site("double", 1)] = SitePlan(**{**entry.__dict__, **bad})
+    save_plan(plan, tmp_path / "p.safetensors")
+    with pytest.raises(PlanError, match=told):
+        load_plan(tmp_path / "p.safetensors")
+
+
+class StoppedError(Exception):
+    pass
+
+
+def feed(calibrator: Calibrator, prompts: int = 2, steps: int = 2) -> None:
+    for prompt in range(prompts):
+        calibrator.prompt = prompt
+        for step in range(steps):
+            for index in range(2):
+                generator = torch.Generator().manual_seed(100 * prompt + 10 * step + index)
+                q, k, v = torch.randn(3, 1, 2, LAYOUT.length, 32, generator=generator)
+                calibrator.observe(Site("double", index), LAYOUT, q, k, v, step=step)
+
+
+def test_stopping_at_any_moment_leaves_what_a_resumption_completes(tmp_path, monkeypatch):
+    """Twenty interruptions: while writing, before the rename, between sites. Nothing left behind reads as a plan."""
+    whole = Calibrator(IDENTITY, OPTIONS)
+    feed(whole)
+    expected = whole.plan({"by": "test"})
+    chance, real = random.Random(0), partial_module.save_file
+    for number in range(20):
+        folder, stop_at = tmp_path / str(number), chance.randrange(8)
+        calls = 0
+
+        def save(tensors, path, metadata, stop_at=stop_at):
+            nonlocal calls
+            if calls == stop_at:
+                kind = chance.randrange(3)
+                if kind:
+                    real(tensors, path, metadata=metadata)
+                if kind == 1:
+                    path.write_bytes(path.read_bytes()[: chance.randrange(200)])
+                raise StoppedError
+            calls += 1
+            real(tensors, path, metadata=metadata)
+
+        monkeypatch.setattr(partial_module, "save_file", save)
+        with pytest.raises(StoppedError):
+            feed(Calibrator(IDENTITY, OPTIONS, partial=folder))
+        for path in folder.iterdir():
+            with pytest.raises(PlanError):
+                load_plan(path)
+        monkeypatch.setattr(partial_module, "save_file", real)
+        resumed = Calibrator(IDENTITY, OPTIONS, partial=folder)
+        assert resumed.observations == stop_at
+        feed(resumed)
+        plan = resumed.plan({"by": "test"})
+        assert same(Plan(**{**plan.__dict__, "made": {}}), Plan(**{**expected.__dict__, "made": {}}))
+        resumed.forget_partial()
+        assert not folder.exists()
+
+
+def test_a_damaged_part_is_observed_again_and_a_foreign_folder_refused(tmp_path):
+    calibrator = Calibrator(IDENTITY, OPTIONS, partial=tmp_path / "c")
+    feed(calibrator, prompts=1)
+    assert calibrator.has(0, {0, 1}) and not calibrator.has(1, {0})
+    path = next((tmp_path / "c").glob("*.sums"))
+    path.write_bytes(path.read_bytes()[:-50])
+    assert len(Calibrator(IDENTITY, OPTIONS, partial=tmp_path / "c").sites) == 1
+    with pytest.raises(PlanError, match="another model"):
+        Calibrator(ModelIdentity("wan", "other", "x"), OPTIONS, partial=tmp_path / "c")
+
+
+def test_stability_compares_steps_and_prompts():
+    calibrator = Calibrator(IDENTITY, OPTIONS)
+    feed(calibrator)
+    values = calibrator.stability().as_dict()
+    assert set(values) == {
+        f"{what}_between_{which}" for what in ("orders", "masks") for which in ("steps", "prompts")
+    } and all(0 <= value <= 1 for value in values.values())
+    assert calibrator.plan({}).made["stability"] == values
