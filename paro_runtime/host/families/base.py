@@ -118,9 +118,13 @@ class CountedFamily(Family):
     """
 
     def site(self, place: Place) -> Site | str:
-        if self.key(place.options) is not None:
-            return super().site(place)
-        return Site(self.streams[place.stream], place.earlier)
+        key = self.key(place.options)
+        if key is None:
+            return Site(self.streams[place.stream], place.earlier)
+        if place.earlier:
+            return SECOND_CALL
+        # The same name as by counting, so that a plan serves host versions with and without a block index.
+        return Site(key[0] if "block_type" in place.options else self.streams[place.stream], key[1])
 
 
 def class_path(model: Any) -> str:
