@@ -107,8 +107,8 @@ class HostEvaluation:
         )
         return out[:, :, first:]
 
-    def end(self) -> None:
-        """Close the evaluation; says so if its self-attention calls were not those expected."""
+    def end(self, attempt: int = 0) -> bool:
+        """Close the evaluation; says so if its self-attention calls were not those expected. True: run it again."""
         layouts = [e.layout for e in self._evaluations]
         if not self._calls:
             seen = ", ".join(map(str, sorted(+self._other_lengths))) or "none"
@@ -119,8 +119,8 @@ class HostEvaluation:
             reason = f"{self._counted} self-attention calls where {expected} were expected: sites are not certain"
             for evaluation in self._evaluations:
                 evaluation.abandon(reason)
-        for evaluation in self._evaluations:
-            evaluation.end()
+        redo = [evaluation.end(attempt) for evaluation in self._evaluations]
+        return any(redo)
 
 
 def _with_front(rows: torch.Tensor, first: int) -> torch.Tensor:

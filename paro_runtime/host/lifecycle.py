@@ -23,6 +23,9 @@ log = logging.getLogger("paro")
 APPLY_MODEL_OPTIONS = 5
 """Position of `transformer_options` among APPLY_MODEL's arguments: x, t, c_concat, c_crossattn, control, options."""
 
+ATTEMPTS = 4
+"""Times one evaluation is run at most when its results are not finite."""
+
 
 class HostRun:
     """One sampling: its session and family, carried by `transformer_options` between evaluations."""
@@ -84,12 +87,16 @@ class Lifecycle:
         run = args[APPLY_MODEL_OPTIONS].get(OPTIONS_KEY)
         if not isinstance(run, HostRun):
             return executor(*args, **kwargs)
-        evaluation = self._begin(run, executor.class_obj.diffusion_model, args, kwargs)
-        # Always a new dict: the host hands the same one to every evaluation of a step.
-        options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
-        result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
-        if evaluation is not None:
-            evaluation.end()
+        # Results that are not finite are found at the end, for all calls at once: the sites at fault are dense the next
+        # time, and the last time PARO stays out of it.
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            evaluation = None if last else self._begin(run, executor.class_obj.diffusion_model, args, kwargs)
+            # Always a new dict: the host hands the same one to every evaluation of a step.
+            options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
+            result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
+            if evaluation is None or not evaluation.end(attempt):
+                break
         return result
 
     def _begin(self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
