@@ -69,8 +69,8 @@ def step_tables(reports: list[dict]) -> list[str]:
     lines = [
         "# One denoising step",
         "",
-        "From `bench/results/end_to_end*.json`, which `python bench/end_to_end.py` printed: Wan 2.1 at its own sizes with "
-        "random weights, bf16, one evaluation. Dense is torch's fastest attention. Models that are not listed: "
+        "From `bench/results/end_to_end*.json`, which `python bench/end_to_end.py` printed: Wan 2.1 at its own sizes "
+        "with random weights, bf16, one evaluation. Dense is torch's fastest attention. Models that are not listed: "
         f"{MISSING}.",
         "",
     ]
@@ -83,7 +83,7 @@ def step_tables(reports: list[dict]) -> list[str]:
         ]
         lines += [report["note"], ""] if report.get("note") else []
         lines += [
-            "| model | tokens | attention | density | step ms | in attention ms | step gain | attention gain | peak GB |",
+            "| model | tokens | attention | density | step ms | attention ms | step gain | attention gain | peak GB |",
             "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in report["rows"]:
