@@ -38,7 +38,7 @@ class PatternCache:
         layout: TokenLayout,
         kv_heads: int,
         device: torch.device,
-        bias: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
     ) -> SparsePattern:
         """The site's pattern on `device`, with `bias` `[heads]` in place of the plan's where there is one."""
         key = (site, layout, device)

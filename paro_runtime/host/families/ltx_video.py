@@ -1,4 +1,4 @@
-"""LTX-Video 0.9 and 13B, LTX-2 and 2.3 (video and audio): the video's self-attention; audio and text are untouched."""
+"""LTX-Video 0.9 and 13B, LTX-2, 2.3 and 2.5 (with audio): the video's self-attention; audio and text are untouched."""
 
 from __future__ import annotations
 
