@@ -28,15 +28,13 @@ from .tokens import TokenLayout
 class Method:
     """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
 
-    criterion: blocks are kept by `error`, the squared output error that leaving them to the tail would cost, or by
-    `mass`. Without a tail or without values it is always mass.
-    relative: each head's errors count relative to its own output, not in absolute terms.
+    criterion: blocks are kept by `mass`, or by `error`: the squared output error, relative to the head's own output,
+    that leaving them to the tail would cost. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. alpha, sigma: of the paper's metric.
     """
 
-    criterion: str = "error"
-    relative: bool = False
+    criterion: str = "mass"
     bias: str = "error"
     tiles: bool = True
     alpha: float = 0.5
@@ -145,7 +143,7 @@ class Calibrator:
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
         look = glimpse(seen, self.options.density)
-        fresh = stored(seen)
+        fresh = stored(seen, with_error=self.method.criterion == "error")
         with self._lock:
             label = (self.prompt, step)
             self._glimpses[(site, *label)] = look
@@ -193,8 +191,7 @@ class Calibrator:
         """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""
         if s.error is None or self.method.criterion == "mass":
             return s.mass.float() / s.weight[:, None, None]
-        per_output = s.energy if self.method.relative else s.weight
-        return s.error.float() / per_output[:, None, None].clamp_min(1e-20)
+        return s.error.float() / s.energy[:, None, None].clamp_min(1e-20)
 
     def _bias(self, s: SiteSums, mask: torch.Tensor) -> torch.Tensor | None:
         if self.options.pool is None:

@@ -94,7 +94,9 @@ def _make_head(kind: Archetype, grid: tuple[int, int, int], seed: int) -> _Head:
     features = torch.cat([angles.cos(), angles.sin()], 1) / math.sqrt(POSITION // 2)
     content = torch.randn(CONTENT, 3, generator=generator) / torch.tensor([5.0, 4.0, 4.0])
     rotation = torch.linalg.qr(torch.randn(HEAD_DIM, HEAD_DIM, generator=generator))[0]
-    sinks = torch.randperm(len(positions), generator=generator)[:4]
+    # Places, not indices: the same head on another grid has its sinks at the same places.
+    places = (torch.rand(4, 3, generator=generator) * torch.tensor(grid)).long()
+    sinks = (places[:, 0] * grid[1] + places[:, 1]) * grid[2] + places[:, 2]
     outliers = torch.zeros(HEAD_DIM)
     outliers[torch.randperm(HEAD_DIM, generator=generator)[:3]] = torch.tensor(OUTLIERS)
     return _Head(kind, positions, features, content, rotation, sinks, outliers)
