@@ -200,7 +200,7 @@ def test_fixed_masks_have_the_density_and_the_diagonal():
 
 
 def test_published_windows_want_our_orders():
-    """Sliding-tile windows of HunyuanVideo, averaged over all heads and steps 15 to 49 (reference figures to 3 places)."""
+    """Sliding-tile windows of HunyuanVideo, averaged over all heads and steps 15 to 49; known figures to 3 places."""
     assert len(published()["heads"]) == 1440
     found = run(64)
     assert found["original"] == pytest.approx(0.356, abs=6e-4) and found["ideal"] == pytest.approx(0.166, abs=6e-4)
