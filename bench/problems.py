@@ -33,6 +33,7 @@ SHAPES = {
     "hunyuan15": Shape(0, (31, 45, 80), 256, 16, 128, "HunyuanVideo 1.5, 1280x720, 121 frames"),
     "ltx": Shape(0, (13, 16, 24), 0, 32, 64, "LTX-Video 2B, 768x512, 97 frames"),
     "flux": Shape(512, (1, 64, 64), 0, 24, 128, "Flux.1, 1024x1024"),
+    "tiny": Shape(3, (2, 8, 13), 0, 2, 64, "no model: a smoke test"),
     "flux2048": Shape(512, (1, 128, 128), 0, 24, 128, "Flux.1, 2048x2048"),
 }
 AXES = ((0, 1, 2), (0, 2, 1), (1, 2, 0), (1, 0, 2), (2, 1, 0), (2, 0, 1))

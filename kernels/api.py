@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .problem import Precision, SparsePattern, problem_with
+from .problem import Geometry, Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
 from .statistics_reference import BlockStatistics, block_statistics_reference, row_logsumexp_reference
 from .support import triton_reason
@@ -40,8 +40,18 @@ def sparse_attention(
     """Attention over the kept blocks of each head's reordered sequence.
 
     Arguments and result as in `reference.sparse_attention_reference`; backend is `auto`, `triton` or `reference`.
-    Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short.
+    Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short. Under
+    torch.compile it is one opaque operator: no graph break, and nothing to recompile from step to step.
     """
+    if torch.compiler.is_compiling():
+        from .operator import attention_operator
+
+        result = attention_operator(
+            q, k, v, pattern.tables, pattern.order_of_head, pattern.mask, pattern.tail_bias, key_bias,
+            pattern.geometry.prefix, list(pattern.geometry.grid), pattern.geometry.suffix, pattern.geometry.block_q,
+            pattern.pool, precision.qk, precision.pv, precision.hadamard, scale, backend,
+        )  # fmt: skip
+        return result if out is None else out.copy_(result)
     reason = problem_with(q, k, v, pattern) or _problem_with_rest(q, scale, key_bias, out)
     if reason:
         raise ValueError(reason)
@@ -74,13 +84,29 @@ def row_logsumexp(
     backend: str = "auto",
 ) -> torch.Tensor:
     """See `statistics_reference.row_logsumexp_reference`."""
-    return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
+    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
+        return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
+    from .triton_statistics import launch_row_logsumexp
+
+    return launch_row_logsumexp(q, k, scale=scale, key_bias=key_bias)
 
 
 def block_statistics(
-    q, k, lse, geometry, rows, *, q_blocks=None, scale=None, epsilon=None, pool=None, backend="auto"
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+    rows: torch.Tensor,
+    *,
+    q_blocks: torch.Tensor | None = None,
+    scale: float | None = None,
+    epsilon: float | None = None,
+    pool: int | None = None,
+    backend: str = "auto",
 ) -> BlockStatistics:
     """See `statistics_reference.block_statistics_reference`."""
-    return block_statistics_reference(
-        q, k, lse, geometry, rows, q_blocks=q_blocks, scale=scale, epsilon=epsilon, pool=pool
-    )
+    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
+        run = block_statistics_reference
+    else:
+        from .triton_statistics import launch_block_statistics as run
+    return run(q, k, lse, geometry, rows, q_blocks=q_blocks, scale=scale, epsilon=epsilon, pool=pool)

@@ -10,10 +10,11 @@ import torch
 import triton
 
 from .block_list import BlockList, block_list, context_blocks
-from .configs import Tile, tile_for
+from .configs import Tile, needs_separate_tail, tile_for
 from .problem import Precision, SparsePattern
 from .quantization import hadamard_matrix
 from .scratch import Scratch, ScratchOutOfMemory, release_scratch
+from .support import LOWEST_CAPABILITY
 from .triton_attention import attention_forward
 from .triton_prepass import channel_statistics, prepare_keys_values, quantize_pools
 
@@ -21,6 +22,9 @@ log = logging.getLogger("paro")
 
 STATISTICS_CHUNK = 512
 LARGEST_TILE = 128
+# The mean key is taken over every fourth block of 64 rows from this length on.
+KEY_SAMPLE = 4
+KEY_SAMPLE_FROM = 16384
 # Largest value of 8-bit V; 2**P_LOG2 is the same for P at its row's maximum.
 VALUE_LEVELS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
 P_LOG2 = {"16": 0.0, "fp8": math.log2(448), "int8": math.log2(127), "int4": math.log2(15)}
@@ -91,11 +95,12 @@ def prepare(
     scratch.ask((batch * heads, blocks), torch.float32)
     scratch.ask((2, batch * heads, chunks, padded), torch.float32)
     scratch.ask((batch * heads, blocks * 64) if key_bias is not None else (1,), torch.float32)
-    pooled_shape = (batch * heads, pools, padded) if tail else (1,)
+    pool_blocks = triton.cdiv(pools, 64)
+    pooled_shape = (batch * heads, pool_blocks * 64, padded) if tail else (1,)
     scratch.ask(pooled_shape, torch.float32)
     scratch.ask(pooled_shape, k_type)
     scratch.ask(pooled_shape, pooled_v_type)
-    scratch.ask((batch * heads, triton.cdiv(pools, 64)) if tail else (1,), torch.float32)
+    scratch.ask((batch * heads, pool_blocks) if tail else (1,), torch.float32)
     q_rows = q.shape[0] * q.shape[1] * (_padded_rows(g.grid_tokens) + _padded_rows(g.context_tokens))
     scratch.ask((q_rows, padded), k_type)
     scratch.ask((q_rows,), torch.float32)
@@ -105,14 +110,16 @@ def prepare(
 
     rotation, rotation_scale = _rotation(dim, device, k.dtype) if rotate else (None, 1.0)
     k_means = v_scales = None
+    # Any constant vector may be taken from all keys, so a long sequence's mean need not see every key.
+    every = KEY_SAMPLE if length >= KEY_SAMPLE_FROM else 1
     if smooth or values_scaled:
         channel_statistics[(chunks, heads, batch)](
             k, v, partial[0], partial[1], *k.stride(), *v.stride(), length, heads,
-            D=dim, PADDED_D=padded, CHUNK=STATISTICS_CHUNK, NEED_SUM=smooth, NEED_MAX=values_scaled,
+            D=dim, PADDED_D=padded, CHUNK=STATISTICS_CHUNK, SUM_EVERY=every if smooth else 0, NEED_MAX=values_scaled,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     if smooth:
-        k_means = partial[0].sum(1) / length
+        k_means = partial[0].sum(1) / _sampled_rows(length, every)
         if rotate:
             k_means = torch.nn.functional.pad(
                 k_means[:, :dim] @ hadamard_matrix(dim, device), (0, padded - dim)
@@ -131,8 +138,16 @@ def prepare(
         TAIL=tail, POOL=pattern.pool, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     if tail:
-        quantize_pools[(triton.cdiv(pools, 64), batch * heads)](
-            pooled, pooled_k, pooled_scales, pools, PADDED_D=padded, QK=precision.qk, num_warps=4, enable_fp_fusion=True
+        quantize_pools[(pool_blocks, batch * heads)](
+            pooled,
+            pooled_k,
+            pooled_v,
+            pooled_scales,
+            pools,
+            PADDED_D=padded,
+            QK=precision.qk,
+            num_warps=4,
+            enable_fp_fusion=True,
         )
     return KeysValues(
         k_out,
@@ -147,6 +162,12 @@ def prepare(
         q_staged,
         q_scales,
     )
+
+
+def _sampled_rows(length: int, every: int) -> int:
+    """Rows in every `every`-th block of 64, the last of which may be short."""
+    last = (length - 1) // (64 * every)
+    return last * 64 + min(64, length - last * 64 * every)
 
 
 def _padded_rows(tokens: int) -> int:
@@ -194,13 +215,17 @@ def forward(
         D=dim, PADDED_D=padded_dim(dim), ROWS=tile.rows, BLOCK_Q=block_q, PAIRS=tile.pairs,
         QK=precision.qk, PV=_kernel_pv(precision), P_LOG2=P_LOG2[precision.pv], LISTED=lists is not None, TAIL=tail,
         POOL=pattern.pool, BIASED=prepared.key_bias is not None, ROTATE=prepared.rotation is not None,
-        VALUES_SCALED=prepared.v_scales is not None, STAGES=tile.stages,
+        VALUES_SCALED=prepared.v_scales is not None,
+        SEPARATE_TAIL=needs_separate_tail(_capability(q.device), precision.pv), STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """The GPU's compute capability; None on AMD. The interpreter stands in for the oldest GPU."""
+    if device.type != "cuda":
+        return LOWEST_CAPABILITY
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 def launch_attention(
@@ -253,7 +278,7 @@ def _heads_of(pattern: SparsePattern, kv: slice, rows: slice) -> SparsePattern:
         pattern.geometry,
         pattern.tables,
         pattern.order_of_head[kv],
-        None if pattern.kept is None else pattern.kept[rows],
+        None if pattern.mask is None else pattern.mask[rows],
         None if pattern.tail_bias is None else pattern.tail_bias[rows],
         pattern.pool,
     )

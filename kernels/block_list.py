@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .problem import SparsePattern
 
@@ -46,11 +47,17 @@ class BlockList:
         )
 
 
+# By mask, not by pattern: a compiled graph carries the mask tensor alone from call to call.
+_lists = WeakTensorKeyDictionary()
+
+
 def block_list(pattern: SparsePattern) -> BlockList:
-    """The pattern's list, made on first use and kept with the pattern."""
-    if "block_list" not in pattern.cache:
-        pattern.cache["block_list"] = _build(pattern)
-    return pattern.cache["block_list"]
+    """The list of the pattern's mask, made on first use and kept as long as the mask lives."""
+    key = (pattern.geometry, pattern.mask._version)
+    found = _lists.get(pattern.mask)
+    if found is None or found[0] != key:
+        found = _lists[pattern.mask] = (key, _build(pattern))
+    return found[1]
 
 
 def context_blocks(tokens: int, block: int) -> int:

@@ -1,7 +1,7 @@
 """Tile configurations of the attention kernel: one table, keyed by GPU generation, head dimension and precision.
 
-No autotuning: compiling a candidate takes about a second, token counts differ with every resolution, and what is best
-follows from the generation.
+No autotuning: compiling a candidate takes seconds, token counts differ with every resolution, and what is best follows
+from the generation. `python scripts/check_kernels.py` compiles every entry; `docs/kernels.md` has the measurements.
 """
 
 from __future__ import annotations
@@ -19,5 +19,100 @@ class Tile:
     stages: int
 
 
-def tile_for(capability: tuple[int, int], padded_dim: int, qk: str, pv: str, block_q: int, listed: bool) -> Tile:
-    return Tile(64, capability[0] in (9, 10), 4, 3)
+@dataclass(frozen=True)
+class Entry:
+    """A tile for query blocks of 128 rows (and for dense calls), one for query blocks of 64 rows, and why."""
+
+    wide: Tile
+    narrow: Tile
+    reason: str
+
+
+# Keys: (generation or exact architecture, padded head dimension, products). Products: `16` both in 16 bits, `8+16`
+# INT8 QK and 16-bit PV, `8+8` both in 8 bits. Head dimension 32 uses the entry of 64.
+TILES = {
+    ("hopper", 128, "8+16"): Entry(
+        Tile(128, True, 8, 3),
+        Tile(64, False, 4, 3),
+        "measured on an H100: 64 rows read twice the K and V per row from L2 and stall on it (38.9 ms for 128 rows, "
+        "52.6 for 64); where the mask wants 64 rows, single blocks beat pairs (16.3 against 17.3 ms at density 0.3)",
+    ),
+    ("hopper", 128, "8+8"): Entry(
+        Tile(64, True, 4, 3),
+        Tile(64, True, 4, 3),
+        "measured on an H100: V is half as large, so two programs of 64 rows per SM win by overlap (9.7 against 10.8 "
+        "ms at density 0.3, equal when dense)",
+    ),
+    ("hopper", 128, "16"): Entry(
+        Tile(128, True, 8, 2),
+        Tile(64, False, 4, 3),
+        "measured on an H100: 53.9 ms for 128 rows, 81.2 for 64; a third stage leaves no shared memory",
+    ),
+    ("hopper", 64, "8+16"): Entry(
+        Tile(128, True, 8, 3), Tile(64, True, 4, 3), "not measured; by analogy with D = 128, 8.9 to 9.1 issue slots"
+    ),
+    ("hopper", 64, "8+8"): Entry(
+        Tile(64, True, 4, 3), Tile(64, True, 4, 3), "not measured; three programs per SM, 9.0 issue slots (fp8)"
+    ),
+    ("hopper", 64, "16"): Entry(Tile(128, True, 8, 3), Tile(64, True, 4, 3), "not measured"),
+    ("hopper", 256, "8+16"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured; fits without spills"),
+    ("hopper", 256, "8+8"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured; fits without spills"),
+    ("hopper", 256, "16"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured; fits without spills"),
+    ("mma", 128, "8+16"): Entry(
+        Tile(128, False, 8, 3),
+        Tile(64, False, 4, 3),
+        "not measured; 128 rows with 8 warps need 15 issue slots, 64 rows 22 because K and V fragments are read from "
+        "shared memory for fewer rows; tensor cores bind on these GPUs anyway",
+    ),
+    ("mma", 128, "8+8"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; as with 16-bit PV"),
+    ("mma", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured; two stages fit 99 KB"),
+    ("sm_120", 128, "8+8"): Entry(
+        Tile(64, False, 4, 3), Tile(64, False, 4, 3), "not measured; 128 rows would spill in the tail (Triton 3.7)"
+    ),
+    ("mma", 64, "8+16"): Entry(
+        Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; 4 warps need 9.5 issue slots, not 11, but spill"
+    ),
+    ("mma", 64, "8+8"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; likewise"),
+    ("mma", 64, "16"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured"),
+    ("mma", 256, "8+16"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured; shared memory binds"),
+    ("mma", 256, "8+8"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured; shared memory binds"),
+    ("mma", 256, "16"): Entry(Tile(64, False, 8, 1), Tile(64, False, 8, 1), "not measured; shared memory binds"),
+    ("blackwell", 128, "8+16"): Entry(
+        Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; before Triton 3.9 its INT8 is mma.sync"
+    ),
+    ("blackwell", 128, "8+8"): Entry(Tile(64, False, 4, 3), Tile(64, False, 4, 3), "not measured; pairs would spill"),
+    ("blackwell", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured"),
+    ("blackwell", 64, "8+16"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured"),
+    ("blackwell", 64, "8+8"): Entry(Tile(64, False, 4, 3), Tile(64, False, 4, 3), "not measured"),
+    ("blackwell", 64, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured"),
+    ("blackwell", 256, "8+16"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured"),
+    ("blackwell", 256, "8+8"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured"),
+    ("blackwell", 256, "16"): Entry(Tile(64, False, 8, 2), Tile(64, False, 8, 2), "not measured"),
+}
+# AMD, untested on hardware: compiles; 64 rows keep the register count down, more than two stages do nothing there.
+AMD_TILE = Tile(64, False, 4, 2)
+
+
+def generation(capability: tuple[int, int]) -> str:
+    """Which instructions a GPU multiplies with: `hopper` wgmma, `blackwell` (data centre) tcgen05, `mma` all others."""
+    return {9: "hopper", 10: "blackwell"}.get(capability[0], "mma")
+
+
+def products(qk: str, pv: str) -> str:
+    """The precision as the table names it; 4-bit values are multiplied in 8 bits."""
+    return "16" if qk == "16" else "8+16" if pv == "16" else "8+8"
+
+
+def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: str, block_q: int, listed: bool) -> Tile:
+    """The tile of a call: query blocks of `block_q` rows with a list of kept blocks, or dense. None: an AMD GPU."""
+    if capability is None:
+        return AMD_TILE
+    rest = (max(64, padded_dim), products(qk, pv))
+    exact = (f"sm_{capability[0]}{capability[1]}", *rest)
+    entry = TILES[exact] if exact in TILES else TILES[(generation(capability), *rest)]
+    return entry.narrow if listed and block_q == 64 else entry.wide
+
+
+def needs_separate_tail(capability: tuple[int, int] | None, pv: str) -> bool:
+    """Whether the tail's product must not run into the accumulator (see `triton_attention._tail`)."""
+    return pv != "16" and capability is not None and generation(capability) == "hopper"

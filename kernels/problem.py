@@ -8,7 +8,7 @@ boundary of their own, so a block never mixes grid and context.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -95,8 +95,6 @@ class SparsePattern:
     mask: torch.Tensor | None = None
     tail_bias: torch.Tensor | None = None
     pool: int = BLOCK_K
-    # Kernels keep what they derive from the mask (lists of kept blocks) here, keyed by name; never compared.
-    cache: dict = field(default_factory=dict, repr=False)
 
     @property
     def kv_heads(self) -> int:

@@ -158,9 +158,8 @@ def sparse_attention_reference(
             scores = torch.cat([scores, tail], 3)
         weights = (scores - scores.amax(3, keepdim=True)).exp()
         total = weights.sum(3, keepdim=True)
-        weights = _quantize_weights(weights, precision.pv)
-        chunk = weights[..., : g.length] @ rv
-        if pools_bias is not None:
+        chunk = _quantize_weights(weights[..., : g.length], precision.pv) @ rv
+        if pools_bias is not None:  # the tail's product is in 16 bits whatever pv is: it is small, its weights are large
             chunk += weights[..., g.length :] @ pooled_v
         result[:, :, rows] = chunk / total
     if out is None:

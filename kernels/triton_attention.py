@@ -8,7 +8,7 @@ scatters the result to the rows where the tokens came from. K and V come reorder
 import triton
 import triton.language as tl
 
-from .triton_common import MAGIC, MAGIC_BITS, power_of_two_at_least, round_to_int8, source_rows
+from .triton_common import MAGIC, MAGIC_BITS, quantized_queries, round_to_int8, source_rows
 
 BLOCK = tl.constexpr(64)
 # INT8 P is scaled to 127 at the row's maximum; the rounding of the folded constant can push it past 127.5, which
@@ -162,7 +162,8 @@ def _two_blocks(
 @triton.jit
 def _tail(
     accumulator, total, maximum, q, q_scale, kept_words, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
-    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    SEPARATE: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
 
@@ -170,17 +171,20 @@ def _tail(
     """
     channels = tl.arange(0, PADDED_D)
     PER_BLOCK: tl.constexpr = BLOCK // POOL
+    last_bias = bias + tl.log2((grid_tokens - (pools - 1) * POOL).to(tl.float32))
+    bias += tl.log2(POOL * 1.0)
     word = tl.load(kept_words)
     for start in tl.range(0, pools, BLOCK):
         next_word = tl.load(kept_words + (start + BLOCK) // (PER_BLOCK * 64))
+        # A column's bit by 32-bit shifts: 64-bit ones would cost more than the exponential.
+        bits = word >> (start // PER_BLOCK % 64)
+        bit = columns // PER_BLOCK
+        kept = (tl.where(bit < 32, bits.to(tl.int32), (bits >> 32).to(tl.int32)) >> (bit % 32)) & 1
         pool = start + columns
-        real = pool < pools
-        kept = (word >> (pool // PER_BLOCK % 64).to(tl.int64)) & 1
-        tokens = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1)
-        pool_bias = tl.where(real & (kept == 0), tl.log2(tokens.to(tl.float32)) + bias, float("-inf"))
+        pool_bias = tl.where(pool < pools - 1, bias, last_bias)
+        pool_bias = tl.where((pool < pools) & (kept == 0), pool_bias, float("-inf"))
         offsets = pool[:, None] * PADDED_D + channels[None, :]
-        keys = tl.load(pooled_k + offsets, mask=real[:, None], other=0)
-        product = tl.dot(q, tl.trans(keys)).to(tl.float32)
+        product = tl.dot(q, tl.trans(tl.load(pooled_k + offsets))).to(tl.float32)
         scale = q_scale * tl.load(pooled_scales + start // BLOCK)
         score = product * scale[:, None] + pool_bias[None, :]
         # `maximum` is finite here: every row has at least one real key behind it.
@@ -188,52 +192,30 @@ def _tail(
         p = tl.exp2(score - (highest - P_LOG2)[:, None])
         rescale = tl.exp2(maximum - highest)
         total = total * rescale + tl.sum(p, 1)
-        values = tl.load(pooled_v + offsets, mask=real[:, None], other=0)
-        if PV == "16":
-            accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
-        else:
-            # Beside an 8-bit main loop the form above makes ptxas wait after every single wgmma of the whole kernel
-            # (its message C7515).
+        values = tl.load(pooled_v + offsets)
+        if SEPARATE:
+            # Beside an 8-bit main loop on sm_90 the other form makes ptxas wait after every single wgmma of the whole
+            # kernel (its message C7515).
             wide = tl.zeros_like(accumulator) + rescale[:, None]
             accumulator = tl.fma(accumulator, wide, tl.dot(p.to(values.dtype), values))
+        else:
+            accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
         maximum = highest
         word = next_word
     return accumulator, total
 
 
-@triton.jit
-def _quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PADDED_D: tl.constexpr, QK, ROTATE):
-    """This tile's rows of Q as integers (or scaled 16-bit floats) and the factor of each row, in log2 units."""
-    channels = tl.arange(0, PADDED_D)
-    offsets = rows[:, None].to(tl.int64) * stride_l + channels[None, :] * stride_d
-    x = tl.load(Q + offsets, mask=(rows[:, None] >= 0) & (channels[None, :] < D), other=0.0)
-    if ROTATE:
-        matrix = tl.load(rotation + channels[:, None] * PADDED_D + channels[None, :])
-        wide = tl.dot(x, matrix, input_precision="ieee")
-    else:
-        wide = x.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-12)
-    if QK == "16":
-        scale = power_of_two_at_least(largest)
-        quantized = (wide / scale[:, None]).to(tl.bfloat16 if x.dtype == tl.bfloat16 else tl.float16)
-        factor = scale * scale_log2
-    else:
-        LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
-        quantized = round_to_int8(wide * (LEVELS / largest)[:, None])
-        factor = largest * (scale_log2 / LEVELS)
-    return quantized, factor
-
-
 @triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "q_blocks", "k_blocks", "k_blocks_grid", "pools"])
 def attention_forward(
-    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias, pooled_k, pooled_v, pooled_scales, tail_bias,
-    kept_words, tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
+    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias,
+    pooled_k, pooled_v, pooled_scales, tail_bias, kept_words,
+    tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol, stride_od,
     heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
     POOL: tl.constexpr, BIASED: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr,
-    STAGES: tl.constexpr,
+    SEPARATE_TAIL: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS query rows of one (batch, head). See `attention.launch_attention` for every argument.
 
@@ -259,7 +241,7 @@ def attention_forward(
         tables + order.to(tl.int64) * grid_tokens, positions, grid_tokens, q_blocks_grid * BLOCK_Q, prefix, length
     )
     q_head = Q + batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    q, q_scale = _quantized_queries(q_head, rows, stride_ql, stride_qd, rotation, scale_log2, D, PADDED_D, QK, ROTATE)
+    q, q_scale = quantized_queries(q_head, rows, stride_ql, stride_qd, rotation, scale_log2, D, PADDED_D, QK, ROTATE)
 
     # Through memory and back: a loaded tile goes to the tensor cores from shared memory, and a loaded scale is laid out
     # as the scores are; as computed values both would be converted in every step.
@@ -356,14 +338,14 @@ def attention_forward(
 
     if TAIL:
         if q_block < q_blocks_grid:
-            pooled_rows = (pools + BLOCK - 1) // BLOCK
+            pool_block = kv_head.to(tl.int64) * ((pools + BLOCK - 1) // BLOCK)
             accumulator, total = _tail(
                 accumulator, total, maximum, q, q_scale,
                 kept_words + (head * q_blocks_grid + q_block) * ((k_blocks_grid + 63) // 64 + 1),
                 tl.load(tail_bias + head) * 1.4426950408889634,
-                pooled_k + kv_head.to(tl.int64) * pools * PADDED_D, pooled_scales + kv_head * pooled_rows,
-                pooled_v + kv_head.to(tl.int64) * pools * PADDED_D, grid_tokens, pools, columns,
-                PADDED_D, QK, PV, P_LOG2, POOL,
+                pooled_k + pool_block * (BLOCK * PADDED_D), pooled_scales + pool_block,
+                pooled_v + pool_block * (BLOCK * PADDED_D), grid_tokens, pools, columns,
+                PADDED_D, QK, P_LOG2, POOL, SEPARATE_TAIL,
             )  # fmt: skip
 
     # Looked up again rather than kept in registers across the loops.

@@ -35,3 +35,26 @@ def power_of_two_at_least(x):
     """Smallest power of two >= x for normal x > 0 (at most twice x): scaling by it is exact in any float format."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PADDED_D: tl.constexpr, QK, ROTATE):
+    """This tile's rows of Q as integers (or scaled 16-bit floats) and the factor of each row, in log2 units."""
+    channels = tl.arange(0, PADDED_D)
+    offsets = rows[:, None].to(tl.int64) * stride_l + channels[None, :] * stride_d
+    x = tl.load(Q + offsets, mask=(rows[:, None] >= 0) & (channels[None, :] < D), other=0.0)
+    if ROTATE:
+        matrix = tl.load(rotation + channels[:, None] * PADDED_D + channels[None, :])
+        wide = tl.dot(x, matrix, input_precision="ieee")
+    else:
+        wide = x.to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(wide), 1), 1e-12)
+    if QK == "16":
+        scale = power_of_two_at_least(largest)
+        quantized = (wide / scale[:, None]).to(tl.bfloat16 if x.dtype == tl.bfloat16 else tl.float16)
+        factor = scale * scale_log2
+    else:
+        LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
+        quantized = round_to_int8(wide * (LEVELS / largest)[:, None])
+        factor = largest * (scale_log2 / LEVELS)
+    return quantized, factor

@@ -17,9 +17,11 @@ LOG2E = tl.constexpr(1.4426950408889634)
 def channel_statistics(
     K, V, sums, largest,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, length, kv_heads,
-    D: tl.constexpr, PADDED_D: tl.constexpr, CHUNK: tl.constexpr, NEED_SUM: tl.constexpr, NEED_MAX: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, CHUNK: tl.constexpr, SUM_EVERY: tl.constexpr, NEED_MAX: tl.constexpr,
 ):  # fmt: skip
     """Per chunk of CHUNK rows: sum of K and largest |V| per channel, float32 `[B*Hkv, chunks, PADDED_D]`.
+
+    The sum takes every SUM_EVERY-th block of 64 rows (0: none).
 
     Grid: (chunks, Hkv, B). Partial results instead of atomics: the same input gives the same bits every time.
     """
@@ -33,13 +35,13 @@ def channel_statistics(
         rows = tl.program_id(0) * CHUNK + start + tl.arange(0, BLOCK)
         mask = (rows[:, None] < length) & (channels[None, :] < D)
         wide_rows = rows[:, None].to(tl.int64)
-        if NEED_SUM:
+        if SUM_EVERY > 0 and start % (64 * SUM_EVERY) == 0:
             sum_k += tl.load(K + wide_rows * stride_kl + channels[None, :] * stride_kd, mask, other=0.0).to(tl.float32)
         if NEED_MAX:
             v = tl.load(V + wide_rows * stride_vl + channels[None, :] * stride_vd, mask, other=0.0).to(tl.float32)
             max_v = tl.maximum(max_v, tl.abs(v))
     partial = (head * tl.num_programs(0) + tl.program_id(0)) * PADDED_D + channels
-    if NEED_SUM:
+    if SUM_EVERY > 0:
         tl.store(sums + partial, tl.sum(sum_k, 0))
     if NEED_MAX:
         tl.store(largest + partial, tl.max(max_v, 0))
@@ -64,7 +66,7 @@ def prepare_keys_values(
     """One block of 64 keys and values of one head. Grid: (k_blocks, Hkv, B).
 
     k_means float32 `[B*Hkv, PADDED_D]`: mean key, already rotated. v_scales float32 `[B*Hkv, PADDED_D]`.
-    pooled_k float32 and pooled_v (16 bits, in units of v_scales) `[B*Hkv, pools, PADDED_D]`.
+    pooled_k float32 and pooled_v (16 bits, in units of v_scales) `[B*Hkv, pools rounded up to 64, PADDED_D]`.
     """
     block = tl.program_id(0)
     head = tl.program_id(2) * kv_heads + tl.program_id(1)
@@ -82,9 +84,10 @@ def prepare_keys_values(
     row_major = slots[:, None] * PADDED_D + channels[None, :]
     if TAIL:
         PER_BLOCK: tl.constexpr = BLOCK // POOL
+        pool_rows = (pools + BLOCK - 1) // BLOCK * BLOCK
         pool = block * PER_BLOCK + tl.arange(0, PER_BLOCK)
         counts = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1).to(tl.float32)
-        pool_offsets = (head.to(tl.int64) * pools + pool)[:, None] * PADDED_D + channels[None, :]
+        pool_offsets = (head.to(tl.int64) * pool_rows + pool)[:, None] * PADDED_D + channels[None, :]
         pool_mask = (pool < pools)[:, None] & (block < k_blocks_grid)
 
     keys = tl.load(K + rows[:, None].to(tl.int64) * stride_kl + channels[None, :] * stride_kd, mask, other=0.0)
@@ -108,6 +111,20 @@ def prepare_keys_values(
     tl.store(k_out + block_base + row_major, k_quantized.to(k_out.dtype.element_ty))
     tl.store(k_scales + head * k_blocks + block, scale)
 
+    if BIASED:
+        bias = tl.load(key_bias + tl.program_id(2).to(tl.int64) * stride_bias + rows, real, other=0.0).to(tl.float32)
+        # Finite: a block whose keys are all hidden must not turn the running maximum into minus infinity.
+        bias = tl.maximum(bias * LOG2E, -1e30)
+        tl.store(bias_out + (head.to(tl.int64) * k_blocks + block) * BLOCK + slots, bias)
+
+    if PV != "16":
+        # Slot a of each 16 takes source row [0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15][a]; pools of 16 stay together.
+        slot = slots % 16
+        shuffled = slots - slot + slot % 2 + 8 * (slot // 2 % 2) + 2 * (slot // 4)
+        rows = source_rows(
+            tables + order * grid_tokens, block * BLOCK + shuffled, grid_tokens, k_blocks_grid * BLOCK, prefix, length
+        )
+        mask = (rows >= 0)[:, None] & (channels[None, :] < D)
     v = tl.load(V + rows[:, None].to(tl.int64) * stride_vl + channels[None, :] * stride_vd, mask, other=0.0)
     if VALUES_SCALED:
         v = v.to(tl.float32) / tl.load(v_scales + head * PADDED_D + channels)[None, :]
@@ -121,29 +138,23 @@ def prepare_keys_values(
             v_quantized = v.to(tl.float8e4nv)
         else:
             v_quantized = round_to_int8(tl.clamp(v, -V_LEVELS, V_LEVELS))
-        # Source row -> slot within its group of 16, the inverse of [0,1,8,9, 2,3,10,11, 4,5,12,13, 6,7,14,15].
-        r = slots % 16
-        slot = slots - r + (r % 2) + 2 * (r // 8) + 4 * ((r % 8) // 2)
-        tl.store(v_out + block_base + channels[None, :] * BLOCK + slot[:, None], v_quantized)
-
-    if BIASED:
-        bias = tl.load(key_bias + tl.program_id(2).to(tl.int64) * stride_bias + rows, real, other=0.0).to(tl.float32)
-        # Finite: a block whose keys are all hidden must not turn the running maximum into minus infinity.
-        bias = tl.maximum(bias * LOG2E, -1e30)
-        tl.store(bias_out + (head.to(tl.int64) * k_blocks + block) * BLOCK + slots, bias)
+        transposed = channels[:, None] * BLOCK + slots[None, :]
+        tl.store(v_out + block_base + transposed, tl.trans(v_quantized))
 
 
 @triton.jit(do_not_specialize=["pools"])
-def quantize_pools(pooled, out, scales, pools, PADDED_D: tl.constexpr, QK: tl.constexpr):
-    """Pooled keys float32 `[B*Hkv, pools, PADDED_D]` to the attention's Q K^T type, one scale per 64 pools.
+def quantize_pools(pooled, out, pooled_v, scales, pools, PADDED_D: tl.constexpr, QK: tl.constexpr):
+    """Pooled keys float32 to the attention's Q K^T type, one scale per 64 pools; padding of keys and values to zero.
 
-    Grid: (ceil(pools / 64), B*Hkv). Their own scales: means are smaller than the keys they stand for.
+    All `[B*Hkv, pools rounded up to 64, PADDED_D]`. Grid: (ceil(pools / 64), B*Hkv). Scales of their own: means are
+    smaller than the keys they stand for.
     """
     channels = tl.arange(0, PADDED_D)
     pool = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    offsets = (tl.program_id(1).to(tl.int64) * pools + pool)[:, None] * PADDED_D + channels[None, :]
-    mask = (pool < pools)[:, None]
-    x = tl.load(pooled + offsets, mask, other=0.0)
+    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    offsets = (block * BLOCK + tl.arange(0, BLOCK))[:, None] * PADDED_D + channels[None, :]
+    real = (pool < pools)[:, None]
+    x = tl.load(pooled + offsets, real, other=0.0)
     largest = tl.maximum(tl.max(tl.abs(x)), 1e-12)
     if QK == "16":
         scale = power_of_two_at_least(largest)
@@ -152,5 +163,7 @@ def quantize_pools(pooled, out, scales, pools, PADDED_D: tl.constexpr, QK: tl.co
         LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
         scale = largest / LEVELS
         quantized = round_to_int8(x * (LEVELS / largest))
-    tl.store(out + offsets, quantized.to(out.dtype.element_ty), mask)
-    tl.store(scales + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), scale)
+    tl.store(out + offsets, quantized.to(out.dtype.element_ty))
+    zeros = tl.zeros([BLOCK, PADDED_D], tl.float32).to(pooled_v.dtype.element_ty)
+    tl.store(pooled_v + offsets, zeros, real == 0)
+    tl.store(scales + block, scale)

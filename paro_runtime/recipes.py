@@ -54,7 +54,7 @@ class Recipe:
         weights and a kernel that run at twice the speed."""
         kept = 1 - (layout.grid_tokens / layout.length) ** 2 * (1 - density)
         fast, slow = self.attention_half
-        careful, hopeful = (layout.grid_tokens / (layout.grid_tokens + half) for half in (slow, fast))
+        careful, hopeful = (layout.length / (layout.length + half) for half in (slow, fast))
         careful_cost = min(1.0, kept + PREPARING_COST)
         hopeful_cost = min(1.0, kept / 2 + PREPARING_COST)
         return 1 / (1 - careful * (1 - careful_cost)), 1 / (1 - hopeful * (1 - hopeful_cost))

@@ -11,7 +11,7 @@ from .orders import ALL_ORDERS
 from .plan import Plan
 
 if TYPE_CHECKING:
-    from .session import Session, _Grid
+    from .session import Grid, Session
     from .tokens import TokenLayout
 
 # One colour per order, told apart also without red-green vision (Okabe and Ito's palette).
@@ -67,7 +67,7 @@ class Report:
     plan: Plan | None = field(default=None, repr=False, compare=False)
 
     @classmethod
-    def of(cls, session: Session, grid: _Grid | None) -> Report:
+    def of(cls, session: Session, grid: Grid | None) -> Report:
         """The session's report about its largest grid (None if no evaluation came)."""
         plan = grid.plan if grid else None
         layout = grid.layout if grid else None

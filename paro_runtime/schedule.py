@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .settings import in_blocks, parse_blocks
 
@@ -48,3 +50,24 @@ def default_dense_steps(steps: int, fraction: float) -> int:
     Few-step schedules (4 to 8 steps) cannot afford a percentage, so rounding is to the nearest whole step.
     """
     return max(1, math.floor(steps * fraction + 0.5))
+
+
+@dataclass
+class StepClock:
+    """Wall-clock seconds of each step by kind. The host waits for the device between steps, so they add up."""
+
+    step: int = -1
+    kind: str = ""
+    began: float = 0.0
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+
+    def next(self, step: int, kind: str) -> None:
+        """A step begins, and the one before it has ended."""
+        now = time.perf_counter()
+        if self.kind:
+            self.seconds.setdefault(self.kind, []).append(now - self.began)
+        self.step, self.kind, self.began = step, kind, now
+
+    def medians(self) -> dict[str, float]:
+        """Median seconds per step of each kind."""
+        return {kind: statistics.median(values) for kind, values in self.seconds.items()}

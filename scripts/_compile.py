@@ -18,18 +18,26 @@ from triton.compiler import ASTSource
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"(?:IMMA|HMMA|QMMA|OMMA|IGMMA|HGMMA|QGMMA|UTC[A-Z]*MMA)[\w.]*")
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*)")
+SPILL = re.compile(r"\b(?:LDL|STL)\b")
 LABEL = re.compile(r"^\s*(\.L_x_\w+|\.L_\w+):")
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What one compilation gave. slots: issue slots per softmax element in the hot loop; mma: tensor instructions."""
+    """What one compilation gave.
+
+    spills: register spills in all, of which loop_spills in loops with tensor products; what is parked outside them
+    costs nothing that counts. shared: bytes per block. slots: issue slots per softmax element of the main loop; mma:
+    its tensor instructions. serialized: ptxas waits after every single wgmma.
+    """
 
     registers: int
     spills: int
+    loop_spills: int
     shared: int
     slots: float
     mma: tuple[str, ...]
+    serialized: bool
 
 
 def compile_kernel(kernel, pointers: dict[str, str], constants: dict, capability: int, warps: int, stages: int):
@@ -66,8 +74,11 @@ def disassemble(compiled) -> tuple[str, int]:
     return code, int(registers.group(1)) if registers else -1
 
 
-def hot_loop(code: str) -> list[str]:
-    """Instructions of the innermost loop with the most tensor products (their mnemonics, in order)."""
+def matrix_loops(code: str) -> list[list[str]]:
+    """The innermost loops with tensor products, each as its mnemonics in order, in the order of the code.
+
+    The first is the main loop; those behind it (left-over blocks, the pooled tail) run a few times only.
+    """
     labels, lines = {}, []
     for line in code.splitlines():
         label = LABEL.match(line)
@@ -76,27 +87,29 @@ def hot_loop(code: str) -> list[str]:
         found = INSTRUCTION.search(line)
         if found:
             lines.append((found.group(2), found.group(3)))
-    best, best_key = [], (0, 0)
+    loops = []
     for end, (mnemonic, operands) in enumerate(lines):
         target = re.search(r"(\.L_x_\w+|\.L_\w+)", operands)
-        if not mnemonic.startswith("BRA") or not target or labels.get(target.group(1), end + 1) > end:
-            continue
-        body = [name for name, _ in lines[labels[target.group(1)] : end + 1]]
-        key = (sum(bool(MATRIX.match(name)) for name in body), -len(body))
-        if key > best_key:
-            best, best_key = body, key
-    return best
+        begin = labels.get(target.group(1), end + 1) if target and mnemonic.startswith("BRA") else end + 1
+        body = [name for name, _ in lines[begin : end + 1]]
+        if any(MATRIX.match(name) for name in body) and not any(begin <= first for first, _ in loops):
+            loops.append((begin, body))
+    return [body for _, body in loops]
 
 
 def inspect(compiled, warps: int, elements: int) -> Compiled:
-    """Read one compiled kernel; `elements`: softmax elements of one pass of its hot loop."""
+    """Read one compiled kernel; `elements`: softmax elements of one pass of its main loop."""
     code, registers = disassemble(compiled)
-    loop = hot_loop(code)
-    spills = len(re.findall(r"\b(?:LDL|STL)\b", code))
+    loops = matrix_loops(code)
+    products = [name for name in loops[0] if MATRIX.match(name)]
+    # One wait per product: healthy loops wait once for several.
+    waits = sum(name.startswith("WARPGROUP.DEPBAR") for name in loops[0])
     return Compiled(
         registers,
-        spills,
+        len(SPILL.findall(code)),
+        sum(bool(SPILL.match(name)) for loop in loops for name in loop),
         compiled.metadata.shared,
-        len(loop) * warps * 32 / elements,
-        tuple(sorted({name for name in loop if MATRIX.match(name)})),
+        len(loops[0]) * warps * 32 / elements,
+        tuple(sorted(set(products))),
+        waits >= len(products),
     )

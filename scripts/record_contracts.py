@@ -101,7 +101,7 @@ def record(case: Any, tiny: Any, version: str) -> dict:
         runs.append(
             {
                 "layouts": [[layout.prefix, list(layout.grid), layout.suffix] for layout in layouts],
-                "total": recorder.evaluation._total,
+                "counts": recorder.evaluation._counts,
                 "calls": recorder.calls[: len(recorder.calls) // evaluations],
             }
         )
@@ -133,7 +133,7 @@ def dump(contract: dict) -> str:
     runs = []
     for run in contract["runs"]:
         calls = ",\n    ".join(json.dumps(call) for call in run["calls"])
-        head = json.dumps({"layouts": run["layouts"], "total": run["total"]})[:-1]
+        head = json.dumps({"layouts": run["layouts"], "counts": run["counts"]})[:-1]
         runs.append(f'  {head}, "calls": [\n    {calls}\n  ]}}')
     return text.replace('"runs": []', '"runs": [\n' + ",\n".join(runs) + "\n ]") + "\n"
 

@@ -31,11 +31,6 @@ class AttentionCall:
     exact: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def length(self) -> int | None:
-        """Tokens, where queries and keys are equally many; None otherwise (cross-attention)."""
-        return self.q.shape[2] if self.q.shape[2] == self.k.shape[2] else None
-
     def to_caller(self, out: torch.Tensor) -> torch.Tensor:
         """`[B, H, L, D]` -> the layout the caller asked for."""
         return out if self.heads_apart else out.transpose(1, 2).flatten(2)

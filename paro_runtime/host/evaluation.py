@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from ..plan import Site
 from ..session import Evaluation, Session
@@ -30,15 +31,28 @@ class HostEvaluation:
     """Lives from APPLY_MODEL's begin to its end, in one thread; `transformer_options` carry it to the override.
 
     evaluations  one per stream of the family, in its order; streams differ in their length.
-    total        self-attention calls that are to come where they are counted, or None.
+    counts       self-attention calls to come, per stream, for families that count them.
+    uncountable  why calls cannot be counted in this evaluation, or None.
     """
 
-    def __init__(self, session: Session, family: Family, *evaluations: Evaluation, total: int | None = None) -> None:
+    def __init__(
+        self,
+        session: Session,
+        family: Family,
+        *evaluations: Evaluation,
+        counts: tuple[int, ...] | None = None,
+        uncountable: str | None = None,
+    ) -> None:
         self._session = session
         self._family = family
         self._evaluations = evaluations
-        self._streams = {e.layout.length: stream for stream, e in reversed(list(enumerate(evaluations)))}
-        self._total = total
+        self._first_queries = [family.first_query(e.layout) for e in evaluations]
+        self._streams: dict[tuple[int, int], int] = {}
+        for stream, (evaluation, first) in enumerate(zip(evaluations, self._first_queries, strict=True)):
+            length = evaluation.layout.length
+            self._streams.setdefault((length - first, length), stream)
+        self._counts = counts
+        self._uncountable = uncountable
         self._counted = 0
         self._calls: Counter = Counter()
         self._positions: Counter = Counter()
@@ -53,56 +67,65 @@ class HostEvaluation:
         key = self._family.key(call.options)
         position = self._positions[key]
         self._positions[key] += 1
-        stream = self._streams.get(call.length)
+        queries, keys = call.q.shape[2], call.k.shape[2]
+        stream = self._streams.get((queries, keys))
         if stream is None:
-            if call.length is not None:
-                self._other_lengths[call.length] += 1
+            self._other_lengths[keys] += queries == keys
             return None
         site = self._family.site(Place(call.options, stream, self._calls[key, stream], position))
         self._calls[key, stream] += 1
-        self._counted += key is None
-        bias = key_bias(call.mask, call.q.shape[0], call.length)
-        reason = next((r for r in (site, call.exact, bias, _recording(call)) if isinstance(r, str)), None)
+        uncountable = self._uncountable if key is None else None
+        self._counted += key is None and uncountable is None
+        bias = key_bias(call.mask, call.q.shape[0], keys)
+        reason = next((r for r in (uncountable, site, call.exact, bias, _recording(call)) if isinstance(r, str)), None)
         if reason is not None:
             self._session.decline(reason)
             return None
         return Claim(site, bias, stream)
 
     def attend(self, call: AttentionCall, claim: Claim, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`[B, H, L, D]` in q's dtype. `dense` runs what would have run without PARO."""
+        """`[B, H, queries, D]` in q's dtype. `dense` runs what would have run without PARO."""
+        first = self._first_queries[claim.stream]
 
         def outside() -> torch.Tensor:
             # What runs without PARO may itself lead back here, when another node wrapped PARO's override.
             self._inside = True
             try:
-                return dense()
+                return _with_front(dense(), first)
             finally:
                 self._inside = False
 
-        return self._evaluations[claim.stream].attend(
+        out = self._evaluations[claim.stream].attend(
             claim.site,
-            call.q,
+            _with_front(call.q, first),
             call.k,
             call.v,
             scale=call.scale,
             key_bias=claim.key_bias,
             dense=outside,
-            blocks=call.options.get("total_blocks"),
+            blocks=call.options.get("total_blocks", self._counts and self._counts[claim.stream]),
         )
+        return out[:, :, first:]
 
-    def end(self) -> None:
-        """Close the evaluation; says so if its self-attention calls were not those expected."""
+    def end(self, attempt: int = 0) -> bool:
+        """Close the evaluation; says so if its self-attention calls were not those expected. True: run it again."""
         layouts = [e.layout for e in self._evaluations]
         if not self._calls:
-            seen = ", ".join(map(str, sorted(self._other_lengths))) or "none"
+            seen = ", ".join(map(str, sorted(+self._other_lengths))) or "none"
             expected = " or ".join(f"{layout.length} tokens ({layout.describe()})" for layout in layouts)
             self._session.decline(f"no self-attention over the {expected} expected; seen: {seen}")
-        elif self._counted and self._total not in (None, self._counted):
-            reason = f"{self._counted} self-attention calls where {self._total} were expected: sites are not certain"
+        elif self._counted and self._counts is not None and self._counted != sum(self._counts):
+            expected = sum(self._counts)
+            reason = f"{self._counted} self-attention calls where {expected} were expected: sites are not certain"
             for evaluation in self._evaluations:
                 evaluation.abandon(reason)
-        for evaluation in self._evaluations:
-            evaluation.end()
+        redo = [evaluation.end(attempt) for evaluation in self._evaluations]
+        return any(redo)
+
+
+def _with_front(rows: torch.Tensor, first: int) -> torch.Tensor:
+    """`[B, H, L, D]` with `first` rows of zeros in front: the runtime knows only calls where every token asks."""
+    return F.pad(rows, (0, 0, first, 0)) if first else rows
 
 
 def _recording(call: AttentionCall) -> str | None:

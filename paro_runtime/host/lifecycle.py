@@ -23,6 +23,9 @@ log = logging.getLogger("paro")
 APPLY_MODEL_OPTIONS = 5
 """Position of `transformer_options` among APPLY_MODEL's arguments: x, t, c_concat, c_crossattn, control, options."""
 
+ATTEMPTS = 4
+"""Times one evaluation is run at most when its results are not finite."""
+
 
 class HostRun:
     """One sampling: its session and family, carried by `transformer_options` between evaluations."""
@@ -36,18 +39,19 @@ class HostRun:
         x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
         call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
         layouts = self.family.layout(model, call)
-        total = self.family.total(model)
-        reason = layouts if isinstance(layouts, str) else None
-        if reason is None and total is not None:
-            reason = self.family.uncountable(call)
-        if reason is not None:
-            self.session.decline(reason)
+        if isinstance(layouts, str):
+            self.session.decline(layouts)
             return None
         layouts = (layouts,) if isinstance(layouts, TokenLayout) else layouts
+        if self.session.calibrator is not None:
+            # A plan is for one grid; of a model with several the first is the largest.
+            layouts = [layout for layout in layouts if layout.grid == layouts[0].grid]
+        counts = self.family.counts(model)
+        uncountable = None if counts is None else self.family.uncountable(call)
         chunks = tuple(options.get("cond_or_uncond") or ())
         sigma = float(sigma.flatten()[0])
         evaluations = (self.session.begin(layout=layout, sigma=sigma, chunks=chunks) for layout in layouts)
-        return HostEvaluation(self.session, self.family, *evaluations, total=total)
+        return HostEvaluation(self.session, self.family, *evaluations, counts=counts, uncountable=uncountable)
 
 
 class Lifecycle:
@@ -83,12 +87,16 @@ class Lifecycle:
         run = args[APPLY_MODEL_OPTIONS].get(OPTIONS_KEY)
         if not isinstance(run, HostRun):
             return executor(*args, **kwargs)
-        evaluation = self._begin(run, executor.class_obj.diffusion_model, args, kwargs)
-        # Always a new dict: the host hands the same one to every evaluation of a step.
-        options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
-        result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
-        if evaluation is not None:
-            evaluation.end()
+        # Results that are not finite are found at the end, for all calls at once: the sites at fault are dense the next
+        # time, and the last time PARO stays out of it.
+        for attempt in range(ATTEMPTS):
+            last = attempt == ATTEMPTS - 1
+            evaluation = None if last else self._begin(run, executor.class_obj.diffusion_model, args, kwargs)
+            # Always a new dict: the host hands the same one to every evaluation of a step.
+            options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
+            result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
+            if evaluation is None or not evaluation.end(attempt):
+                break
         return result
 
     def _begin(self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:

@@ -78,6 +78,13 @@ def _rope(model) -> None:
     model.rope.inv_freq = 1.0 / 10.0 ** torch.linspace(0, 3, model.rope.inv_freq.shape[0])
 
 
+def _h3_references() -> dict:
+    """An image (30 tokens), and a video of two frames (24) with sound (6), in front of audio (12) and video."""
+    image = {"kind": "image", "latent_h": 10, "latent_w": 12, "latent": noise(1, 24, 1, 10, 12)}
+    video = {"kind": "video_audio", "latent_t": 2, "latent_h": 6, "latent_w": 8, "latent": noise(1, 24, 2, 6, 8)}
+    return {"minimax_refs": [image, {**video, "ref_audio_t": 3, "audio_latent": noise(1, 32, 2, 3)}]}
+
+
 def _guides(dropped: int = 0) -> dict:
     """One guide frame appended to LTX's latent of 4 x 9 x 11, some of its tokens taken out by the mask."""
     mask = torch.ones(1, 1, 4, 9, 11)
@@ -255,6 +262,7 @@ CASES = (
                 "82 + 5x7x9 + 0",
                 lambda: {"minimax_keyframes": [{"latent": noise(1, 24, 1, 14, 18), "resolved_frame_index": 0}]},
             ),
+            Run(((1, 24, 5, 13, 17), (1, 32, 2, 6)), "79 + 5x7x9 + 0", _h3_references),
         ),
         2,
         prepare=_rope,

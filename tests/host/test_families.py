@@ -193,3 +193,62 @@ def test_context_windows(comfy, tiny):
     report = comfy.report(patched)
     assert describe(report) in ("0 + 5x7x9 + 0", "0 + 6x7x9 + 0")
     assert report.sites_sparse == case.sites and not report.passed
+
+
+def test_blocks_are_numbered_from_the_end_where_the_model_does_not_count_them(comfy, tiny):
+    case, model = build(tiny, "ltxv")
+    patched = comfy.patched(model, dense_blocks="-1", **SPARSE)
+    tiny.sample(patched, case, case.runs[0])
+    report = comfy.report(patched)
+    assert (report.sites_sparse, report.sites_dense_blocks) == (1, 1)
+
+
+def test_calibrating_a_model_with_several_grids(comfy, tiny, store):
+    """SDXL's plan is for its largest grid; the others are left alone while it is made."""
+    from comfyui_paro.paro_runtime.host.calibrate import Sampling, calibrate
+    from comfyui_paro.paro_runtime.settings import Settings
+
+    case, model = build(tiny, "sdxl")
+    sampling = Sampling({"samples": tiny.latent(case.runs[0].shape)}, 0, 2, 2.0, "euler", "simple")
+    made = calibrate(
+        model,
+        tiny.prompt(case, 2),
+        [tiny.prompt(case, 1)],
+        sampling,
+        settings=Settings(**SPARSE),
+        steps="",
+        store=store,
+        name="",
+        on_status=lambda _: None,
+    )
+    assert made.plan.layout.grid == (1, 25, 23)
+    assert 0 < len(made.plan.sites) < case.sites
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        Run((1, 16, 15, 13), "7 + 1x15x13 + 0"),
+        Run((1, 16, 17, 16), "7 + 1x17x16 + 0"),
+        Run((1, 16, 15, 13), "37 + 1x15x13 + 0", lambda: {"reference_latents": [torch.randn(1, 16, 5, 6)]}),
+    ],
+)
+def test_queries_of_the_image_alone(comfy, tiny, run):
+    """Qwen-Image 2.1's calls: the image asks, text and references have keys and values only. A stand-in makes them."""
+    from comfyui_paro.paro_runtime.host.patching import remove
+    from comfyui_paro.tests.host import stand_in
+
+    case, model = Case("qwen_image21", "qwen_image21", "", {}, (run,), 2), stand_in.build()
+    torch.manual_seed(0)
+    dense = tiny.sample(model, case, run)
+    for settings in (EXACT, SPARSE):
+        torch.manual_seed(0)
+        patched = comfy.patched(model, **settings)
+        out = tiny.sample(patched, case, run)
+        check(comfy.report(patched), case, run)
+        if settings is EXACT:
+            torch.testing.assert_close(out, dense, **CLOSE)
+        else:
+            assert torch.isfinite(out).all() and (out - dense).abs().max() > 1e-3
+    torch.manual_seed(0)
+    assert torch.equal(tiny.sample(remove(patched), case, run), dense)

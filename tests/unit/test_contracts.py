@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_paro.paro_runtime.host.evaluation import OPTIONS_KEY, HostEvaluation
-from comfyui_paro.paro_runtime.host.families import FAMILIES
+from comfyui_paro.paro_runtime.host.families import FAMILIES, Place
 from comfyui_paro.paro_runtime.host.override import make_override
 from comfyui_paro.paro_runtime.recipes import all_recipes
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -40,8 +40,8 @@ class Stream:
     def abandon(self, reason: str) -> None:
         self.abandoned.append(reason)
 
-    def end(self) -> None:
-        pass
+    def end(self, attempt: int) -> bool:
+        return False
 
 
 def host_attention(
@@ -78,7 +78,7 @@ def test_replay(family, run):
     streams = [Stream(TokenLayout(prefix, tuple(grid), suffix)) for prefix, grid, suffix in run["layouts"]]
     declined: list[str] = []
     session = SimpleNamespace(decline=declined.append)
-    evaluation = HostEvaluation(session, family, *streams, total=run["total"])
+    evaluation = HostEvaluation(session, family, *streams, counts=run["counts"])
     override = make_override(None)
     for call in run["calls"]:
         tensors = [tensor(call[name]) for name in "qkv"]
@@ -99,3 +99,11 @@ def test_every_family_is_recorded_and_has_a_recipe():
     assert names == {contract["family"] for contract in CONTRACTS}
     assert names == set(all_recipes())
     assert len(names) == len(FAMILIES)
+
+
+def test_counted_sites_have_the_same_names_where_the_host_tells_the_block():
+    family = next(f for f in FAMILIES if f.name == "ltx_video")
+    counted = [family.site(Place({}, 0, n, 6 * n)).name for n in range(3)]
+    told = [family.site(Place({"block_index": n})).name for n in range(3)]
+    assert counted == told == ["video.0.0", "video.1.0", "video.2.0"]
+    assert "second" in family.site(Place({"block_index": 0}, earlier=1))

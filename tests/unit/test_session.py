@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 from comfyui_paro.kernels.scratch import ScratchOutOfMemory
-from comfyui_paro.paro_runtime import session as session_module
+from comfyui_paro.paro_runtime import evaluation as evaluation_module
+from comfyui_paro.paro_runtime import patterns as patterns_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site, load_plan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
@@ -160,11 +161,25 @@ def test_a_result_that_is_not_finite_is_redone_dense_and_the_site_stays_dense(ca
     assert sum("not finite" in r.message for r in caplog.records) == 1  # said once, counted twice
 
 
+def test_results_looked_at_in_the_end_turn_the_first_site_at_fault_dense():
+    """On a GPU the calls of an evaluation are judged together; what is not finite spreads, so the first is at fault."""
+    session = Session(policy(), sigmas=SIGMAS, can_redo=True)
+    sample(session)
+    evaluation = session.begin(layout=LAYOUT, sigma=SIGMAS[3])
+    evaluation._unproven = [(site, torch.tensor(good)) for site, good in zip(SITES, (True, False, False), strict=True)]
+    assert evaluation.end(0) and list(session.off_sites) == [SITES[1]]
+    assert not evaluation.end(1)  # nothing is left to look at
+    evaluation._unproven = [(SITES[0], torch.tensor(False)), (SITES[2], torch.tensor(False))]
+    assert evaluation.end(1) and set(session.off_sites) == set(SITES)
+    evaluation._unproven = [(SITES[0], torch.tensor(True))]
+    assert not evaluation.end(0)
+
+
 def test_trouble_in_the_kernel_falls_back_and_strict_raises(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel\nsecond line")
 
-    monkeypatch.setattr(session_module, "run_kernel", broken)
+    monkeypatch.setattr(evaluation_module, "run_kernel", broken)
     session = Session(policy(), sigmas=SIGMAS)
     assert all(was_dense(pair) for pair in sample(session).values())
     report = session.finish()
@@ -178,7 +193,7 @@ def test_out_of_memory_is_answered_by_the_host(monkeypatch, error):
     def scarce(*arguments, **options):
         raise error
 
-    monkeypatch.setattr(session_module, "run_kernel", scarce)
+    monkeypatch.setattr(evaluation_module, "run_kernel", scarce)
     session = Session(policy(), sigmas=SIGMAS)
     assert all(was_dense(pair) for pair in sample(session).values())
     assert type(error).__name__ in session.finish().fallbacks[0][0]
@@ -186,10 +201,10 @@ def test_out_of_memory_is_answered_by_the_host(monkeypatch, error):
 
 def test_patterns_beyond_the_memory_for_them_are_made_anew(monkeypatch):
     expected = sample(Session(policy(), sigmas=SIGMAS))
-    monkeypatch.setattr(session_module, "PATTERN_CACHE_BYTES", 250)  # one site of 4 heads x 5 x 5 blocks
+    monkeypatch.setattr(patterns_module, "CACHE_BYTES", 250)  # one site of 4 heads x 5 x 5 blocks
     session = Session(policy(), sigmas=SIGMAS)
     results = sample(session)
-    assert len(session._patterns) == 1
+    assert len(session.patterns) == 1
     assert all(torch.equal(results[key][0], expected[key][0]) for key in expected)
 
 

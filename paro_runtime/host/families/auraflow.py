@@ -20,8 +20,8 @@ class AuraFlow(CountedFamily):
         grid = grid_of(call.shape, (model.patch_size, model.patch_size))
         return TokenLayout(model.register_tokens.shape[1] + call.text_tokens, grid)
 
-    def total(self, model: Any) -> int:
-        return len(model.double_layers) + len(model.single_layers)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.double_layers) + len(model.single_layers),)
 
 
 FAMILY = AuraFlow()

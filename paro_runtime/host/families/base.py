@@ -83,9 +83,14 @@ class Family:
         length, or a reason why there is no such layout."""
         raise NotImplementedError
 
-    def total(self, model: Any) -> int | None:
-        """Self-attention calls of one evaluation, for models whose calls are numbered by counting them; None for
-        models that name the running block."""
+    def first_query(self, layout: TokenLayout) -> int:
+        """The first token that asks. Models that treat their context as fixed run the queries behind it alone: tokens
+        before the first query have keys and values only."""
+        return 0
+
+    def counts(self, model: Any) -> tuple[int, ...] | None:
+        """Self-attention calls of one evaluation, per stream, for models whose calls are numbered by counting them;
+        None for models that name the running block."""
         return None
 
     def uncountable(self, call: ModelCall) -> str | None:
@@ -113,9 +118,13 @@ class CountedFamily(Family):
     """
 
     def site(self, place: Place) -> Site | str:
-        if self.key(place.options) is not None:
-            return super().site(place)
-        return Site(self.streams[place.stream], place.earlier)
+        key = self.key(place.options)
+        if key is None:
+            return Site(self.streams[place.stream], place.earlier)
+        if place.earlier:
+            return SECOND_CALL
+        # The same name as by counting, so that a plan serves host versions with and without a block index.
+        return Site(key[0] if "block_type" in place.options else self.streams[place.stream], key[1])
 
 
 def class_path(model: Any) -> str:

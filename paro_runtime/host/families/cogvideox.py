@@ -20,8 +20,8 @@ class CogVideoX(CountedFamily):
         patch = (model.patch_size_t or 1, model.patch_size, model.patch_size)
         return TokenLayout(call.text_tokens, grid_of(call.shape, patch))
 
-    def total(self, model: Any) -> int:
-        return len(model.blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.blocks),)
 
 
 FAMILY = CogVideoX()

@@ -22,8 +22,8 @@ class Cosmos1(CountedFamily):
             return "Cosmos: the text is as long as the video: self- and cross-attention cannot be told apart"
         return layout
 
-    def total(self, model: Any) -> int:
-        return len(model.blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.blocks),)
 
 
 FAMILY = Cosmos1()

@@ -22,8 +22,8 @@ class CosmosPredict2(CountedFamily):
         layout = TokenLayout(0, grid_of(call.shape, (model.patch_temporal, model.patch_spatial, model.patch_spatial)))
         return AMBIGUOUS if layout.length == call.text_tokens else layout
 
-    def total(self, model: Any) -> int:
-        return len(model.blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.blocks),)
 
 
 FAMILY = CosmosPredict2()

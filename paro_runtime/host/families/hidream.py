@@ -26,8 +26,8 @@ class HiDream(CountedFamily):
         grid = grid_of((h, w), (model.patch_size, model.patch_size))
         return TokenLayout(0, grid, call.text_tokens + 2 * llama.shape[2])
 
-    def total(self, model: Any) -> int:
-        return len(model.double_stream_blocks) + len(model.single_stream_blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.double_stream_blocks) + len(model.single_stream_blocks),)
 
 
 FAMILY = HiDream()

@@ -1,4 +1,4 @@
-"""LTX-Video 0.9 and 13B, LTX-2 and 2.3 (video and audio): the video's self-attention; audio and text are untouched."""
+"""LTX-Video 0.9 and 13B, LTX-2, 2.3 and 2.5 (with audio): the video's self-attention; audio and text are untouched."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class LTXVideo(CountedFamily):
             return f"LTX: as many {others[layout.length]} tokens as video tokens, which cannot be told apart"
         return layout
 
-    def total(self, model: Any) -> int:
-        return len(model.transformer_blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.transformer_blocks),)
 
     def uncountable(self, call: ModelCall) -> str | None:
         if call.options.get("stg_self_attn_blocks"):

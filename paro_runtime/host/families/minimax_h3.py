@@ -32,8 +32,8 @@ class MiniMaxH3(CountedFamily):
             return f"MiniMax H3: expected a video of {layout.describe()} tokens at the end of the packed sequence"
         return layout
 
-    def total(self, model: Any) -> int:
-        return len(model.blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.blocks),)
 
 
 FAMILY = MiniMaxH3()

@@ -22,8 +22,8 @@ class Mochi(CountedFamily):
         text = min(call.text_tokens, int(call.extra.get("num_tokens", TEXT_TOKENS)))
         return TokenLayout(0, grid_of(call.shape, (1, model.patch_size, model.patch_size)), text)
 
-    def total(self, model: Any) -> int:
-        return len(model.blocks)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return (len(model.blocks),)
 
 
 FAMILY = Mochi()

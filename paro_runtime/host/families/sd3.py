@@ -24,8 +24,8 @@ class StableDiffusion3(CountedFamily):
         joint = TokenLayout(call.text_tokens + model.register_length, grid)
         return (joint, TokenLayout(0, grid)) if _image_blocks(model) else (joint,)
 
-    def total(self, model: Any) -> int:
-        return len(model.joint_blocks) + _image_blocks(model)
+    def counts(self, model: Any) -> tuple[int, ...]:
+        return len(model.joint_blocks), _image_blocks(model)
 
 
 def _image_blocks(model: Any) -> int:

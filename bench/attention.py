@@ -1,0 +1,173 @@
+"""Attention kernels at real shapes: correctness first, then time against the rivals in the same process.
+
+python bench/attention.py [--shapes wan720p,flux] [--heads 8] [--precisions fp8,int8_pv8,int8,16bit]
+                          [--densities 1,0.5,0.3,0.2,0.1] [--masks structured] [--rivals all] [--json FILE]
+
+Times are medians of device events in milliseconds: `kernel` alone, `prepass` (reorder, smooth, quantise, pool), `total`
+as a caller sees it. TOPS are effective: dense operations x density / time. Densities below 0.25 carry the tail.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from datetime import date
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+import _checkout
+
+_checkout.register()
+
+import torch  # noqa: E402
+from comfyui_paro.bench.problems import SHAPES, Shape, exact_rows, inputs, pattern  # noqa: E402
+from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
+from comfyui_paro.kernels.api import sparse_attention  # noqa: E402
+from comfyui_paro.kernels.problem import PRECISIONS, SparsePattern  # noqa: E402
+from comfyui_paro.paro_runtime.recipes import query_block  # noqa: E402
+
+TAIL_BELOW = 0.25
+SAMPLED_ROWS = 192
+
+
+def relative_error(out: torch.Tensor, q, k, v, p: SparsePattern) -> float:
+    """Relative L2 against float32 on sampled rows of the first and last head."""
+    rows = torch.linspace(0, q.shape[2] - 1, SAMPLED_ROWS, device=q.device).long()
+    wrong = total = 0.0
+    for head in (0, q.shape[1] - 1):
+        exact = exact_rows(q, k, v, p, head, rows)
+        wrong += (out[0, head, rows].float() - exact).square().sum().item()
+        total += exact.square().sum().item()
+    return (wrong / total) ** 0.5
+
+
+def median_ms(run) -> float:
+    """Median device time of one run in ms."""
+    from triton.testing import do_bench
+
+    return do_bench(run, warmup=40, rep=160, return_mode="median")
+
+
+def dense_flops(shape: Shape, heads: int) -> float:
+    """Multiply-adds counted as two operations, both products."""
+    return 4.0 * heads * shape.length**2 * shape.dim
+
+
+def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
+    """One row: error, kernel, pre-pass and total time, peak scratch."""
+    from comfyui_paro.kernels.attention import _capability, forward, padded_dim, prepare, tile_for
+    from comfyui_paro.kernels.block_list import block_list
+
+    precision = PRECISIONS[name]
+    out = torch.full_like(q, float("nan"))
+    sparse_attention(q, k, v, p, precision, out=out, backend="triton")
+    error = relative_error(out, q, k, v, p)
+    lists = None if p.mask is None else block_list(p)
+    tile = tile_for(
+        _capability(q.device), padded_dim(shape.dim), precision.qk, precision.pv, p.geometry.block_q, lists is not None
+    )
+    scale = shape.dim**-0.5
+    prepared = prepare(q, k, v, p, precision)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    total = median_ms(lambda: sparse_attention(q, k, v, p, precision, out=out, backend="triton"))
+    peak = torch.cuda.max_memory_allocated() - before
+    kernel = median_ms(lambda: forward(q, prepared, p, lists, precision, scale, out, tile))
+    prepass = median_ms(lambda: prepare(q, k, v, p, precision))
+    return {
+        "method": f"paro {name}",
+        "tail": p.tail_bias is not None,
+        "error": error,
+        "kernel_ms": kernel,
+        "prepass_ms": prepass,
+        "total_ms": total,
+        "tops": dense_flops(shape, heads) * p.density / total / 1e9,
+        "extra_bytes": peak,
+        "tile": str(tile),
+    }
+
+
+def time_rivals(shape, heads, q, k, v, p: SparsePattern, names: list[str]) -> list[dict]:
+    """A row per rival that this density is for; absent or failing ones say why."""
+    rows = []
+    for name in names:
+        rival = RIVALS[name]
+        if rival.sparse == (p.mask is None):
+            continue
+        row = {"method": name, "tail": False}
+        try:
+            run = rival.make(q, k, v, p)
+            out = run()
+            if rival.exact:
+                row["error"] = relative_error(out, q, k, v, p)
+            del out
+            row["total_ms"] = median_ms(run)
+            row["tops"] = dense_flops(shape, heads) * p.density / row["total_ms"] / 1e9
+        except Exception as error:  # a rival that is not installed, or does not take this shape, is named
+            row["absent"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+        rows.append(row)
+    return rows
+
+
+def _short(value):
+    return round(value, 4) if isinstance(value, float) else value
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default="wan720p,wan480p,hunyuan15,ltx,flux,flux2048")
+    parser.add_argument("--heads", type=int, default=8, help="heads at most: time is proportional to them")
+    parser.add_argument("--precisions", default="fp8,int8_pv8,int8,16bit")
+    parser.add_argument("--densities", default="1,0.5,0.3,0.2,0.1")
+    parser.add_argument("--masks", default="structured", help="structured, random")
+    parser.add_argument("--rivals", default="all")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: nothing is measured")
+    import triton
+
+    rivals = list(RIVALS) if args.rivals == "all" else [r for r in args.rivals.split(",") if r]
+    results = {
+        "benchmark": "attention",
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "date": date.today().isoformat(),
+        "rows": [],
+    }
+    for shape_name in args.shapes.split(","):
+        shape = SHAPES[shape_name]
+        heads = min(args.heads, shape.heads)
+        q, k, v = inputs(shape, heads, torch.bfloat16, "cuda")
+        for density in map(float, args.densities.split(",")):
+            for kind in args.masks.split(",") if density < 1 else ["full"]:
+                tail = density < TAIL_BELOW
+                block_q = query_block(shape.length)
+                p = pattern(shape, heads, density, kind, tail, q.device, block_q)
+                rows = [time_paro(shape, heads, q, k, v, p, name) for name in args.precisions.split(",")]
+                rows += time_rivals(shape, heads, q, k, v, p, rivals)
+                for row in rows:
+                    row |= {
+                        "shape": shape_name,
+                        "tokens": shape.length,
+                        "heads": heads,
+                        "dim": shape.dim,
+                        "density": p.density,
+                        "mask": kind,
+                        "block_q": block_q,
+                    }
+                    print(
+                        json.dumps({a: round(b, 4) if isinstance(b, float) else b for a, b in row.items()}), flush=True
+                    )
+                results["rows"] += rows
+                if args.json:
+                    args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        del q, k, v
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

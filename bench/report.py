@@ -1,0 +1,106 @@
+"""Render the committed results of `bench/attention.py` into docs/benchmarks.md: `python bench/report.py`.
+
+Cells for which there is no figure say "not measured".
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "bench" / "results"
+TARGET = ROOT / "docs" / "benchmarks.md"
+MISSING = "not measured"
+DENSE_SDPA = ("sdpa_flash", "sdpa_cudnn")
+
+
+def cell(value: float | None, digits: int = 2) -> str:
+    return MISSING if value is None else f"{value:.{digits}f}"
+
+
+def best_dense(rows: list[dict]) -> float | None:
+    """Milliseconds of the faster of torch's dense attentions among the rows of a shape."""
+    times = [row["total_ms"] for row in rows if row["name"] in DENSE_SDPA and "total_ms" in row]
+    return min(times, default=None)
+
+
+def efficiency(row: dict, rows: list[dict]) -> float | None:
+    """Kernel time over density times the dense kernel's time of the same precision; 1 is ideal."""
+    for other in rows:
+        same = other["name"] == row["name"] and other["density"] == 1 and "kernel_ms" in other
+        if same and "kernel_ms" in row and row["density"] < 1:
+            return row["kernel_ms"] / (row["kept"] * other["kernel_ms"])
+    return None
+
+
+def shape_table(rows: list[dict]) -> list[str]:
+    """One Markdown table: every measured call of one shape."""
+    dense = best_dense(rows)
+    lines = [
+        "| mask | density | what | tile | error | kernel ms | pre-pass ms | total ms | TFLOPS | times best dense SDPA "
+        "| sparse efficiency | peak MiB |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        total = row.get("total_ms")
+        ratio = dense / total if dense and total else None
+        error = row.get("error")
+        cells = [
+            row["mask"],
+            f"{row['kept']:.3f}" if row["density"] < 1 else "1",
+            row["name"] + (" + tail" if row.get("tail") else ""),
+            row.get("tile", ""),
+            MISSING if error is None else f"{error:.1e}",
+            cell(row.get("kernel_ms")) if row["name"].startswith("paro") else "",
+            cell(row.get("prepass_ms")) if row["name"].startswith("paro") else "",
+            f"{MISSING} ({row['reason']})" if "reason" in row else cell(total),
+            cell(row.get("tflops"), 0),
+            cell(ratio),
+            cell(efficiency(row, rows)) if row["name"].startswith("paro") and row["density"] < 1 else "",
+            cell(row.get("peak_mb"), 0),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def render(reports: list[dict]) -> str:
+    """The whole page."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Written by `python bench/report.py` from `bench/results/attention*.json`, which `python bench/attention.py` "
+        "printed. Do not edit.",
+        "",
+        "Total includes the pre-pass (reorder, quantise, pool). Errors are relative L2 against float32 attention under "
+        "the same mask, on sampled heads and rows of normal data with channel outliers in K.",
+        "",
+    ]
+    if not reports:
+        lines += ["Nothing has been measured yet: every figure is " + MISSING + ".", ""]
+    for report in reports:
+        lines += [f"## {report['gpu']}", ""]
+        lines += [
+            f"torch {report['torch']}, triton {report['triton']}, {report['date']}, commit {report['commit']}.",
+            "",
+        ]
+        lines += [report["note"], ""] if report.get("note") else []
+        shapes = dict.fromkeys(row["shape"] for row in report["rows"])
+        for shape in shapes:
+            rows = [row for row in report["rows"] if row["shape"] == shape]
+            first = rows[0]
+            lines += [f"### {shape}: {first['length']} tokens, {first['heads']} heads, D = {first['dim']}", ""]
+            lines += [*shape_table(rows), ""]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention*.json"))]
+    TARGET.parent.mkdir(exist_ok=True)
+    TARGET.write_text(render(reports))
+    print(f"{TARGET.relative_to(ROOT)}: {sum(len(r['rows']) for r in reports)} rows")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,227 @@
+"""One evaluation of the model within a run: every self-attention call is answered here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..kernels.problem import PRECISIONS
+from ..kernels.scratch import ScratchOutOfMemory, release_scratch
+from .attention import dense_pattern, run_kernel
+from .plan import Site
+from .tokens import TokenLayout
+
+if TYPE_CHECKING:
+    from .session import Grid, Session
+
+
+class Evaluation:
+    """One evaluation of the model: a step, a layout, and the plan for its grid."""
+
+    def __init__(self, session: Session, layout: TokenLayout, grid: Grid, step: int) -> None:
+        self.session = session
+        self.layout = layout
+        self.step = step
+        self._grid = grid
+        self._unproven: list[tuple[Site | None, torch.Tensor]] = []
+
+    def attend(
+        self,
+        site: Site,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        scale: float | None = None,
+        key_bias: torch.Tensor | None = None,
+        dense: Callable[[], torch.Tensor],
+        blocks: int | None = None,
+    ) -> torch.Tensor:
+        """Attention of one site: sparse where the plan and the schedule say so, else `dense()`.
+
+        q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]` -> `[B, Hq, L, D]` in q's dtype. key_bias additive `[B, L]`.
+        dense runs the host's own function. blocks: how many transformer blocks there are, for negative block numbers.
+        Trouble of PARO's own never ends the run (unless `strict`): the call is answered by `dense()`.
+        """
+        session, grid = self.session, self._grid
+        reason = session.unsuitable_reason(self.layout.grid_tokens, q)
+        if reason is not None:
+            session.count("passed", reason)
+            return dense()
+        session.sites.add(site)
+        session.device = str(q.device)
+        if session.calibrator is not None:
+            self._observe(session.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
+            session.count("dense", "calibrating")
+            return dense()
+        too_short = session.too_short_to_drop(self.layout.grid_tokens)
+        if too_short is not None:
+            session.count("dense", too_short)
+            out = None if session.dense_off else self._guarded(None, q, k, v, scale, key_bias)
+            return dense() if out is None else out
+        if grid.check is not None:
+            grid.check.measure(site, q, k, scale=scale, key_bias=key_bias)
+        if session.schedule.is_dense_block(site.block_index, blocks):
+            session.dense_block_sites.add(site)
+            session.count("dense", "dense block")
+            return self._dense(q, k, v, scale, key_bias, dense)
+        if grid.plan is None:
+            self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
+            waiting = "no plan and calibration is off" if grid.calibrator is None else "dense step"
+            session.count("dense" if grid.calibrator is not None else "fallbacks", waiting)
+            return self._dense(q, k, v, scale, key_bias, dense)
+        if session.schedule.is_dense_step(self.step):
+            session.count("dense", "dense step")
+            return self._dense(q, k, v, scale, key_bias, dense)
+        why_not = session.off_sites.get(site)
+        if why_not is None and site not in grid.plan.sites:
+            why_not = f"{site.name} is not in the plan"
+        if why_not is None:
+            out = self._sparse(site, q, k, v, scale, key_bias)
+            if out is not None:
+                return out
+            why_not = session.off_sites[site]
+        session.count("fallbacks", why_not)
+        return dense()
+
+    def abandon(self, reason: str) -> None:
+        """The evaluation's sites were not what they seemed: its grid's plan and observations are dropped, and the rest
+        of the run on this grid keeps every block. Raises RuntimeError with `strict`."""
+        if self.session.settings.strict:
+            raise RuntimeError(reason)
+        with self.session.lock:
+            self._grid.plan = self._grid.calibrator = self._grid.seen_step = None
+            self._grid.source = "none"
+            self.session.note(reason)
+
+    def end(self, attempt: int = 0) -> bool:
+        """The evaluation is over. True: a result was not finite, and the evaluation must be run again; the sites at
+        fault are dense by then. Only a session that `can_redo` leaves it to this moment to look.
+
+        The first time only the first such site is at fault, since what is not finite spreads to all that follow; from
+        the second `attempt` on it is all of them.
+        """
+        unproven, self._unproven = self._unproven, []
+        if not unproven:
+            return False
+        finite = torch.stack([flag for _, flag in unproven]).tolist()
+        at_fault = [site for (site, _), good in zip(unproven, finite, strict=True) if not good]
+        for site in at_fault if attempt else at_fault[:1]:
+            reason = _not_finite(site)
+            if self.session.settings.strict:
+                raise FloatingPointError(reason)
+            if site is None:
+                # Dense steps then run on the host's attention.
+                self.session.dense_off = True
+                self.session.count("fallbacks", reason)
+            else:
+                self.session.off_sites[site] = reason
+        return bool(at_fault)
+
+    def _calibrates(self) -> bool:
+        session, grid = self.session, self._grid
+        if session.calibrator is not None:
+            return session.calibrate_steps is None or self.step in session.calibrate_steps
+        return grid.calibrator is not None and self.step >= session.schedule.dense_steps - 1
+
+    def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> None:
+        if not wanted:
+            return
+        session = self.session
+        began = time.perf_counter()
+        try:
+            calibrator.observe(
+                site,
+                self.layout,
+                q,
+                k,
+                v,
+                step=self.step,
+                scale=scale,
+                key_bias=key_bias,
+                backend=session.backend,
+            )
+        except Exception as error:
+            if session.settings.strict or session.calibrator is not None:
+                raise
+            session.count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
+            return
+        with session.lock:
+            if calibrator is self._grid.calibrator:
+                self._grid.seen_step = self.step
+            session.calibration_seconds += time.perf_counter() - began
+
+    def _dense(self, q, k, v, scale, key_bias, dense) -> torch.Tensor:
+        """A call that keeps every block: the host's attention, or PARO's kernel at density 1 if the user prefers."""
+        if self.session.settings.dense_attention == "host" or self.session.dense_off:
+            return dense()
+        out = self._guarded(None, q, k, v, scale, key_bias)
+        return dense() if out is None else out
+
+    def _sparse(self, site, q, k, v, scale, key_bias) -> torch.Tensor | None:
+        out = self._guarded(site, q, k, v, scale, key_bias)
+        if out is not None:
+            with self.session.lock:
+                self.session.counts.sparse += 1
+                self.session.sparse_sites.add(site)
+        return out
+
+    def _measured_bias(self, site: Site, q, k, v, scale, key_bias) -> torch.Tensor | None:
+        """The tail's bias as this run measured it, float32 `[H]`; None where it did not, and the plan's holds."""
+        session = self.session
+        plan = self._grid.plan
+        if session.refresh is None or plan.sites[site].tail_bias is None:
+            return None
+        key = (site, self.layout.grid)
+        if session.refresh.due(key, self.step):
+            began = time.perf_counter()
+            pattern = session.patterns.get(site, plan, self.layout, k.shape[1], q.device)
+            session.refresh.measure(key, self.step, q, k, v, pattern, scale=scale, key_bias=key_bias)
+            session.tail_seconds += time.perf_counter() - began
+        return session.refresh.bias(key)
+
+    def _guarded(self, site: Site | None, q, k, v, scale, key_bias) -> torch.Tensor | None:
+        """Run PARO's kernel for a planned site, or dense for None. Returns None after noting why it could not."""
+        session = self.session
+        try:
+            if site is None:
+                pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
+            else:
+                bias = self._measured_bias(site, q, k, v, scale, key_bias)
+                pattern = session.patterns.get(site, self._grid.plan, self.layout, k.shape[1], q.device, bias)
+            precision = PRECISIONS[session.precision]
+            out = run_kernel(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=session.backend)
+            finite = torch.isfinite(torch.linalg.vector_norm(out, torch.inf, dtype=torch.float32))
+            if session.can_redo and out.is_cuda:
+                # Asking now would make the host wait for the device in every call.
+                self._unproven.append((site, finite))
+                return out
+            if finite:
+                return out
+            reason = _not_finite(site)
+            if session.settings.strict:
+                raise FloatingPointError(reason)
+        except Exception as error:
+            if session.settings.strict:
+                raise
+            if isinstance(error, (torch.OutOfMemoryError, ScratchOutOfMemory)):
+                # The host's attention comes next and needs the memory.
+                release_scratch()
+                torch.cuda.empty_cache()
+            reason = f"{site.name if site else 'dense attention'}: {_one_line(error)}"
+        if site is None:
+            session.count("fallbacks", reason)
+        else:
+            session.off_sites[site] = reason
+        return None
+
+
+def _not_finite(site: Site | None) -> str:
+    return f"{site.name if site else 'dense attention'}: the result is not finite"
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -1,0 +1,73 @@
+"""The kernels' patterns of planned sites, kept on the device for the length of a run as far as memory allows."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import torch
+
+from ..kernels.problem import SparsePattern
+from .attention import pattern_of
+from .plan import Plan, Site
+from .tokens import TokenLayout
+
+# Patterns stay on the device up to about this share of its memory. Making one anew on an H100 costs a fifth of its
+# attention at density 0.3, so the share is what the sites of a 14B model at 720p need there.
+CACHE_SHARE = 1 / 24
+CACHE_BYTES = 1 << 30  # where the device does not tell its memory
+# A mask, its bits, and a 16-bit list of what is kept.
+BYTES_PER_BLOCK = 2
+
+
+class PatternCache:
+    """Patterns by site, layout and device. Safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._patterns: dict[tuple, SparsePattern] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._patterns)
+
+    def get(
+        self,
+        site: Site,
+        plan: Plan,
+        layout: TokenLayout,
+        kv_heads: int,
+        device: torch.device,
+        bias: torch.Tensor | None = None,
+    ) -> SparsePattern:
+        """The site's pattern on `device`, with `bias` `[heads]` in place of the plan's where there is one."""
+        key = (site, layout, device)
+        with self._lock:
+            pattern = self._patterns.get(key)
+        if pattern is None:
+            entry = plan.sites[site]
+            pattern = pattern_of(entry, layout, block_q=plan.block_q, pool=plan.pool, kv_heads=kv_heads, device=device)
+            self._keep(key, pattern)
+        # The lists that the kernels derive from the mask travel along in `cache`.
+        return pattern if bias is None or pattern.tail_bias is None else replace(pattern, tail_bias=bias.to(device))
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._patterns.clear()
+            self._bytes = 0
+
+    def _keep(self, key: tuple, pattern: SparsePattern) -> None:
+        size = pattern.mask.numel() * BYTES_PER_BLOCK
+        with self._lock:
+            # Sites come round in the same order in every evaluation: dropping the oldest would drop each just before
+            # it is wanted again, so what does not fit is made anew every time instead.
+            if self._bytes + size <= _cache_bytes(pattern.mask.device):
+                self._patterns[key] = pattern
+                self._bytes += size
+
+
+def _cache_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CACHE_BYTES
+    return int(torch.cuda.get_device_properties(device).total_memory * CACHE_SHARE)

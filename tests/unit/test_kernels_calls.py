@@ -1,0 +1,212 @@
+"""Around the kernels: calls refused before any launch, backends, memory, torch.compile, lists, honest capabilities."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from comfyui_paro.kernels import scratch
+from comfyui_paro.kernels.api import chosen_backend, sparse_attention
+from comfyui_paro.kernels.block_list import block_list
+from comfyui_paro.kernels.configs import TILES, tile_for
+from comfyui_paro.kernels.problem import PRECISIONS, Precision, SparsePattern
+from comfyui_paro.kernels.reference import sparse_attention_reference
+from comfyui_paro.kernels.scratch import ScratchOutOfMemory
+from comfyui_paro.kernels.support import int4_is_native, interpreted, triton_reason
+
+from .kernel_cases import Case, make, oracle, relative_error
+
+INT8 = PRECISIONS["int8"]
+SMALL = Case("", grid=(1, 7, 11), suffix=2)
+needs_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+
+
+def with_pattern(pattern: SparsePattern, **changes) -> SparsePattern:
+    return replace(pattern, **changes)
+
+
+def refusals():
+    """Name -> (changed call, what the one line must name)."""
+    q, k, v, p, _ = make(SMALL)
+    return {
+        "three dimensions": ((q[0], k, v, p, {}), "B, H, L, D"),
+        "length": ((q[:, :, :-1], k, v, p, {}), "length"),
+        "key and value shapes": ((q, k, v[:, :, :-1], p, {}), "fit together"),
+        "mixed dtypes": ((q, k.float(), v, p, {}), "dtype"),
+        "integers": ((q.int(), k.int(), v.int(), p, {}), "dtype"),
+        "mask shape": ((q, k, v, with_pattern(p, mask=p.mask[:, :, :-1]), {}), "mask"),
+        "mask dtype": ((q, k, v, with_pattern(p, mask=p.mask.int()), {}), "mask"),
+        "mask device": ((q, k, v, with_pattern(p, mask=p.mask.to("meta")), {}), "mask"),
+        "input device": ((q, k.to("meta"), v, p, {}), "device"),
+        "table length": ((q, k, v, with_pattern(p, tables=p.tables[:, :-1]), {}), "tables"),
+        "heads of the pattern": ((q, k, v, with_pattern(p, order_of_head=p.order_of_head[:1]), {}), "order_of_head"),
+        "tail bias": ((q, k, v, with_pattern(p, tail_bias=torch.zeros(5)), {}), "tail_bias"),
+        "pool": ((q, k, v, with_pattern(p, pool=48), {}), "pool"),
+        "block size": ((q, k, v, with_pattern(p, geometry=replace(p.geometry, block_q=32)), {}), "block sizes"),
+        "key bias": ((q, k, v, p, {"key_bias": torch.zeros(1, 3)}), "key_bias"),
+        "scale": ((q, k, v, p, {"scale": -1.0}), "scale"),
+        "out": ((q, k, v, p, {"out": q[:, :1]}), "out"),
+        "backend": ((q, k, v, p, {"backend": "cuda"}), "backend"),
+    }
+
+
+@pytest.mark.parametrize("name", refusals())
+def test_refused_with_one_line_before_any_launch(name: str, monkeypatch):
+    (q, k, v, pattern, options), word = refusals()[name]
+    if interpreted():
+        from comfyui_paro.kernels import attention
+
+        monkeypatch.setattr(attention, "launch_attention", lambda *a, **b: pytest.fail("launched"))
+        options = {"backend": "triton", **options}
+    with pytest.raises(ValueError, match=word) as caught:
+        sparse_attention(q, k, v, pattern, INT8, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_importing_the_package_does_not_import_triton():
+    code = (
+        "import sys; sys.path.insert(0, 'scripts'); import _checkout; _checkout.register(); "
+        "import comfyui_paro.kernels.api, comfyui_paro.kernels.configs; assert 'triton' not in sys.modules"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
+
+
+def test_reasons_why_triton_does_not_serve(monkeypatch):
+    cpu = torch.device("cpu")
+    assert "head dimension" in triton_reason(cpu, torch.float16, 512, INT8)
+    assert "float64" in triton_reason(cpu, torch.float64, 64, INT8)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "does not run on cpu" in triton_reason(cpu, torch.float16, 64, INT8)
+    with pytest.raises(ValueError, match="does not run on cpu"):
+        chosen_backend("triton", cpu, torch.float16, 64, INT8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    assert "7.5" in triton_reason(torch.device("cuda"), torch.float16, 64, INT8)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    assert triton_reason(torch.device("cuda"), torch.float16, 64, INT8) is None
+    assert "fp8" in triton_reason(torch.device("cuda"), torch.float16, 64, PRECISIONS["fp8"])
+
+
+def test_auto_is_the_reference_on_a_cpu():
+    q, k, v, pattern, _ = make(SMALL)
+    expected = sparse_attention_reference(q, k, v, pattern, INT8)
+    assert torch.equal(sparse_attention(q, k, v, pattern, INT8), expected)
+
+
+def test_int4_is_nowhere_faster_than_int8_and_says_so():
+    assert not any(int4_is_native(capability) for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)))
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1), None])
+@pytest.mark.parametrize("block_q, listed", [(64, True), (128, True), (64, False)])
+def test_every_call_has_a_tile_that_divides_its_blocks(capability, block_q: int, listed: bool):
+    for padded in (32, 64, 128, 256):
+        for precision in PRECISIONS.values():
+            tile = tile_for(capability, padded, precision.qk, precision.pv, block_q, listed)
+            assert not listed or block_q % tile.rows == 0
+
+
+def test_every_tile_says_why():
+    assert all(entry.reason for entry in TILES.values())
+
+
+def test_lists_follow_the_mask_and_die_with_it():
+    _, _, _, pattern, _ = make(Case("", grid=(3, 7, 11), suffix=70))
+    lists = block_list(pattern)
+    assert block_list(pattern) is lists
+    g = pattern.geometry
+    for h in range(2):
+        for row in range(g.q_blocks):
+            start, count, full = (int(x[h, row]) for x in (lists.start, lists.count, lists.full))
+            named = lists.blocks[start : start + count].tolist()
+            kept = pattern.kept[h, row].nonzero().flatten().tolist()
+            context = [g.k_blocks, g.k_blocks + 1]
+            assert sorted(named) == kept + context
+            assert named[:full] == [b for b in kept + context[:1] if b != g.k_blocks - 1]
+    pattern.mask[0, 0] = ~pattern.mask[0, 0]
+    assert block_list(pattern) is not lists
+
+
+@needs_interpreter
+class TestScratch:
+    def test_one_buffer_serves_every_layer(self):
+        q, k, v, pattern, _ = make(SMALL)
+        scratch.release_scratch()
+        sparse_attention(q, k, v, pattern, INT8, backend="triton")
+        held = scratch.scratch_bytes()
+        sparse_attention(q, k, v, pattern, INT8, backend="triton")
+        assert scratch.scratch_bytes() == held > 0
+        scratch.release_scratch()
+        assert scratch.scratch_bytes() == 0
+
+    def test_short_of_memory_the_heads_are_done_in_groups(self, monkeypatch):
+        q, k, v, pattern, _ = make(replace(SMALL, heads=4, kv_heads=4, tail=True))
+        whole = sparse_attention(q, k, v, pattern, INT8, backend="triton")
+        fits = []
+        allocate = scratch.Scratch.allocate
+
+        def limited(self):
+            if self.bytes > limit:
+                raise torch.OutOfMemoryError("no room")
+            fits.append(self.bytes)
+            return allocate(self)
+
+        limit = scratch.scratch_bytes() // 3
+        scratch.release_scratch()
+        monkeypatch.setattr(scratch.Scratch, "allocate", limited)
+        grouped = sparse_attention(q, k, v, pattern, INT8, backend="triton")
+        assert len(fits) > 1
+        torch.testing.assert_close(grouped, whole)
+
+    def test_out_of_memory_for_one_head_is_a_typed_error(self, monkeypatch):
+        def refuse(self):
+            raise torch.OutOfMemoryError("no room")
+
+        monkeypatch.setattr(scratch.Scratch, "allocate", refuse)
+        q, k, v, pattern, _ = make(SMALL)
+        with pytest.raises(ScratchOutOfMemory):
+            sparse_attention(q, k, v, pattern, INT8, backend="triton")
+
+
+def test_compiled_without_graph_breaks_or_recompilation():
+    q, k, v, pattern, _ = make(replace(SMALL, tail=True, dtype=torch.float32))
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    @torch.compile(fullgraph=True, backend=count)
+    def step(q, k, v, pattern):
+        return sparse_attention(q, k, v, pattern, Precision("16", "16"), backend="reference") * 2
+
+    expected = oracle(q, k, v, pattern) * 2
+    for _ in range(3):
+        assert relative_error(step(q, k, v, pattern), expected) < 1e-5
+    step(q + 1, k, v, pattern)
+    assert len(graphs) == 1
+
+
+def test_the_operator_is_sound():
+    from comfyui_paro.kernels.operator import attention_operator
+
+    q, k, v, p, _ = make(replace(SMALL, dtype=torch.float32))
+    g = p.geometry
+    arguments = (q, k, v, p.tables, p.order_of_head, p.mask, None, None, g.prefix, list(g.grid), g.suffix, g.block_q)
+    torch.library.opcheck(
+        attention_operator,
+        (*arguments, 64, "int8", "16", False, None, "reference"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_shipped_tiles_compile_for_every_architecture():
+    """The tiles for D = 128 with a list and the tail; `python scripts/check_kernels.py` compiles all of them."""
+    pytest.importorskip("triton")
+    script = Path(__file__).resolve().parents[2] / "scripts" / "check_kernels.py"
+    done = subprocess.run([sys.executable, script, "--quick", "--jobs", "2"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
