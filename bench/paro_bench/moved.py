@@ -46,8 +46,8 @@ def planted(old: tuple[int, int, int], new: tuple[int, int, int], density: float
         calibrator.observe(SITE, TokenLayout(TEXT, problem.grid), problem.q[:-1], problem.k[:-1])
         return calibrator.plan({})
 
-    there = make_problem(new, HARD, seed)
-    moved = move_plan(plan_of(make_problem(old, HARD, seed)), TokenLayout(TEXT, new))
+    there = make_problem(new, HARD, seed, sinks_at_places=True)
+    moved = move_plan(plan_of(make_problem(old, HARD, seed, sinks_at_places=True)), TokenLayout(TEXT, new))
     q, k = there.q[-1:], there.k[-1:]
     return _record("planted", old, new, density, seed, kept_by(moved, SITE, q, k), kept_by(plan_of(there), SITE, q, k))
 
