@@ -8,7 +8,7 @@ Sums live on the CPU; the GPU holds one site at a time.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -96,15 +96,11 @@ class Calibrator:
         v: torch.Tensor | None = None,
         *,
         step: int = 0,
-        weight: float = 1.0,
         scale: float | None = None,
         key_bias: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        """Add one attention call: q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`. Raises PlanError for another grid.
-
-        weight: how much the tail's errors of this call count; they matter more where a step moves the sample further.
-        """
+        """Add one attention call: q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`. Raises PlanError for another grid."""
         if (site, self.prompt, step) in self._resumed:
             return
         with self._lock:
@@ -137,8 +133,6 @@ class Calibrator:
             previous_scores=before,
             backend=backend,
         )
-        if seen.tail is not None and weight != 1:
-            seen = replace(seen, tail=seen.tail.scaled(weight))
         self._add(site, step, seen)
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
