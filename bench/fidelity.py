@@ -86,6 +86,8 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
 
     records = []
     for grid in GRIDS[: args.grids]:
+        if args.grid and args.grid != "x".join(map(str, grid)):
+            continue
         bench = TinyBench(grid, args.device, SEEDS[: args.videos])
         variants = standard_variants(args.densities, args.dense_steps) + passing_variants()
         variants = [v for v in variants if re.search(args.only, v.name)]
@@ -123,6 +125,7 @@ def main() -> None:
         "--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="kept blocks / all blocks"
     )
     parser.add_argument("--dense-steps", type=int, nargs="+", default=[0, 3], help="of 8 (tiny)")
+    parser.add_argument("--grid", default="", help="only this grid, such as 8x12x12 (tiny)")
     parser.add_argument("--videos", type=int, default=16, help="videos per variant (tiny)")
     parser.add_argument("--only", default="", help="only variants whose name matches this pattern (tiny)")
     parser.add_argument("--level", choices=("easy", "hard"), default="hard", help="synthetic content")

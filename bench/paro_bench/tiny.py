@@ -245,12 +245,12 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
 
 
 def passing_variants() -> list[Variant]:
-    """On the fly against offline, one and three dense steps."""
+    """On the fly against offline, three dense steps and one."""
     made = []
-    for dense, density in itertools.product((1, 3), (0.1, 0.2)):
+    for dense, density in itertools.product((3, 1), (0.1, 0.2)):
         for plan in ("offline", "passing"):
             made.append(Variant(f"ours, {plan}", density, dense, plan=plan))
-            made.append(Variant(f"ours, {plan}, bias kept", density, dense, plan=plan, refresh=False))
+        made.append(Variant("ours, passing, bias kept", density, dense, plan="passing", refresh=False))
     return made
 
 
