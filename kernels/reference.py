@@ -159,7 +159,9 @@ def sparse_attention_reference(
         weights = (scores - scores.amax(3, keepdim=True)).exp()
         total = weights.sum(3, keepdim=True)
         chunk = _quantize_weights(weights[..., : g.length], precision.pv) @ rv
-        if pools_bias is not None:  # the tail's product is in 16 bits whatever pv is: it is small, its weights are large
+        if (
+            pools_bias is not None
+        ):  # the tail's product is in 16 bits whatever pv is: it is small, its weights are large
             chunk += weights[..., g.length :] @ pooled_v
         result[:, :, rows] = chunk / total
     if out is None:

@@ -12,7 +12,7 @@ from comfyui_paro.kernels.support import interpreted
 from .kernel_cases import CASES, make, oracle, relative_error
 
 pytest.importorskip("triton")
-from bench import problems, report  # noqa: E402
+from bench import problems, report
 
 
 @pytest.mark.parametrize("kind", ["structured", "random"])
