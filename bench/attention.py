@@ -3,15 +3,18 @@
 python bench/attention.py [--shapes wan720p,flux] [--heads 8] [--precisions fp8,int8_pv8,int8,16bit]
                           [--densities 1,0.5,0.3,0.2,0.1] [--masks structured] [--rivals all] [--json FILE]
 
-Times are medians of device events in milliseconds: `kernel` alone, `prepass` (reorder, smooth, quantise, pool), `total`
-as a caller sees it. TOPS are effective: dense operations x density / time. Densities below 0.25 carry the tail.
+Times are medians in milliseconds: `kernel` alone, `prepass` (reorder, smooth, quantise, pool), `total` as a caller sees
+it. TFLOPS are effective: dense operations x kept blocks / time. Densities below 0.25 carry the tail. On the CPU, in
+Triton's interpreter, only the errors mean something.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
+import time
 from datetime import date
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from comfyui_paro.bench.problems import SHAPES, Shape, exact_rows, inputs, patte
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
 from comfyui_paro.kernels.api import sparse_attention  # noqa: E402
 from comfyui_paro.kernels.problem import PRECISIONS, SparsePattern  # noqa: E402
+from comfyui_paro.kernels.scratch import scratch_bytes  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import query_block  # noqa: E402
 
 TAIL_BELOW = 0.25
@@ -42,8 +46,12 @@ def relative_error(out: torch.Tensor, q, k, v, p: SparsePattern) -> float:
     return (wrong / total) ** 0.5
 
 
-def median_ms(run) -> float:
-    """Median device time of one run in ms."""
+def median_ms(run, device: torch.device) -> float:
+    """Median time of one run in ms; on the CPU that of a single run."""
+    if device.type == "cpu":
+        began = time.perf_counter()
+        run()
+        return (time.perf_counter() - began) * 1e3
     from triton.testing import do_bench
 
     return do_bench(run, warmup=40, rep=160, return_mode="median")
@@ -55,7 +63,7 @@ def dense_flops(shape: Shape, heads: int) -> float:
 
 
 def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
-    """One row: error, kernel, pre-pass and total time, peak scratch."""
+    """One row: error, kernel, pre-pass and total time, scratch memory."""
     from comfyui_paro.kernels.attention import _capability, forward, padded_dim, prepare, tile_for
     from comfyui_paro.kernels.block_list import block_list
 
@@ -69,22 +77,19 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
     )
     scale = shape.dim**-0.5
     prepared = prepare(q, k, v, p, precision)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    total = median_ms(lambda: sparse_attention(q, k, v, p, precision, out=out, backend="triton"))
-    peak = torch.cuda.max_memory_allocated() - before
-    kernel = median_ms(lambda: forward(q, prepared, p, lists, precision, scale, out, tile))
-    prepass = median_ms(lambda: prepare(q, k, v, p, precision))
+    total = median_ms(lambda: sparse_attention(q, k, v, p, precision, out=out, backend="triton"), q.device)
+    kernel = median_ms(lambda: forward(q, prepared, p, lists, precision, scale, out, tile), q.device)
+    prepass = median_ms(lambda: prepare(q, k, v, p, precision), q.device)
     return {
-        "method": f"paro {name}",
+        "name": f"paro {name}",
         "tail": p.tail_bias is not None,
         "error": error,
         "kernel_ms": kernel,
         "prepass_ms": prepass,
         "total_ms": total,
-        "tops": dense_flops(shape, heads) * p.density / total / 1e9,
-        "extra_bytes": peak,
-        "tile": str(tile),
+        "tflops": dense_flops(shape, heads) * p.density / total / 1e9,
+        "peak_mb": scratch_bytes() / 2**20,
+        "tile": f"{tile.rows} rows, {'pairs' if tile.pairs else 'single'}, w{tile.warps} st{tile.stages}",
     }
 
 
@@ -95,17 +100,17 @@ def time_rivals(shape, heads, q, k, v, p: SparsePattern, names: list[str]) -> li
         rival = RIVALS[name]
         if rival.sparse == (p.mask is None):
             continue
-        row = {"method": name, "tail": False}
+        row = {"name": name, "tail": False}
         try:
             run = rival.make(q, k, v, p)
             out = run()
             if rival.exact:
                 row["error"] = relative_error(out, q, k, v, p)
             del out
-            row["total_ms"] = median_ms(run)
-            row["tops"] = dense_flops(shape, heads) * p.density / row["total_ms"] / 1e9
+            row["total_ms"] = median_ms(run, q.device)
+            row["tflops"] = dense_flops(shape, heads) * p.density / row["total_ms"] / 1e9
         except Exception as error:  # a rival that is not installed, or does not take this shape, is named
-            row["absent"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
+            row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
         rows.append(row)
     return rows
 
@@ -114,7 +119,18 @@ def _short(value):
     return round(value, 4) if isinstance(value, float) else value
 
 
-def main() -> int:
+def commit() -> str:
+    """The checkout's commit, or `unknown` outside a repository."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+        )
+    except OSError:
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", default="wan720p,wan480p,hunyuan15,ltx,flux,flux2048")
     parser.add_argument("--heads", type=int, default=8, help="heads at most: time is proportional to them")
@@ -122,25 +138,28 @@ def main() -> int:
     parser.add_argument("--densities", default="1,0.5,0.3,0.2,0.1")
     parser.add_argument("--masks", default="structured", help="structured, random")
     parser.add_argument("--rivals", default="all")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script in Triton's interpreter")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
+    args = parser.parse_args(arguments)
+    device = torch.device(args.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing is measured")
     import triton
 
     rivals = list(RIVALS) if args.rivals == "all" else [r for r in args.rivals.split(",") if r]
     results = {
         "benchmark": "attention",
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if device.type == "cuda" else "CPU, interpreted: no speed",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "date": date.today().isoformat(),
+        "commit": commit(),
         "rows": [],
     }
     for shape_name in args.shapes.split(","):
         shape = SHAPES[shape_name]
         heads = min(args.heads, shape.heads)
-        q, k, v = inputs(shape, heads, torch.bfloat16, "cuda")
+        q, k, v = inputs(shape, heads, torch.bfloat16 if device.type == "cuda" else torch.float32, device)
         for density in map(float, args.densities.split(",")):
             for kind in args.masks.split(",") if density < 1 else ["full"]:
                 tail = density < TAIL_BELOW
@@ -151,10 +170,11 @@ def main() -> int:
                 for row in rows:
                     row |= {
                         "shape": shape_name,
-                        "tokens": shape.length,
+                        "length": shape.length,
                         "heads": heads,
                         "dim": shape.dim,
-                        "density": p.density,
+                        "density": density,
+                        "kept": p.density,
                         "mask": kind,
                         "block_q": block_q,
                     }
@@ -165,7 +185,8 @@ def main() -> int:
                 if args.json:
                     args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         del q, k, v
-        torch.cuda.empty_cache()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return 0
 
 

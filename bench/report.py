@@ -64,6 +64,50 @@ def shape_table(rows: list[dict]) -> list[str]:
     return lines
 
 
+def step_tables(reports: list[dict]) -> list[str]:
+    """Markdown: whole denoising steps, a table per GPU."""
+    lines = [
+        "# One denoising step",
+        "",
+        "From `bench/results/end_to_end*.json`, which `python bench/end_to_end.py` printed: Wan 2.1 at its own sizes "
+        "with random weights, bf16, one evaluation. Dense is torch's fastest attention. Models that are not listed: "
+        f"{MISSING}.",
+        "",
+    ]
+    for report in reports:
+        lines += [
+            f"## {report['gpu']}",
+            "",
+            f"torch {report['torch']}, triton {report['triton']}, {report['date']}.",
+            "",
+        ]
+        lines += [report["note"], ""] if report.get("note") else []
+        lines += [
+            "| model | tokens | attention | density | step ms | attention ms | step gain | attention gain | peak GB |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in report["rows"]:
+            cells = [
+                f"Wan 2.1 {row['model']} {row['grid']}",
+                f"{row['tokens']}",
+                row["method"] + (f" {row['precision']}" if "precision" in row else ""),
+                cell(row.get("density")) if "density" in row else "1",
+                cell(row["step_ms"], 0),
+                cell(row["attention_ms"], 0),
+                cell(row["step_gain"]) if "step_gain" in row else "1",
+                cell(row["attention_gain"]) if "attention_gain" in row else "1",
+                cell(row["peak_gb"], 1),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
+
+
+def read(pattern: str) -> list[dict]:
+    """The committed results whose file names match."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
+
+
 def render(reports: list[dict]) -> str:
     """The whole page."""
     lines = [
@@ -95,9 +139,10 @@ def render(reports: list[dict]) -> str:
 
 
 def main() -> int:
-    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("attention*.json"))]
+    reports = read("attention*.json")
     TARGET.parent.mkdir(exist_ok=True)
-    TARGET.write_text(render(reports))
+    page = render(reports) + "\n" + "\n".join(step_tables(read("end_to_end*.json")))
+    TARGET.write_text(page.rstrip() + "\n", encoding="utf-8")
     print(f"{TARGET.relative_to(ROOT)}: {sum(len(r['rows']) for r in reports)} rows")
     return 0
 

@@ -179,7 +179,7 @@ def test_cancelling_leaves_nothing_behind(comfy, wan, store):
 
 
 def test_given_plans(comfy, wan, flux, store):
-    """A plan of another model is refused when the node runs; one of another grid is noted, and calibration steps in."""
+    """A plan of another model is refused when the node runs; one of another grid is moved, and the report says so."""
     of_flux = comfy.full_plan(flux, "flux", TokenLayout(7, (1, 9, 9)), "FHW", comfy.flux_sites())
     with pytest.raises(PlanError, match=r"^plan: made for flux .*, the model is wan .*$"):
         comfy.patched(wan, plan=of_flux)
@@ -187,7 +187,7 @@ def test_given_plans(comfy, wan, flux, store):
     model = comfy.patched(wan, plan=of_grid, store=store, **SPARSE)
     comfy.sample(model, GRID)
     report = comfy.report(model)
-    assert "made for the grid 3x9x9, the model runs on 5x7x9" in report.notes[0]
+    assert "moved from the grid 3x9x9" in report.notes[0]
     assert report.sites_sparse == comfy.LAYERS
 
 

@@ -50,14 +50,14 @@ def test_gains_of_images_are_small_at_1024_pixels():
 def test_short_grids_keep_every_block(settings, backend, tokens, kept):
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.5, 0.0])
     session.backend = backend
-    reason = session._too_short_to_drop(tokens)
+    reason = session.too_short_to_drop(tokens)
     assert (reason == f"every block kept: {tokens} grid tokens, sparse from 9216 on") is kept
 
 
 def test_a_short_grid_runs_in_paros_own_attention():
     recipe = recipe_for("sdxl")
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe, Settings(backend="reference")), sigmas=[1.0, 0.0])
-    session._too_short_to_drop = lambda tokens: "every block kept"
+    session.too_short_to_drop = lambda tokens: "every block kept"
     evaluation = session.begin(layout=TokenLayout(0, (1, 16, 16)), sigma=1.0)
     q, k, v = torch.randn(3, 1, 2, 256, 32)
 
