@@ -28,13 +28,13 @@ from .tokens import TokenLayout
 class Method:
     """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
 
-    criterion: blocks are kept by `mass`, or by `error`: the squared output error, relative to the head's own output,
-    that leaving them to the tail would cost. Without a tail or without values it is always mass.
+    criterion: blocks are kept by `error`, the squared output error, relative to the head's own output, that leaving
+    them to the tail would cost, or by `mass`. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. alpha, sigma: of the paper's metric.
     """
 
-    criterion: str = "mass"
+    criterion: str = "error"
     bias: str = "error"
     tiles: bool = True
     alpha: float = 0.5

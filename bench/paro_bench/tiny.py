@@ -220,7 +220,7 @@ class TinyBench:
         }
 
 
-PAPER = Method(bias="mass", tiles=False)
+PAPER = Method(criterion="mass", bias="mass", tiles=False)
 
 
 def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> list[Variant]:
@@ -235,7 +235,7 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
             Variant("ours, drop", *common, tail=False),
             Variant("ours, tail", *common),
             Variant("ours, tail, plan's bias kept", *common, refresh=False),
-            Variant("ours, tail, blocks by error", *common, method=Method(criterion="error")),
+            Variant("ours, tail, blocks by mass", *common, method=Method(criterion="mass")),
             Variant("axis orders, tail of right mass (prototype)", *common, method=PAPER, refresh=False),
             Variant("radial", *common, tail=False, plan="radial"),
             Variant("window", *common, tail=False, plan="window"),
@@ -247,10 +247,14 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
 def passing_variants() -> list[Variant]:
     """On the fly against offline, three dense steps and one."""
     made = []
-    for dense, density in itertools.product((3, 1), (0.1, 0.2)):
+    for dense, density in itertools.product((3, 1), (0.1, 0.2, 0.3)):
         for plan in ("offline", "passing"):
             made.append(Variant(f"ours, {plan}", density, dense, plan=plan))
         made.append(Variant("ours, passing, bias kept", density, dense, plan="passing", refresh=False))
+        made.append(Variant("ours, passing, drop", density, dense, plan="passing", tail=False))
+        made.append(
+            Variant("original order, passing, drop", density, dense, plan="passing", tail=False, order="original")
+        )
     return made
 
 

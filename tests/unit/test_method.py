@@ -186,11 +186,14 @@ def test_kept_on_rows_is_the_mass_kept(planted, masked):
     torch.testing.assert_close(every, exact, atol=1e-4, rtol=1e-3)
 
 
-def test_blocks_by_error_is_an_option(planted):
-    options = MaskOptions(0.25, "mass", "shared", 64)
-    calibrator = Calibrator(IDENTITY, options, method=Method(criterion="error"))
-    calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
-    assert calibrator.plan({}).density == pytest.approx(0.25, abs=0.02)
+def test_blocks_by_mass_and_by_error_are_two_choices(planted):
+    options, plans = MaskOptions(0.25, "mass", "shared", 64), {}
+    for criterion in ("mass", "error"):
+        calibrator = Calibrator(IDENTITY, options, method=Method(criterion=criterion))
+        calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+        plans[criterion] = calibrator.plan({})
+        assert plans[criterion].density == pytest.approx(0.25, abs=0.02)
+    assert plans["mass"].mass_kept > plans["error"].mass_kept
 
 
 def test_fixed_masks_have_the_density_and_the_diagonal():
