@@ -15,6 +15,7 @@ import datetime
 import importlib.util
 import json
 import platform
+import re
 import sys
 import time
 from pathlib import Path
@@ -85,15 +86,33 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
 
     records = []
     for grid in GRIDS[: args.grids]:
+        if args.grid and args.grid != "x".join(map(str, grid)):
+            continue
         bench = TinyBench(grid, args.device, SEEDS[: args.videos])
-        variants = [v for v in standard_variants() + passing_variants() if args.only in v.name]
+        variants = standard_variants(args.densities, args.dense_steps) + passing_variants()
+        variants = [v for v in variants if re.search(args.only, v.name)]
         for variant in variants:
             records += run_variants(bench, [variant], lambda line: print(line, file=sys.stderr, flush=True))
             save(args, records)
     return records, table(records)
 
 
-SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta}
+def run_moved(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Planted heads over the seeds, then the tiny model."""
+    from comfyui_paro.bench.paro_bench.moved import PLANTED_MOVES, TINY_MOVES, planted, table, tiny
+
+    records = []
+    for grid in PLANTED_MOVES[1]:
+        for seed in range(args.seed, args.seed + args.seeds):
+            records += [planted(PLANTED_MOVES[0], grid, density, seed) for density in args.densities]
+            save(args, records)
+    for grid in TINY_MOVES[1]:
+        records += tiny(grid, device=args.device)
+        save(args, records)
+    return records, table(records)
+
+
+SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta, "moved": run_moved}
 
 
 def main() -> None:
@@ -102,9 +121,13 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds (synthetic)")
     parser.add_argument("--grids", type=int, default=4, help="how many of the suite's grids")
-    parser.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3], help="synthetic")
+    parser.add_argument(
+        "--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="kept blocks / all blocks"
+    )
+    parser.add_argument("--dense-steps", type=int, nargs="+", default=[0, 3], help="of 8 (tiny)")
+    parser.add_argument("--grid", default="", help="only this grid, such as 8x12x12 (tiny)")
     parser.add_argument("--videos", type=int, default=16, help="videos per variant (tiny)")
-    parser.add_argument("--only", default="", help="only variants whose name contains this (tiny)")
+    parser.add_argument("--only", default="", help="only variants whose name matches this pattern (tiny)")
     parser.add_argument("--level", choices=("easy", "hard"), default="hard", help="synthetic content")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--json", type=Path, help="also write the records to this file")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -52,6 +53,7 @@ def padded_dim(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
+@lru_cache(maxsize=16)
 def _rotation(head_dim: int, device, dtype) -> tuple[torch.Tensor, float]:
     """Hadamard matrix of +-1 (exact in 16 bits), zero-padded, and the factor that makes it orthonormal."""
     scale = (head_dim & -head_dim) ** -0.5
@@ -121,9 +123,7 @@ def prepare(
     if smooth:
         k_means = partial[0].sum(1) / _sampled_rows(length, every)
         if rotate:
-            k_means = torch.nn.functional.pad(
-                k_means[:, :dim] @ hadamard_matrix(dim, device), (0, padded - dim)
-            ).contiguous()
+            k_means = k_means @ rotation.float() * rotation_scale
     if values_scaled:
         largest = partial[1].amax(1).clamp_min(1e-12)
         sixteen_bit = precision.pv == "16"

@@ -59,14 +59,22 @@ def _quantize_values(v: torch.Tensor, pv: str) -> torch.Tensor:
     return fake_quantize(v, LEVELS[pv], 2)
 
 
-def _quantize_weights(p: torch.Tensor, pv: str) -> torch.Tensor:
-    """Unnormalised probabilities in 0..1 as the PV product sees them."""
+def _quantize_weights(p: torch.Tensor, pv: str, g: Geometry) -> torch.Tensor:
+    """Unnormalised probabilities `[..., L]` in 0..1 as the PV product sees them.
+
+    Integers count from the largest weight of their row and key block (the kernel: of one or two blocks).
+    """
     if pv == "16":
         return p
     if pv == "fp8":
         return (p * 448).to(torch.float8_e4m3fn).to(p.dtype) / 448
     levels = {"int8": 127, "int4": 15}[pv]
-    return (p * levels).round() / levels
+    parts = []
+    for part in (p[..., : g.grid_tokens], p[..., g.grid_tokens :]):
+        blocks = torch.nn.functional.pad(part, (0, -part.shape[-1] % g.block_k)).unflatten(-1, (-1, g.block_k))
+        step = blocks.amax(-1, keepdim=True).clamp_min(1e-30) / levels
+        parts.append(((blocks / step).round() * step).flatten(-2)[..., : part.shape[-1]])
+    return torch.cat(parts, -1)
 
 
 def _chunk_bias(
@@ -158,10 +166,9 @@ def sparse_attention_reference(
             scores = torch.cat([scores, tail], 3)
         weights = (scores - scores.amax(3, keepdim=True)).exp()
         total = weights.sum(3, keepdim=True)
-        chunk = _quantize_weights(weights[..., : g.length], precision.pv) @ rv
-        if (
-            pools_bias is not None
-        ):  # the tail's product is in 16 bits whatever pv is: it is small, its weights are large
+        chunk = _quantize_weights(weights[..., : g.length], precision.pv, g) @ rv
+        # The tail's product is in 16 bits whatever pv is: it is small, its weights are large.
+        if pools_bias is not None:
             chunk += weights[..., g.length :] @ pooled_v
         result[:, :, rows] = chunk / total
     if out is None:

@@ -79,7 +79,20 @@ def _product(p, v_block, columns, total, PADDED_D: tl.constexpr, PV):
 
 @triton.jit
 def _empty_product(accumulator, PV):
+    """8-bit products are added up in a block of their own and then joined in fp32, two-level accumulation: the tensor
+    cores' own fp8 accumulator is too short, and the joining multiply-add replaces the rescaling multiply."""
     return tl.zeros_like(accumulator) if PV == "fp8" else tl.zeros(accumulator.shape, tl.int32)
+
+
+@triton.jit
+def _join(accumulator, rescale, product, share):
+    """accumulator * rescale + product * share, rows apart.
+
+    Integer weights are 127 at the maximum of their own block, not of the row so far: over a long row of even scores
+    most blocks lie far below the row's maximum and would be left with one or two levels.
+    """
+    wide = tl.zeros_like(accumulator) + share[:, None]
+    return tl.fma(product.to(tl.float32), wide, accumulator * rescale[:, None])
 
 
 @triton.jit
@@ -93,19 +106,24 @@ def _one_block(
         q, K + block * (BLOCK * PADDED_D), k_scales + block, q_scale, key_bias + block * BLOCK, columns, valid,
         PADDED_D, QK, BIASED, MASKED,
     )  # fmt: skip
-    highest = tl.maximum(maximum, _row_maximum(raw, scale, QK, BIASED))
-    p = _weights(raw, scale, highest, P_LOG2, QK, BIASED, MARGIN)
+    own = _row_maximum(raw, scale, QK, BIASED)
+    highest = tl.maximum(maximum, own)
     rescale = tl.exp2(maximum - highest)
-    total = total * rescale + tl.sum(p, 1)
     v_block = V + block * (BLOCK * PADDED_D)
-    if PV == "16":
-        accumulator = _product(p, v_block, columns, accumulator * rescale[:, None], PADDED_D, PV)
-    else:
-        # 8-bit products are added up in a block of their own and then joined in fp32: the tensor cores' own fp8
-        # accumulator is too short, and the fused multiply-add replaces the rescaling multiply.
+    if PV == "int8":
+        p = _weights(raw, scale, own, P_LOG2, QK, BIASED, MARGIN)
+        share = tl.exp2(own - highest)
         product = _product(p, v_block, columns, _empty_product(accumulator, PV), PADDED_D, PV)
-        wide = tl.zeros_like(accumulator) + rescale[:, None]
-        accumulator = tl.fma(accumulator, wide, product.to(tl.float32))
+        accumulator = _join(accumulator, rescale, product, share)
+        total = total * rescale + tl.sum(p, 1) * share
+    else:
+        p = _weights(raw, scale, highest, P_LOG2, QK, BIASED, MARGIN)
+        if PV == "16":
+            accumulator = _product(p, v_block, columns, accumulator * rescale[:, None], PADDED_D, PV)
+        else:
+            product = _product(p, v_block, columns, _empty_product(accumulator, PV), PADDED_D, PV)
+            accumulator = tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
+        total = total * rescale + tl.sum(p, 1)
     return accumulator, total, highest
 
 
@@ -140,23 +158,29 @@ def _two_blocks(
         raw1 = (raw1 - base) * scale1[:, None] + tl.load(key_bias + second * BLOCK + columns)[None, :]
     pair_maximum = tl.maximum(_row_maximum(raw0, scale0, QK, BIASED), _row_maximum(raw1, scale1, QK, BIASED))
     highest = tl.maximum(maximum, pair_maximum)
+    # Integer weights count from the maximum of their own 128 keys; see `_join`.
+    top = pair_maximum if PV == "int8" else highest
     rescale = tl.exp2(maximum - highest)
     v0 = V + first * (BLOCK * PADDED_D)
     v1 = V + second * (BLOCK * PADDED_D)
-    p0 = _weights(raw0, scale0, highest, P_LOG2, QK, BIASED, MARGIN)
+    p0 = _weights(raw0, scale0, top, P_LOG2, QK, BIASED, MARGIN)
     # The second block's exponentials come after the first block's product is issued and run beside it.
     if PV == "16":
         accumulator = _product(p0, v0, columns, accumulator * rescale[:, None], PADDED_D, PV)
-        p1 = _weights(raw1, scale1, highest, P_LOG2, QK, BIASED, MARGIN)
+        p1 = _weights(raw1, scale1, top, P_LOG2, QK, BIASED, MARGIN)
         accumulator = _product(p1, v1, columns, accumulator, PADDED_D, PV)
     else:
         product = _product(p0, v0, columns, _empty_product(accumulator, PV), PADDED_D, PV)
-        p1 = _weights(raw1, scale1, highest, P_LOG2, QK, BIASED, MARGIN)
+        p1 = _weights(raw1, scale1, top, P_LOG2, QK, BIASED, MARGIN)
         product = _product(p1, v1, columns, product, PADDED_D, PV)
-        wide = tl.zeros_like(accumulator) + rescale[:, None]
-        accumulator = tl.fma(accumulator, wide, product.to(tl.float32))
-    total = total * rescale + tl.sum(p0 + p1, 1)
-    return accumulator, total, highest
+    added = tl.sum(p0 + p1, 1)
+    if PV == "int8":
+        share = tl.exp2(top - highest)
+        accumulator = _join(accumulator, rescale, product, share)
+        added *= share
+    elif PV == "fp8":
+        accumulator = tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
+    return accumulator, total * rescale + added, highest
 
 
 @triton.jit

@@ -8,7 +8,7 @@ Sums live on the CPU; the GPU holds one site at a time.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,15 +28,13 @@ from .tokens import TokenLayout
 class Method:
     """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
 
-    criterion: blocks are kept by `error`, the squared output error that leaving them to the tail would cost, or by
-    `mass`. Without a tail or without values it is always mass.
-    relative: each head's errors count relative to its own output, not in absolute terms.
+    criterion: blocks are kept by `mass`, or by `error`: the squared output error, relative to the head's own output,
+    that leaving them to the tail would cost. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. alpha, sigma: of the paper's metric.
     """
 
-    criterion: str = "error"
-    relative: bool = False
+    criterion: str = "mass"
     bias: str = "error"
     tiles: bool = True
     alpha: float = 0.5
@@ -98,15 +96,11 @@ class Calibrator:
         v: torch.Tensor | None = None,
         *,
         step: int = 0,
-        weight: float = 1.0,
         scale: float | None = None,
         key_bias: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        """Add one attention call: q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`. Raises PlanError for another grid.
-
-        weight: how much the tail's errors of this call count; they matter more where a step moves the sample further.
-        """
+        """Add one attention call: q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`. Raises PlanError for another grid."""
         if (site, self.prompt, step) in self._resumed:
             return
         with self._lock:
@@ -139,13 +133,11 @@ class Calibrator:
             previous_scores=before,
             backend=backend,
         )
-        if seen.tail is not None and weight != 1:
-            seen = replace(seen, tail=seen.tail.scaled(weight))
         self._add(site, step, seen)
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
         look = glimpse(seen, self.options.density)
-        fresh = stored(seen)
+        fresh = stored(seen, with_error=self.method.criterion == "error")
         with self._lock:
             label = (self.prompt, step)
             self._glimpses[(site, *label)] = look
@@ -193,8 +185,7 @@ class Calibrator:
         """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""
         if s.error is None or self.method.criterion == "mass":
             return s.mass.float() / s.weight[:, None, None]
-        per_output = s.energy if self.method.relative else s.weight
-        return s.error.float() / per_output[:, None, None].clamp_min(1e-20)
+        return s.error.float() / s.energy[:, None, None].clamp_min(1e-20)
 
     def _bias(self, s: SiteSums, mask: torch.Tensor) -> torch.Tensor | None:
         if self.options.pool is None:

@@ -1,8 +1,8 @@
 """A plan made on one grid, used on another: orders carry over, masks are resampled through token coordinates.
 
 A block of the new grid covers a region of the picture in space and time; what the old plan kept between the regions
-that two new blocks cover decides whether their pair is kept. Each head keeps its density. Where the old mask says the
-same of many pairs, nearer pairs win, along those axes along which the old mask shows the head to be local.
+that two new blocks cover, and how near they are, decides whether their pair is kept. Nearness counts along those axes
+along which the old mask shows the head to be local. Each head keeps its density and a tenth more.
 
 Nobody knows what a moved mask keeps until it is used, so the run measures it on a few rows and calibrates anew below a
 floor.
@@ -24,8 +24,11 @@ from .tokens import TokenLayout
 
 # A moved plan that keeps less than this share of what it kept where it was made is calibrated anew.
 KEPT_FLOOR = 0.9
-# How much nearness counts against the old mask's verdict (0 to 1): enough to break ties, not to overrule it.
-NEARNESS = 0.25
+# How much nearness counts against the old mask's verdict (0 to 1). Measured on the planted heads: a locality length is
+# a number of tokens, so on a finer grid the old mask is too wide and nearness must be able to overrule it.
+NEARNESS = 4.0
+# A moved mask keeps this much more than the density it was made for: it is less exact than one made on the grid.
+EXTRA = 1.1
 
 
 def _coordinates(order: str, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -64,7 +67,7 @@ def _distances(order: str, grid: tuple[int, int, int], block_q: int) -> torch.Te
 
 
 def _move_head(mask: torch.Tensor, order: str, old: TokenLayout, new: TokenLayout, old_q: int, new_q: int):
-    """One head's mask `[q_blocks, k_blocks]` on the new grid, with the same density."""
+    """One head's mask `[q_blocks, k_blocks]` on the new grid."""
     rows = _overlap(order, old.grid, new.grid, old_q, new_q)
     columns = _overlap(order, old.grid, new.grid, BLOCK_K, BLOCK_K)
     verdict = rows @ mask.float() @ columns.T
@@ -73,7 +76,7 @@ def _move_head(mask: torch.Tensor, order: str, old: TokenLayout, new: TokenLayou
     local = (1 - (away * mask).sum((1, 2)) / mask.sum() / usual).clamp_min(0)
     far = (_distances(order, new.grid, new_q) * local[:, None, None]).sum(0)
     score = verdict - NEARNESS * far / far.amax().clamp_min(1e-6)
-    count = max(1, round(mask.float().mean().item() * score.numel()))
+    count = max(1, min(score.numel(), round(EXTRA * mask.float().mean().item() * score.numel())))
     moved = torch.zeros_like(score, dtype=torch.bool)
     moved.view(-1)[score.flatten().topk(count).indices] = True
     return moved.scatter_(1, score.argmax(1, keepdim=True), True)

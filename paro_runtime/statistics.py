@@ -21,7 +21,7 @@ from .tail import TailObservation, observe_tail
 from .tokens import TokenLayout
 
 # Query blocks looked at when choosing an order: all of them up to this count, then this share.
-ORDER_BLOCKS_AT_LEAST = 24
+ORDER_BLOCKS_AT_LEAST = 16
 ORDER_BLOCKS_SHARE = 0.25
 
 

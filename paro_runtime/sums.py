@@ -50,8 +50,8 @@ class SiteSums:
                 setattr(self, name, (total.float().where(keep, 0) + new.float()).to(total.dtype))
 
 
-def stored(seen: Observation) -> SiteSums:
-    """One observation as sums of one."""
+def stored(seen: Observation, with_error: bool) -> SiteSums:
+    """One observation as sums of one; the errors of single blocks are large and kept only where they are wanted."""
     dtype = torch.float32 if seen.mass.numel() <= FULL_PRECISION_ELEMENTS else torch.bfloat16
 
     def table(x: torch.Tensor | None) -> torch.Tensor | None:
@@ -65,7 +65,7 @@ def stored(seen: Observation) -> SiteSums:
         torch.ones(seen.choice.shape[0], dtype=torch.long),
         table(seen.mass),
         table(seen.pooled),
-        None if tail is None else table(tail.error),
+        table(tail.error) if tail is not None and with_error else None,
         None if tail is None else tail.curves.cpu(),
         None if tail is None else tail.energy.cpu(),
     )

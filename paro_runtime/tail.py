@@ -43,10 +43,6 @@ class TailObservation:
     curves: torch.Tensor
     energy: torch.Tensor
 
-    def scaled(self, weight: float) -> TailObservation:
-        """The same with every error counted `weight` times."""
-        return TailObservation(self.error * weight, self.curves * weight, self.energy * weight)
-
 
 def sampled_rows(geometry: Geometry, device: torch.device, rows: int = ROWS_PER_BLOCK) -> torch.Tensor:
     """Positions in the order, int64 `[q_blocks, rows]`, spread evenly over each block, or what there is of it."""

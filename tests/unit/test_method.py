@@ -1,0 +1,209 @@
+"""The method on attention with a known answer: orders, masks, the tail's bias, its cost, and moved plans."""
+
+import math
+
+import pytest
+import torch
+from comfyui_paro.bench.paro_bench.baselines import band_mask, radial_mask, random_mask
+from comfyui_paro.bench.paro_bench.generator import ARCHETYPES, EASY, HARD, TEXT, make_problem
+from comfyui_paro.bench.paro_bench.moved import SITE, kept_by
+from comfyui_paro.bench.paro_bench.sta import published, run
+from comfyui_paro.kernels.problem import PRECISIONS
+from comfyui_paro.kernels.reference import sparse_attention_reference
+from comfyui_paro.paro_runtime.attention import build_pattern
+from comfyui_paro.paro_runtime.calibration import Calibrator, Method
+from comfyui_paro.paro_runtime.orders import TILED_ORDERS, order_table, tiled_orders
+from comfyui_paro.paro_runtime.plan import ModelIdentity
+from comfyui_paro.paro_runtime.portability import MovedPlanCheck, move_plan
+from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.refresh import BiasRefresh
+from comfyui_paro.paro_runtime.selection import best_of_rows, mass_kept, per_head_masks, shared_masks
+from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, masses_by_membership, observe
+from comfyui_paro.paro_runtime.tail import BIASES, NO_TAIL, best_bias, bias_at, kept_on_rows, observe_bias, observe_tail
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+from torch.utils.flop_counter import FlopCounterMode
+
+IDENTITY = ModelIdentity("bench", "planted", "planted")
+GRID = (7, 9, 8)
+LAYOUT = TokenLayout(TEXT, GRID)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return make_problem(GRID, HARD)
+
+
+@pytest.mark.parametrize("grid", [(9, 13, 11), (4, 4, 4), (8, 5, 3), (1, 9, 20)])
+def test_tiled_orders_are_permutations_that_walk_box_by_box(grid):
+    for name in TILED_ORDERS:
+        assert sorted(order_table(name, grid).tolist()) == list(range(math.prod(grid)))
+    if grid == (9, 13, 11):
+        first = order_table("8x4x2", grid)[:64].long()
+        at = torch.stack([first // 143, first // 11 % 13, first % 11])
+        assert at.amax(1).tolist() == [7, 3, 1]
+    assert tiled_orders((1, 9, 20)) == ("1x8x8",) and tiled_orders((9, 1, 9)) == ()
+
+
+def test_problems_repeat_and_planted_heads_are_found(planted):
+    assert torch.equal(make_problem(GRID, HARD).q, planted.q) and not torch.equal(
+        make_problem(GRID, HARD, 1).q, planted.q
+    )
+    easy = make_problem((9, 11, 10), EASY, samples=(1,))
+    seen = observe(easy.q, easy.k, TokenLayout(TEXT, easy.grid), 64, StatisticsOptions(0.25, tiles=False, pool=None))
+    for head, kind in enumerate(ARCHETYPES):
+        if kind.orders:
+            best = max(seen.scores[head, seen.candidates.index(name)] for name in kind.orders)
+            assert seen.scores[head].max() - best <= 0.02, kind.name
+
+
+def test_block_sums_by_membership_are_the_kernels(planted):
+    from comfyui_paro.kernels.api import block_statistics, row_logsumexp
+
+    q, k = planted.q[:2, :3], planted.k[:2, :3]
+    geometry, lse = geometry_of(LAYOUT, 64), row_logsumexp(q, k)
+    names = ("FHW", "WHF", "4x4x4")
+    tables = [order_table(name, GRID) for name in names]
+    for table, mass in zip(tables, masses_by_membership(q, k, lse, geometry, tables, None), strict=True):
+        expected = block_statistics(q, k, lse, geometry, table.expand(3, -1)).mass
+        torch.testing.assert_close(mass, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_masks_have_their_density_and_no_empty_row():
+    mass = [torch.rand(3, 7, 9) ** 4, torch.rand(2, 7, 9) ** 4]
+    for masks in (shared_masks(mass, 0.3), per_head_masks(mass, 0.3)):
+        assert all(mask.any(2).all() for mask in masks)
+        assert torch.cat([m.float().mean((1, 2)) for m in masks]).mean() == pytest.approx(0.3, abs=0.03)
+    assert best_of_rows(mass[0], 0.3).sum(2).unique().tolist() == [3]
+
+
+@pytest.fixture(scope="module")
+def masked(planted):
+    """Orders, tables and masks of the twelve heads at density 0.25."""
+    calibrator = Calibrator(IDENTITY, MaskOptions(0.25, "mass", "shared", 64))
+    calibrator.observe(SITE, LAYOUT, planted.q[:-1], planted.k[:-1], planted.v[:-1])
+    entry = calibrator.plan({}).sites[SITE]
+    return entry, torch.stack([order_table(name, GRID) for name in entry.orders])
+
+
+@pytest.mark.parametrize("pool", [64, 16])
+def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool):
+    """Every row sampled, three biases, against the kernels' reference: the formula is exact."""
+    entry, tables = masked
+    q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
+    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=pool, share=1.0)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    for at in (0, 8, 15):
+        bias = torch.full((12,), BIASES[at])
+        pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), bias, pool=pool)
+        out = sparse_attention_reference(q, k, v, pattern, PRECISIONS["16bit"])
+        expected = (out - dense)[0, :, TEXT:].square().sum((1, 2))
+        torch.testing.assert_close(errors[:, at], expected, rtol=2e-2, atol=1e-2)
+
+
+def test_the_tail_never_costs_a_head_what_dropping_does_not(planted, masked):
+    """Planted heads follow content: the bias that makes their mass right hurts, the bias of least error cannot."""
+    entry, tables = masked
+    q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
+    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=64, share=1.0)
+    chosen = errors.gather(1, errors.argmin(1, keepdim=True))[:, 0]
+    assert (chosen <= errors[:, 0]).all()
+    found = best_bias(errors)
+    assert found.isfinite().all() and (found.abs() <= 20).all()
+    only_drop = torch.arange(len(BIASES), dtype=torch.float32)[None]
+    assert best_bias(only_drop).item() == NO_TAIL
+
+
+def test_bias_follows_the_density_of_the_mask():
+    curves = torch.full((2, 4, len(BIASES)), 1.0)
+    curves[:, 0, 10] = curves[:, 3, 20] = 0
+    low, high = bias_at(curves, torch.tensor([0.01, 0.9])).tolist()
+    assert low == pytest.approx(BIASES[10], abs=0.13) and high == pytest.approx(BIASES[20], abs=0.13)
+
+
+def test_sampled_errors_stand_for_all_rows(planted, masked):
+    _, tables = masked
+    q, k, v = planted.q[:1, :4], planted.k[:1, :4], planted.v[:1, :4]
+    options = {"density": 0.25, "pool": 64}
+    geometry = geometry_of(LAYOUT, 64)
+    few, every = (observe_tail(q, k, v, geometry, tables[:4], rows=rows, **options).error for rows in (16, 64))
+    assert torch.corrcoef(torch.stack([few.flatten(), every.flatten()]))[0, 1] > 0.9
+
+
+def test_refresh_comes_ever_more_rarely_and_adds_up_within_a_step(planted, masked):
+    entry, _ = masked
+    refresh = BiasRefresh()
+    assert [step for step in range(3, 20) if refresh.due("site", step)] == [3, 4, 6, 10, 18]
+    pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
+    q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
+    assert refresh.bias("site") is None
+    refresh.measure("site", 3, q, k, v, pattern, scale=None, key_bias=None)
+    once = refresh.bias("site")
+    refresh.measure("site", 3, q, k, v, pattern, scale=None, key_bias=None)
+    torch.testing.assert_close(refresh.bias("site"), once)
+
+
+@pytest.mark.parametrize("tokens, bound", [((13, 18, 20), 3.0), ((8, 12, 12), 3.0)])
+def test_observing_a_site_costs_less_than_three_dense_attentions(tokens, bound):
+    """Multiply-adds of matrix products, one head of a video with tail and every candidate order."""
+    layout, dim = TokenLayout(0, tokens), 64
+    q, k, v = torch.randn(3, 1, 1, layout.length, dim)
+    with FlopCounterMode(display=False) as counted:
+        observe(q, k, layout, 64, StatisticsOptions(0.1), v=v)
+    assert 1 < counted.get_total_flops() / (4 * layout.length**2 * dim) <= bound
+
+
+def test_a_moved_plan_keeps_most_of_what_a_fresh_one_keeps(planted):
+    def plan_of(problem):
+        calibrator = Calibrator(IDENTITY, MaskOptions(0.25, "mass", "shared", None))
+        calibrator.observe(SITE, TokenLayout(TEXT, problem.grid), problem.q[:-1], problem.k[:-1])
+        return calibrator.plan({})
+
+    there = make_problem((7, 11, 12), HARD)
+    moved = move_plan(plan_of(planted), TokenLayout(TEXT, there.grid))
+    q, k = there.q[-1:], there.k[-1:]
+    assert kept_by(moved, SITE, q, k) >= 0.9 * kept_by(plan_of(there), SITE, q, k)
+    assert moved.made["moved_from"] == "7x9x8" and moved.density < 0.33
+    check = MovedPlanCheck(moved)
+    assert check.verdict() is None
+    check.measure(SITE, q, k, scale=None, key_bias=None)
+    stays, text = check.verdict()
+    assert stays and "moved from the grid 7x9x8" in text
+    # Uniform attention has nothing to do with the masks: what they keep falls to their density.
+    strange = MovedPlanCheck(moved)
+    strange.measure(SITE, torch.zeros_like(q), k, scale=None, key_bias=None)
+    stays, text = strange.verdict()
+    assert not stays and text.endswith("calibrating anew")
+
+
+def test_kept_on_rows_is_the_mass_kept(planted, masked):
+    from comfyui_paro.kernels.api import block_statistics, row_logsumexp
+
+    entry, tables = masked
+    q, k = planted.q[:1], planted.k[:1]
+    geometry = geometry_of(LAYOUT, 64)
+    exact = mass_kept(block_statistics(q, k, row_logsumexp(q, k), geometry, tables).mass, entry.mask())
+    every = kept_on_rows(q, k, geometry, tables, entry.mask(), rows=LAYOUT.grid_tokens)
+    torch.testing.assert_close(every, exact, atol=1e-4, rtol=1e-3)
+
+
+def test_blocks_by_error_is_an_option(planted):
+    options = MaskOptions(0.25, "mass", "shared", 64)
+    calibrator = Calibrator(IDENTITY, options, method=Method(criterion="error"))
+    calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+    assert calibrator.plan({}).density == pytest.approx(0.25, abs=0.02)
+
+
+def test_fixed_masks_have_the_density_and_the_diagonal():
+    geometry = geometry_of(TokenLayout(0, (8, 12, 12)), 64)
+    for mask in (radial_mask(geometry, 0.2), band_mask(geometry, 0.2), random_mask(geometry, 0.2, 0)):
+        assert mask.float().mean() == pytest.approx(0.2, abs=0.02) and mask.diagonal().all()
+
+
+def test_published_windows_want_our_orders():
+    """Sliding-tile windows of HunyuanVideo, averaged over all heads and steps 15 to 49; known figures to 3 places."""
+    assert len(published()["heads"]) == 1440
+    found = run(64)
+    assert found["original"] == pytest.approx(0.356, abs=6e-4) and found["ideal"] == pytest.approx(0.166, abs=6e-4)
+    assert found["best_per_head"] == pytest.approx(0.195, abs=6e-4) and found["selected"] <= 0.2
+    assert found["windows"]["temporal"]["WHF"] == pytest.approx(0.168, abs=6e-4)
+    assert found["one_order_for_all"]["FWH"] == pytest.approx(0.335, abs=6e-4)
