@@ -252,3 +252,29 @@ def test_queries_of_the_image_alone(comfy, tiny, run):
             assert torch.isfinite(out).all() and (out - dense).abs().max() > 1e-3
     torch.manual_seed(0)
     assert torch.equal(tiny.sample(remove(patched), case, run), dense)
+
+
+@pytest.mark.parametrize("name", ["minimax_h3", "cogvideox", "sd35_medium"])
+def test_through_the_loader(comfy, tiny, name):
+    """Weights alone are enough for the host to know the model and for PARO to know the family, at any size."""
+    from comfy.sd import load_diffusion_model_state_dict
+    from comfyui_paro.paro_runtime.host.families import family_of
+
+    case, model = build(tiny, name)
+    weights = {key: value.clone() for key, value in model.model.diffusion_model.state_dict().items()}
+    loaded = load_diffusion_model_state_dict(weights)
+    assert family_of(loaded.model.diffusion_model).name == case.family
+
+
+@pytest.mark.parametrize(
+    "sampler, evaluations",
+    [("dpmpp_sde", 2), ("dpm_2", 2), ("dpmpp_2s_ancestral", 2), ("heun", 1), ("res_multistep", 1), ("er_sde", 1)],
+)
+def test_steps_of_samplers_that_evaluate_in_between(comfy, wan, sampler, evaluations):
+    """The first step's evaluations are dense, those at noise levels between two steps included."""
+    model = comfy.patched(wan, **SPARSE)
+    out = comfy.sample(model, (5, 7, 9), steps=4, sampler=sampler)
+    report = comfy.report(model)
+    assert torch.isfinite(out).all()
+    assert report.calls["dense step"] == evaluations * comfy.LAYERS
+    assert report.sites_sparse == comfy.LAYERS and not report.passed and not report.fallbacks

@@ -67,7 +67,15 @@ def test_a_short_grid_runs_in_paros_own_attention():
     assert session.counts.dense == {"every block kept": 1}
 
 
-def test_every_family_has_a_row_in_the_docs():
+@pytest.mark.parametrize("family", all_recipes())
+def test_every_family_has_a_row_in_the_docs(family):
     text = (FOLDER.parent / "docs" / "models.md").read_text(encoding="utf-8")
-    missing = [family for family in all_recipes() if f"(`{family}`)" not in text]
-    assert not missing
+    row = next((line for line in text.splitlines() if f"(`{family}`)" in line), "")
+    recipe = recipe_for(family)
+    cells = [cell.strip() for cell in row.split("|")]
+    assert " / ".join(str(density) for density in recipe.densities.values()) in cells
+    assert " / ".join(str(recipe.dense_steps(steps)) for steps in (4, 20, 50)) in cells
+    gain = "{:.2f} to {:.2f}"
+    for title, tokens in recipe.typical.items():
+        expected = recipe.expected_gain(TokenLayout(0, (1, 1, tokens)), recipe.densities["balanced"])
+        assert f"{title} ({tokens:,}): {gain.format(*expected)}" in row
