@@ -157,13 +157,14 @@ def _self_check(device, dtype, head_dim, precision, backend) -> str | None:
 def resolve_backend(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision
 ) -> tuple[str, str | None]:
-    """The backend to use and, if there is none, why. `auto`: Triton on a GPU that can, the reference elsewhere."""
+    """The backend to use and, if there is none, why.
+
+    `auto`: Triton on a GPU that can, the reference on the CPU. On a GPU that cannot (no Triton, too old, another maker)
+    the reference would be many times slower than the host's attention, so nothing is run there unless it is asked for.
+    """
     if name == "reference" or (name == "auto" and device.type == "cpu"):
         return "reference", None
-    reason = triton_reason(device, dtype, head_dim, precision)
-    if reason is None:
-        return "triton", None
-    return ("reference", None) if name == "auto" else ("triton", reason)
+    return "triton", triton_reason(device, dtype, head_dim, precision)
 
 
 def dense_pattern(layout: TokenLayout, heads: int, kv_heads: int, device: torch.device) -> SparsePattern:

@@ -4,9 +4,11 @@ import logging
 
 import pytest
 import torch
+from comfyui_paro.kernels.problem import PRECISIONS
 from comfyui_paro.kernels.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime import evaluation as evaluation_module
 from comfyui_paro.paro_runtime import patterns as patterns_module
+from comfyui_paro.paro_runtime.attention import resolve_backend
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site, load_plan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
@@ -221,6 +223,15 @@ def test_what_is_too_small_passes_through_with_a_reason(settings, layout, reason
     report = session.finish()
     assert report.passed == [(reason, 15)] and report.sites == 0
     assert report.status() == f"wan: passed through · {reason}"
+
+
+def test_a_gpu_that_triton_cannot_serve_is_left_to_the_host():
+    """The reference on a GPU would be slower than dense attention: it runs there only when asked for."""
+    arguments = (torch.float16, 128, PRECISIONS["int8"])
+    backend, reason = resolve_backend("auto", torch.device("mps"), *arguments)
+    assert backend == "triton" and "mps" in reason
+    assert resolve_backend("reference", torch.device("mps"), *arguments) == ("reference", None)
+    assert resolve_backend("auto", torch.device("cpu"), *arguments) == ("reference", None)
 
 
 def test_calibration_can_be_forbidden():
