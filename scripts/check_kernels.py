@@ -124,6 +124,20 @@ def compile_row(row: Row) -> dict:
     return {**asdict(row), "tile": asdict(tile), **asdict(found), "problems": problems}
 
 
+def line_of(result: dict) -> str:
+    """One line of the table."""
+    tile = result["tile"]
+    name = f"{tile['rows']}x{'2x64' if tile['pairs'] else '64'} w{tile['warps']} st{tile['stages']}"
+    call = f"q{result['block_q']}" if result["block_q"] else "dense"
+    spills = f"{result['loop_spills']}+{result['spills'] - result['loop_spills']}"
+    return (
+        f"{result['capability']:<4} {result['dim']:<4} {result['precision']:<10} {call:<7} {name:<15} "
+        f"{result['registers']:<5} {spills:<7} {result['shared'] // 1024:<4} {result['slots']:<6.1f} "
+        + ", ".join(result["mma"])
+        + "".join(f"  PROBLEM: {problem}" for problem in result["problems"])
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -137,25 +151,19 @@ def main() -> int:
 
     _checkout.register()
     rows = rows_to_check(arguments.quick, arguments.capability)
+    results = []
+    if not arguments.json:
+        print("sm   D    precision  call    tile            regs  spills  KiB  slots  tensor instructions")
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(compile_row, rows))
+        for result in pool.map(compile_row, rows):
+            results.append(result)
+            if not arguments.json:
+                print(line_of(result), flush=True)
     if arguments.json:
         print(json.dumps(results, indent=1))
     else:
-        print("sm   D    precision  call    tile            regs  spills  KiB  slots  tensor instructions")
-        for r in results:
-            tile = r["tile"]
-            name = f"{tile['rows']}x{'2x64' if tile['pairs'] else '64'} w{tile['warps']} st{tile['stages']}"
-            call = f"q{r['block_q']}" if r["block_q"] else "dense"
-            spills = f"{r['loop_spills']}+{r['spills'] - r['loop_spills']}"
-            print(
-                f"{r['capability']:<4} {r['dim']:<4} {r['precision']:<10} {call:<7} {name:<15} {r['registers']:<5} "
-                f"{spills:<7} {r['shared'] // 1024:<4} {r['slots']:<6.1f} {', '.join(r['mma'])}"
-                + "".join(f"  PROBLEM: {problem}" for problem in r["problems"])
-            )
         print(
-            f"{len(results)} configurations. spills: in loops + outside; slots: issue slots per softmax element of the "
-            "main loop."
+            f"{len(results)} configurations. spills: in loops + outside; slots: per softmax element of the main loop."
         )
     return int(any(r["problems"] for r in results))
 
