@@ -6,6 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..paro_runtime.recipes import all_recipes
 from ..paro_runtime.settings import (
     BACKEND_NAMES,
     BUDGET_NAMES,
@@ -133,6 +134,12 @@ class PAROSettings(io.ComfyNode):
                     "verbose",
                     default=_DEFAULT.verbose,
                     tooltip="Log every reason every time instead of once.",
+                ),
+                _combo(
+                    "recipe",
+                    (_DEFAULT.recipe, *all_recipes()),
+                    "Whose densities, dense steps and token floors to use. auto takes those of the model's own family.",
+                    rare=True,
                 ),
             ],
             outputs=[

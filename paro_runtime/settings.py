@@ -38,6 +38,7 @@ class Settings:
     calibrate       calibrate on the way when no plan fits; False passes through instead.
     strict          every fallback is an error: for benchmarks.
     verbose         log each reason every time, not once.
+    recipe          a family whose recipe to use, or `auto` for the model's own.
     """
 
     preset: str = "balanced"
@@ -54,6 +55,7 @@ class Settings:
     calibrate: bool = True
     strict: bool = False
     verbose: bool = False
+    recipe: str = "auto"
 
     def validated(self) -> Settings:
         """Return self, or raise SettingsError naming the first field that cannot be used."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from ..report import plan_picture
 from ..settings import Settings, in_blocks, parse_blocks
 from .families import family_of
 from .patching import calibration_model, policy_for
+
+UNFINISHED = "unfinished"
+"""Folder beside the plans that keeps calibrations which were stopped."""
 
 
 @dataclass(frozen=True)
@@ -65,35 +69,77 @@ def calibrate(
         raise PlanError(f"model: {family}")
     ranges = parse_blocks(steps, "calibrate_steps")
     policy = policy_for(model, family, settings)
-    calibrator = Calibrator(policy.identity, mask_options(settings, policy.recipe))
+    options = mask_options(settings, policy.recipe)
+    # Stopped halfway, the same calibration goes on where it was; another one starts anew.
+    key = _digest(policy.identity, options, steps, sampling, positives)
+    calibrator = Calibrator(policy.identity, options, partial=store.writable / UNFINISHED / key)
 
     def wanted(total: int) -> frozenset[int] | None:
         return frozenset(i for i in range(total) if in_blocks(ranges, i, total)) if ranges else None
 
     watched = calibration_model(model, family, policy, calibrator, wanted, on_status)
+    every_step = frozenset(range(sampling.steps))
+    missing = [n for n in range(len(positives)) if not calibrator.has(n, wanted(sampling.steps) or every_step)]
     began = time.perf_counter()
-    _sample_all(watched, negative, positives, sampling)
+    _sample_prompts(watched, calibrator, negative, positives, missing, sampling, on_status)
     seconds = time.perf_counter() - began
+    stability = calibrator.stability()
     made = {"by": "PARO Calibrate", "prompts": len(positives), "steps": steps or "all", "sampled": sampling.steps}
-    plan = calibrator.plan(made)
+    plan = calibrator.plan({**made, "stability": stability.as_dict()})
     file = store.save(plan, name or None).name
+    calibrator.forget_partial()
     on_status(f"saved {file} · density {plan.density:.2f} · attention kept {plan.mass_kept:.1%}")
-    return Calibration(plan, file, _text(plan, file, len(positives), seconds), plan_picture(plan))
+    text = [_text(plan, file, len(positives), seconds), stability.text()]
+    if len(missing) < len(positives):
+        text.append(f"taken up again: {len(positives) - len(missing)} prompt(s) had been observed before")
+    return Calibration(plan, file, "\n".join(text), plan_picture(plan))
 
 
-def _sample_all(model: Any, negative: Any, positives: Sequence[Any], sampling: Sampling) -> None:
-    """One dense sampling per prompt, with one progress bar over all of them; the images are not kept."""
+def _digest(identity: Any, options: Any, steps: str, sampling: Sampling, positives: Sequence[Any]) -> str:
+    """Names a calibration: equal for the same model, masks, schedule, size and prompts."""
+    digest = hashlib.sha256(repr((identity, options, steps)).encode())
+    schedule = (
+        sampling.seed,
+        sampling.steps,
+        sampling.cfg,
+        sampling.sampler_name,
+        sampling.scheduler,
+        sampling.denoise,
+    )
+    digest.update(repr((schedule, tuple(sampling.latent["samples"].shape))).encode())
+    for positive in positives:
+        for words, _ in positive:
+            flat = words.detach().float().cpu().flatten()
+            digest.update(repr((tuple(words.shape), flat.double().sum().item(), flat[:64].tolist())).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sample_prompts(
+    model: Any,
+    calibrator: Calibrator,
+    negative: Any,
+    positives: Sequence[Any],
+    numbers: Sequence[int],
+    sampling: Sampling,
+    on_status: Callable[[str], None],
+) -> None:
+    """One dense sampling per prompt of `numbers`, one progress bar over all of them; the images are not kept."""
     import comfy.model_management
     import comfy.sample
     import comfy.utils
 
     latent = comfy.sample.fix_empty_latent_channels(model, sampling.latent["samples"])
-    progress = comfy.utils.ProgressBar(sampling.steps * len(positives))
-    for number, positive in enumerate(positives):
+    progress = comfy.utils.ProgressBar(sampling.steps * len(numbers))
+    began = time.perf_counter()
+    for done, number in enumerate(numbers):
+        calibrator.prompt = number
 
-        def step_done(step: int, denoised: Any, x: Any, total: int, number: int = number) -> None:
+        def step_done(step: int, denoised: Any, x: Any, total: int, done: int = done) -> None:
             comfy.model_management.throw_exception_if_processing_interrupted()
-            progress.update_absolute(number * total + step + 1, total * len(positives))
+            passed, whole = done * total + step + 1, total * len(numbers)
+            progress.update_absolute(passed, whole)
+            left = (time.perf_counter() - began) * (whole - passed) / passed
+            on_status(f"prompt {done + 1}/{len(numbers)} · step {step + 1}/{total} · about {left:.0f} s left")
 
         seed = sampling.seed + number
         comfy.sample.sample(
@@ -103,7 +149,7 @@ def _sample_all(model: Any, negative: Any, positives: Sequence[Any], sampling: S
             sampling.cfg,
             sampling.sampler_name,
             sampling.scheduler,
-            positive,
+            positives[number],
             negative,
             latent,
             denoise=sampling.denoise,

@@ -86,7 +86,7 @@ def policy_for(
         if (made_for.family, made_for.architecture) != (identity.family, identity.architecture):
             # The grid may differ, it is known only when a run begins; the model may not.
             raise PlanError(plan.unsuitable(identity, plan.layout))
-    recipe = recipe_for(family.name)
+    recipe = recipe_for(family.name if settings.recipe == "auto" else settings.recipe)
     mask_options(settings.validated(), recipe)
     return Policy(identity, recipe, settings, plan, store)
 

@@ -5,6 +5,7 @@ import torch
 from comfyui_paro.paro_runtime.host.calibrate import Sampling, calibrate
 from comfyui_paro.paro_runtime.host.override import SLOT
 from comfyui_paro.paro_runtime.plan import PlanError, Site
+from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.settings import Settings, SettingsError
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
@@ -226,6 +227,31 @@ def test_calibrate_chosen_steps_under_a_name(comfy, wan, store):
     watched = _calibrate(comfy, wan, store, steps="1, -1", name="mine")
     assert watched.file == "mine.safetensors"
     assert watched.plan.made["observations"] * 3 == _calibrate(comfy, wan, store).plan.made["observations"] * 2
+
+
+def test_calibrate_goes_on_where_it_was_stopped(comfy, wan, tmp_path):
+    """Stopped in the second prompt: no plan, then the first is not run again and the plan is the same."""
+    whole = _calibrate(comfy, wan, PlanStore([], tmp_path / "whole"))
+    store = PlanStore([], tmp_path / "stopped")
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(text):
+        if text.startswith("prompt 2/2"):
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        _calibrate(comfy, wan, store, on_status=stop)
+    assert store.names() == [] and any((tmp_path / "stopped" / "unfinished").iterdir())
+    said = []
+    made = _calibrate(comfy, wan, store, on_status=said.append)
+    assert "taken up again: 1 prompt(s)" in made.text and "stability" in made.text
+    assert not any(text.startswith("prompt 2/") for text in said)
+    assert not any((tmp_path / "stopped" / "unfinished").iterdir())
+    for site, entry in whole.plan.sites.items():
+        assert made.plan.sites[site].orders == entry.orders
+        assert torch.equal(made.plan.sites[site].packed, entry.packed)
 
 
 def test_calibrate_refuses(comfy, wan, store):
