@@ -6,6 +6,7 @@ and another suffix, and are never read as plans. What cannot be read is left out
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
@@ -101,5 +102,7 @@ class PartialStore:
         return Site.parse(header["site"]), layout, sums
 
     def remove(self) -> None:
-        """Delete the folder."""
+        """Delete the folder, and the one around it if it held nothing else."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.parent.rmdir()

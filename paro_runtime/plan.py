@@ -179,11 +179,11 @@ def save_plan(plan: Plan, path: Path) -> None:
     text = json.dumps(header)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata={"paro": text, "paro_sha256": _digest(text, tensors)})
+    save_file(tensors, partial, metadata={"paro": text, "paro_sha256": file_digest(text, tensors)})
     partial.replace(path)
 
 
-def _digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+def file_digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     """SHA-256 over the header and every tensor: a flipped bit in a mask is a plan nobody made."""
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
@@ -253,7 +253,7 @@ def _read(file, name: str) -> Plan:
         raise PlanError(f"plan {name}: a site is named twice")
     if set(file.keys()) != set(tensors):
         raise PlanError(f"plan {name}: {len(file.keys())} tensors, {len(tensors)} are declared")
-    if metadata.get("paro_sha256") != _digest(text, tensors):
+    if metadata.get("paro_sha256") != file_digest(text, tensors):
         raise PlanError(f"plan {name}: damaged, its checksum does not match")
     identity = ModelIdentity(**{key: str(value) for key, value in header["identity"].items()})
     settings, made = dict(header["settings"]), dict(header["made"])

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from comfyui_paro.paro_runtime.plan import file_digest
 from comfyui_paro.scripts.comfy_server import ComfyError, ComfyServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -72,7 +73,7 @@ def plans(server: ComfyServer) -> Path:
 
 
 def clear(server: ComfyServer) -> None:
-    for file in plans(server).glob("*"):
+    for file in plans(server).glob("*.safetensors"):
         file.unlink()
 
 
@@ -142,17 +143,18 @@ def test_calibration_can_be_cancelled(server):
         server.run(calibrate, waiting=cancel)
     kinds = [kind for kind, _ in error.value.details["status"]["messages"]]
     assert sent and "execution_interrupted" in kinds and "execution_error" not in kinds
-    assert not list(plans(server).glob("*"))
+    assert not list(plans(server).glob("*.safetensors"))
 
 
 def change_plan(source: Path, target: Path, **changes) -> None:
-    """A copy of a plan with tensors or header fields replaced."""
+    """A copy of a plan with tensors or header fields replaced, and a checksum to match."""
     with safe_open(source, framework="pt") as file:
         header = json.loads(file.metadata()["paro"])
     tensors = load_file(source)
     header.update({key: value for key, value in changes.items() if key in header})
     tensors.update({key: value for key, value in changes.items() if key in tensors})
-    save_file(tensors, target, metadata={"paro": json.dumps(header)})
+    text = json.dumps(header)
+    save_file(tensors, target, metadata={"paro": text, "paro_sha256": file_digest(text, tensors)})
 
 
 @pytest.mark.parametrize(
