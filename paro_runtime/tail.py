@@ -21,8 +21,10 @@ from ..kernels.reference import pool_counts, pool_rows
 
 # Rows looked at in every query block.
 ROWS_PER_BLOCK = 16
-# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB.
+# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB, on a GPU to 1 GB, where
+# small chunks would spend their time in launches.
 CHUNK_ELEMENTS = 1 << 24
+CHUNK_ELEMENTS_GPU = 1 << 26
 # Biases that are tried. The first leaves no tail at all: some heads are better off without one.
 NO_TAIL = -20.0
 BIASES = (NO_TAIL, *(i / 4 for i in range(-10, 21)))
@@ -154,6 +156,10 @@ def _small_block_factor(rows: _Rows, density: float) -> torch.Tensor:
     return ((rows.mass * small).sum() / (rows.pooled * small).sum().clamp_min(1e-12)).clamp(0.3, 30)
 
 
+def _chunk_elements(q: torch.Tensor) -> int:
+    return CHUNK_ELEMENTS_GPU if q.is_cuda else CHUNK_ELEMENTS
+
+
 def observe_tail(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -178,7 +184,7 @@ def observe_tail(
     energy = torch.zeros(heads, device=q.device)
     positions = sampled_rows(g, q.device, rows)
     size = (g.grid_tokens - torch.arange(g.q_blocks, device=q.device) * g.block_q).clamp_max(g.block_q)
-    step = max(1, CHUNK_ELEMENTS // (rows * g.k_blocks * dim))
+    step = max(1, _chunk_elements(q) // (rows * g.k_blocks * dim))
     group = heads // k.shape[1]
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
@@ -222,7 +228,7 @@ def observe_bias(
     positions = ((torch.arange(count, device=q.device) + 0.5) / count * g.grid_tokens).long()
     result = torch.zeros(heads, len(BIASES), device=q.device)
     group = heads // k.shape[1]
-    step = max(1, CHUNK_ELEMENTS // (g.k_blocks * dim))
+    step = max(1, _chunk_elements(q) // (g.k_blocks * dim))
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
         for h in range(heads):

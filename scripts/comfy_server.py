@@ -44,9 +44,9 @@ class ComfyServer:
     """
 
     def __init__(self, host: Path, pack: Path | None, folder: Path, *, cpu: bool = True, python: str = sys.executable):
-        self.host = Path(host)
-        self.pack = None if pack is None else Path(pack)
-        self.folder = Path(folder)
+        self.host = Path(host).resolve()
+        self.pack = None if pack is None else Path(pack).resolve()
+        self.folder = Path(folder).resolve()
         self.log = self.folder / "server.log"
         self._arguments = ["--cpu"] if cpu else []
         self._python = python

@@ -70,6 +70,7 @@ def main() -> int:
     ensure(BASE_MODULES, path)
     _checkout.register()
     from _demo_output import write_results
+    from comfy_server import ComfyError
     from comfyui_paro.paro_runtime.settings import Settings, SettingsError
     from comfyui_paro.tests.tiny_wan.data import BACKGROUNDS, DIRECTIONS, SHAPES
 
@@ -81,6 +82,8 @@ def main() -> int:
     except SettingsError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 2
+    # The server runs in a folder of its own, where a relative path would mean another place.
+    args.out = args.out.resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     labels = (
         SHAPES[args.seed % len(SHAPES)],
@@ -91,15 +94,19 @@ def main() -> int:
         from _demo_embedded import EmbeddedHost as Host
     else:
         from _demo_comfyui import ComfyHost as Host
-    host = Host(path, args.size, args.seed, args.out, progress)
     try:
-        runs = {
-            "dense": host.run(labels, None, "dense"),
-            "paro": host.run(labels, settings, "PARO"),
-            "identity": host.run(labels, replace(settings, order="original"), "original order"),
-        }
-    finally:
-        host.close()
+        host = Host(path, args.size, args.seed, args.out, progress)
+        try:
+            runs = {
+                "dense": host.run(labels, None, "dense"),
+                "paro": host.run(labels, settings, "PARO"),
+                "identity": host.run(labels, replace(settings, order="original"), "original order"),
+            }
+        finally:
+            host.close()
+    except ComfyError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
     version = host_version(path) if path else host.version
     report = write_results(args.out, runs, labels, host.name, version, args)
     print(json.dumps({key: report[key] for key in ("tokens", "density", "psnr_db", "identity_order_psnr_db")}))
