@@ -21,8 +21,8 @@ from ..kernels.reference import pool_counts, pool_rows
 
 # Rows looked at in every query block.
 ROWS_PER_BLOCK = 16
-# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB, on a GPU to 1 GB, where
-# small chunks would spend their time in launches.
+# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB, and to about 1 GB on a
+# GPU, where small chunks would spend their time in launches.
 CHUNK_ELEMENTS = 1 << 24
 CHUNK_ELEMENTS_GPU = 1 << 26
 # Biases that are tried. The first leaves no tail at all: some heads are better off without one.
