@@ -62,8 +62,7 @@ class Evaluation:
             session.count("dense", too_short)
             out = None if session.dense_off else self._guarded(None, q, k, v, scale, key_bias)
             return dense() if out is None else out
-        if grid.check is not None:
-            grid.check.measure(site, q, k, scale=scale, key_bias=key_bias)
+        self._check_moved_plan(site, q, k, scale, key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):
             session.dense_block_sites.add(site)
             session.count("dense", "dense block")
@@ -126,6 +125,20 @@ class Evaluation:
         if session.calibrator is not None:
             return session.calibrate_steps is None or self.step in session.calibrate_steps
         return grid.calibrator is not None and self.step >= session.schedule.dense_steps - 1
+
+    def _check_moved_plan(self, site, q, k, scale, key_bias) -> None:
+        """Measure what a moved plan keeps here. Trouble in measuring leaves the plan unjudged, and is told."""
+        check = self._grid.check
+        if check is None:
+            return
+        try:
+            check.measure(site, q, k, scale=scale, key_bias=key_bias)
+        except Exception as error:
+            if self.session.settings.strict:
+                raise
+            with self.session.lock:
+                self._grid.check = None
+            self.session.note(f"plan: what it keeps after the move could not be measured ({_one_line(error)})")
 
     def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> None:
         if not wanted:

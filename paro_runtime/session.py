@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from safetensors import SafetensorError
 
 from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
@@ -21,7 +22,7 @@ from .attention import resolve_backend, resolve_precision, self_check
 from .calibration import Calibrator
 from .evaluation import Evaluation
 from .patterns import PatternCache
-from .plan import ModelIdentity, Plan, PlanError, Site
+from .plan import ModelIdentity, Plan, Site
 from .plan_store import PlanStore
 from .portability import MovedPlanCheck, move_plan
 from .recipes import Recipe, mask_options, query_block
@@ -211,9 +212,12 @@ class Session:
         made = {"by": "calibrated on the way", "step": grid.seen_step, "steps": self.steps}
         try:
             grid.plan = grid.calibrator.plan(made)
-        except PlanError as error:
-            self.note(str(error))
-            grid.seen_step = None
+        except Exception as error:
+            if self.settings.strict:
+                raise
+            # Out of memory, say: the run goes on dense, and does not try again at every evaluation.
+            self.note(f"calibration: no plan could be made ({type(error).__name__}: {str(error)[:200]})")
+            grid.seen_step = grid.calibrator = None
             return
         finally:
             self.calibration_seconds += time.perf_counter() - began
@@ -221,8 +225,8 @@ class Session:
         if self.policy.store is not None:
             try:
                 self.policy.store.save(grid.plan)
-            except OSError as error:  # a full or read-only disk must not end the run
-                self.note(f"plan: could not be saved ({error.strerror or error})")
+            except (OSError, SafetensorError) as error:  # a full or read-only disk must not end the run
+                self.note(f"plan: could not be saved ({error})")
 
     def unsuitable_reason(self, tokens: int, q: torch.Tensor) -> str | None:
         """Why no call on a grid of `tokens` with such a q `[B, H, L, D]` can be PARO's, or None; asked once each."""

@@ -225,6 +225,26 @@ def test_what_is_too_small_passes_through_with_a_reason(settings, layout, reason
     assert report.status() == f"wan: passed through · {reason}"
 
 
+def test_a_plan_that_cannot_be_made_leaves_the_run_dense(monkeypatch):
+    def fail(self, made):
+        raise MemoryError("no room for the masks")
+
+    monkeypatch.setattr(Calibrator, "plan", fail)
+    session = Session(policy(), sigmas=SIGMAS)
+    assert all(was_dense(pair) for pair in sample(session).values())
+    assert session.finish().notes == ["calibration: no plan could be made (MemoryError: no room for the masks)"]
+    with pytest.raises(MemoryError):
+        sample(Session(policy(Settings(dense_steps=2, strict=True)), sigmas=SIGMAS))
+
+
+def test_a_plan_that_cannot_be_saved_still_serves_the_run(tmp_path):
+    (tmp_path / "file").write_text("")  # a file stands where the folder should be
+    session = Session(policy(store=PlanStore([], tmp_path / "file")), sigmas=SIGMAS)
+    sample(session)
+    report = session.finish()
+    assert report.sites_sparse == 3 and report.notes[0].startswith("plan: could not be saved")
+
+
 def test_a_gpu_that_triton_cannot_serve_is_left_to_the_host():
     """The reference on a GPU would be slower than dense attention: it runs there only when asked for."""
     arguments = (torch.float16, 128, PRECISIONS["int8"])
