@@ -197,3 +197,13 @@ def test_stability_compares_steps_and_prompts():
         f"{what}_between_{which}" for what in ("orders", "masks") for which in ("steps", "prompts")
     } and all(0 <= value <= 1 for value in values.values())
     assert calibrator.plan({}).made["stability"] == values
+
+
+def test_a_row_that_keeps_nothing_is_refused_even_with_a_right_checksum(tmp_path):
+    mask = torch.ones(2, 5, 5, dtype=torch.bool)
+    mask[1, 3] = False
+    entry = SitePlan.create(("FHW", "HWF"), mask, None, torch.ones(2))
+    layout = TokenLayout(0, (4, 8, 10))
+    save_plan(Plan(ModelIdentity("wan", "a", "b"), layout, 64, {Site("double", 0): entry}), tmp_path / "x.safetensors")
+    with pytest.raises(PlanError, match=r"0000\.mask has a row that keeps no block"):
+        load_plan(tmp_path / "x.safetensors")

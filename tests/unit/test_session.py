@@ -10,6 +10,7 @@ from comfyui_paro.paro_runtime import evaluation as evaluation_module
 from comfyui_paro.paro_runtime import patterns as patterns_module
 from comfyui_paro.paro_runtime.attention import resolve_backend
 from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.patterns import PatternCache
 from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site, load_plan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
@@ -223,6 +224,32 @@ def test_what_is_too_small_passes_through_with_a_reason(settings, layout, reason
     report = session.finish()
     assert report.passed == [(reason, 15)] and report.sites == 0
     assert report.status() == f"wan: passed through · {reason}"
+
+
+def test_conditionings_that_the_host_runs_apart_are_all_seen_before_the_plan_is_made():
+    """Low memory or other text lengths: two evaluations a step. Both of the calibrating step are dense."""
+    session = Session(policy(), sigmas=SIGMAS)
+    dense_calls = []
+    for step, sigma in enumerate(SIGMAS[:3]):
+        for chunk in (1, 0):
+            evaluation = session.begin(layout=LAYOUT, sigma=sigma, chunks=(chunk,))
+            q, k, v = tensors(SITES[chunk], step)
+            dense = sdpa(q, k, v)
+            out = evaluation.attend(SITES[0], q, k, v, dense=lambda d=dense: d)
+            dense_calls.append(out is dense)
+            evaluation.end()
+    assert dense_calls == [True] * 4 + [False] * 2
+
+
+def test_the_bias_measured_in_the_run_replaces_the_plans():
+    sample(session := Session(policy(), sigmas=SIGMAS))
+    plan = session.finish().plan
+    cache = PatternCache()
+    arguments = (SITES[0], plan, LAYOUT, 4, torch.device("cpu"))
+    measured = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    assert torch.equal(cache.get(*arguments, measured).tail_bias, measured)
+    assert torch.equal(cache.get(*arguments).tail_bias, plan.sites[SITES[0]].tail_bias)
+    assert cache.get(*arguments, measured).mask is cache.get(*arguments).mask and len(cache) == 1
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_run_dense(monkeypatch):
