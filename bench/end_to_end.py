@@ -1,11 +1,11 @@
-"""One denoising step of Wan 2.1 at real sizes with random weights: the dense backend against PARO.
+"""One denoising step of real architectures at real sizes with random weights: the dense backend against PARO.
 
-python bench/end_to_end.py [--models 1.3b,14b] [--grids 480p,720p] [--densities 0.3,0.2,0.1] [--precision auto]
-                           [--json FILE]
+python bench/end_to_end.py [--models wan1.3b,wan14b,hunyuan15,flux] [--grids 720p,2048] [--densities 0.3,0.2,0.1]
+                           [--precision auto] [--json FILE]
 
-The architecture is that of tests/tiny_wan at the widths and depths of Wan, so the linear layers, norms and attention
-shapes are the real ones. Random weights say nothing about quality: masks are bands of the given density in random
-orders, the tail is on, and the plan is given. Attention is timed inside the step with device events.
+Linear layers, norms and attention shapes are the models' own (`bench/architectures.py`). Random weights say nothing
+about quality: masks are bands of the given density in random orders, the tail is on, and the plan is given. Attention
+is timed inside the step with device events. A density of 1 is PARO's dense kernel without any mask.
 """
 
 from __future__ import annotations
@@ -22,36 +22,18 @@ import _checkout
 _checkout.register()
 
 import torch  # noqa: E402
+from comfyui_paro.bench.architectures import GRIDS, MODELS, RECIPES, TITLES, layout_of, random_model, step_of  # noqa: E402
 from comfyui_paro.paro_runtime.orders import AXIS_ORDERS  # noqa: E402
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import query_block, recipe_for  # noqa: E402
 from comfyui_paro.paro_runtime.session import Policy, Session  # noqa: E402
 from comfyui_paro.paro_runtime.settings import Settings  # noqa: E402
 from comfyui_paro.paro_runtime.tokens import TokenLayout  # noqa: E402
-from comfyui_paro.tests.tiny_wan.model import TinyWan, TinyWanConfig  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
-MODELS = {
-    "1.3b": TinyWanConfig(dim=1536, layers=30, ffn_dim=8960),
-    "14b": TinyWanConfig(dim=5120, layers=40, ffn_dim=13824),
-}
-GRIDS = {"480p": (21, 30, 52), "720p": (21, 45, 80)}
 IDENTITY = ModelIdentity("wan", "random", "random")
 # The order in which the host asks torch for a dense backend on NVIDIA.
 DENSE_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-
-
-def random_model(config: TinyWanConfig) -> TinyWan:
-    """A model of N(0, 0.02) weights in bf16 on the GPU; norms of one."""
-    with torch.device("meta"):
-        model = TinyWan(config)
-    model = model.to(torch.bfloat16).to_empty(device="cuda").eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if "norm" in name and name.endswith("weight"):
-            parameter.fill_(1)
-        else:
-            parameter.normal_(0, 0.02)
-    return model
 
 
 def banded_plan(layout: TokenLayout, heads: int, layers: int, density: float) -> Plan:
@@ -98,18 +80,15 @@ def dense_attention(q, k, v, *, layer):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
 
-def time_step(model: TinyWan, grid: tuple[int, int, int], attention, repeats: int = 2) -> dict:
+def time_step(step, attention, repeats: int) -> dict:
     """Milliseconds of one evaluation (best of `repeats` after one warm-up) and of its self-attention; peak GB."""
     timer = AttentionTimer(attention)
-    x = torch.randn(1, 16, grid[0], 2 * grid[1], 2 * grid[2], device="cuda", dtype=torch.bfloat16)
-    context = torch.randn(1, 512, 4096, device="cuda", dtype=torch.bfloat16)
-    t = torch.full((1,), 500.0, device="cuda")
     best = None
     torch.cuda.reset_peak_memory_stats()
     for repeat in range(repeats + 1):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        out = model(x, t, context, timer)
+        out = step(timer)
         end.record()
         inside = timer.milliseconds()
         if not torch.isfinite(out).all():
@@ -120,12 +99,18 @@ def time_step(model: TinyWan, grid: tuple[int, int, int], attention, repeats: in
     return {**best, "peak_gb": torch.cuda.max_memory_allocated() / 1e9}
 
 
-def paro_attention(layout: TokenLayout, plan: Plan, precision: str):
-    """The attention callable of a session that has this plan and no dense steps, and the session."""
+def paro_attention(layout: TokenLayout, plan: Plan, recipe: str, precision: str, dense: bool = False):
+    """The attention callable of a session that has this plan, and the session. dense: PARO's kernel, every block."""
     settings = Settings(
-        preset="custom", density=max(plan.density, 0.01), precision=precision, dense_steps=0, min_tokens=0, strict=True
+        preset="custom",
+        density=max(plan.density, 0.01),
+        precision=precision,
+        dense_steps=int(dense),
+        dense_attention="paro",
+        min_tokens=0,
+        strict=True,
     )
-    session = Session(Policy(IDENTITY, recipe_for("wan"), settings, plan=plan), sigmas=[1.0, 0.0])
+    session = Session(Policy(IDENTITY, recipe_for(recipe), settings, plan=plan), sigmas=[1.0, 0.0])
     evaluation = session.begin(layout=layout, sigma=1.0)
 
     def attention(q, k, v, *, layer):
@@ -134,12 +119,36 @@ def paro_attention(layout: TokenLayout, plan: Plan, precision: str):
     return attention, session
 
 
+def measure(name: str, size: str, densities: list[float], precision: str, repeats: int) -> list[dict]:
+    """The rows of one model at one size: torch's dense attention, then PARO at each density."""
+    grid = GRIDS[name][size]
+    layout = layout_of(name, grid)
+    config = MODELS[name]
+    step = step_of(random_model(name), grid)
+    common = {"model": name, "title": f"{TITLES[name]} {size}", "tokens": layout.length}
+    dense = time_step(step, dense_attention, repeats)
+    rows = [{**common, "method": "dense", **dense}]
+    for density in densities:
+        plan = banded_plan(layout, config.heads, config.layers, density)
+        attention, session = paro_attention(layout, plan, RECIPES[name], precision, density == 1)
+        row = time_step(step, attention, repeats)
+        report = session.finish()
+        gains = {
+            "step_gain": dense["step_ms"] / row["step_ms"],
+            "attention_gain": dense["attention_ms"] / row["attention_ms"],
+        }
+        kept = {"density": plan.density, "precision": report.precision, "sites_sparse": report.sites_sparse}
+        rows.append({**common, "method": "paro", **kept, **gains, **row})
+    return rows
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="1.3b,14b")
-    parser.add_argument("--grids", default="480p,720p")
-    parser.add_argument("--densities", default="0.3,0.2,0.1")
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--grids", default="", help="sizes to run, such as 720p,2048; all of each model's by default")
+    parser.add_argument("--densities", default="1,0.3,0.2,0.1")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--repeats", type=int, default=2, help="timed evaluations; the best one counts")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -155,40 +164,18 @@ def main() -> int:
         "weights": "random",
         "rows": [],
     }
+    densities = [float(density) for density in args.densities.split(",")]
     for name in args.models.split(","):
-        config = MODELS[name]
-        model = random_model(config)
-        for size in args.grids.split(","):
-            grid = GRIDS[size]
-            layout = TokenLayout(0, grid)
-            dense = time_step(model, grid, dense_attention)
-            rows = [{"model": name, "grid": size, "tokens": layout.length, "method": "dense", **dense}]
-            for density in map(float, args.densities.split(",")):
-                plan = banded_plan(layout, config.heads, config.layers, density)
-                attention, session = paro_attention(layout, plan, args.precision)
-                row = time_step(model, grid, attention)
-                report = session.finish()
-                rows.append(
-                    {
-                        "model": name,
-                        "grid": size,
-                        "tokens": layout.length,
-                        "method": "paro",
-                        "density": plan.density,
-                        "precision": report.precision,
-                        "sites_sparse": report.sites_sparse,
-                        "step_gain": dense["step_ms"] / row["step_ms"],
-                        "attention_gain": dense["attention_ms"] / row["attention_ms"],
-                        **row,
-                    }
-                )
+        for size in GRIDS[name]:
+            if args.grids and size not in args.grids.split(","):
+                continue
+            rows = measure(name, size, densities, args.precision, args.repeats)
+            torch.cuda.empty_cache()
             for row in rows:
                 print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}), flush=True)
             results["rows"] += rows
             if args.json:
                 args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        del model
-        torch.cuda.empty_cache()
     return 0
 
 

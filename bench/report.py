@@ -69,9 +69,9 @@ def step_tables(reports: list[dict]) -> list[str]:
     lines = [
         "# One denoising step",
         "",
-        "From `bench/results/end_to_end*.json`, which `python bench/end_to_end.py` printed: Wan 2.1 at its own sizes "
-        "with random weights, bf16, one evaluation. Dense is torch's fastest attention. Models that are not listed: "
-        f"{MISSING}.",
+        "From `bench/results/end_to_end*.json`, which `python bench/end_to_end.py` printed: real architectures at real "
+        "sizes with random weights, bf16, one evaluation. Dense is torch's fastest attention; PARO at density 1 is its "
+        f"own kernel without a mask. Models that are not listed: {MISSING}.",
         "",
     ]
     for report in reports:
@@ -88,7 +88,7 @@ def step_tables(reports: list[dict]) -> list[str]:
         ]
         for row in report["rows"]:
             cells = [
-                f"Wan 2.1 {row['model']} {row['grid']}",
+                row["title"],
                 f"{row['tokens']}",
                 row["method"] + (f" {row['precision']}" if "precision" in row else ""),
                 cell(row.get("density")) if "density" in row else "1",
