@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from .falloff import pack_falloff
 from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .recipes import MaskOptions, query_block
@@ -167,11 +168,11 @@ class Calibrator:
         sums = [self._sums[site] for site in sites]
         choose = shared_masks if self.options.budget == "shared" else per_head_masks
         masks = choose([self._criterion(s) for s in sums], self.options.density)
-        entries = {}
+        entries, layout = {}, self.layout
         for site, s, mask in zip(sites, sums, masks, strict=True):
             orders = [s.candidates[i] for i in s.choice.tolist()]
-            entries[site] = SitePlan.create(orders, mask, self._bias(s, mask), mass_kept(s.mass, mask))
-        layout = self.layout
+            falloff = pack_falloff(s.falloff, s.mass.float().sum(1), orders, layout.grid)
+            entries[site] = SitePlan.create(orders, mask, self._bias(s, mask), mass_kept(s.mass, mask), falloff)
         made = {
             "observations": self.observations,
             "candidates": list(sums[0].candidates),

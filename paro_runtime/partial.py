@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .falloff import falloff_shape
 from .orders import ALL_ORDERS
 from .plan import ModelIdentity, PlanError, Site
 from .sums import SiteSums
@@ -95,6 +97,7 @@ class PartialStore:
             and int(sums.weight.min()) > 0
             and all(t.shape[0] == heads and t.dtype in DTYPES for t in tensors.values())
             and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
+            and sums.falloff.shape == (heads, math.prod(falloff_shape(layout.grid)))
             and (sums.error is None or sums.error.shape == sums.mass.shape)
         )
         if not right:

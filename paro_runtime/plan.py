@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES
+from .falloff import packed_width
 from .orders import ALL_ORDERS
 from .tokens import TokenLayout
 
-FORMAT = 1
+FORMAT = 2
 LIMITS = {"metadata_bytes": 4 << 20, "sites": 4096, "heads": 1024, "grid_tokens": 1 << 24, "mask_bytes": 1 << 30}
 
 
@@ -71,7 +72,8 @@ def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 class SitePlan:
     """Heads of one site. orders: name per head. packed: bits of the mask `[heads, q_blocks, k_blocks]`.
 
-    tail_bias float32 [heads] or None; density and mass_kept float32 [heads], as calibrated.
+    tail_bias float32 [heads] or None; density and mass_kept float32 [heads], as calibrated. falloff uint8
+    [heads, packed_width(grid)] as `falloff.pack_falloff` makes it, or None: then the plan serves its own grid only.
     """
 
     orders: tuple[str, ...]
@@ -80,9 +82,10 @@ class SitePlan:
     tail_bias: torch.Tensor | None
     density: torch.Tensor
     mass_kept: torch.Tensor
+    falloff: torch.Tensor | None = None
 
     @classmethod
-    def create(cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor) -> SitePlan:
+    def create(cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor, falloff=None) -> SitePlan:
         """From a bool mask `[heads, q_blocks, k_blocks]` on any device."""
         return cls(
             tuple(orders),
@@ -91,6 +94,7 @@ class SitePlan:
             None if tail_bias is None else tail_bias.float().cpu(),
             mask.float().mean((1, 2)).cpu(),
             mass_kept.float().cpu(),
+            falloff,
         )
 
     def mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -157,13 +161,16 @@ def save_plan(plan: Plan, path: Path) -> None:
     tensors, sites = {}, []
     for number, (site, entry) in enumerate(sorted(plan.sites.items())):
         key = f"{number:04d}"
-        sites.append({"name": site.name, "shape": list(entry.shape), "tail": entry.tail_bias is not None})
+        optional = {"tail": entry.tail_bias is not None, "falloff": entry.falloff is not None}
+        sites.append({"name": site.name, "shape": list(entry.shape), **optional})
         tensors[f"{key}.orders"] = torch.tensor([ALL_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
         tensors[f"{key}.mask"] = entry.packed
         tensors[f"{key}.density"] = entry.density
         tensors[f"{key}.mass_kept"] = entry.mass_kept
         if entry.tail_bias is not None:
             tensors[f"{key}.tail_bias"] = entry.tail_bias
+        if entry.falloff is not None:
+            tensors[f"{key}.falloff"] = entry.falloff
     header = {
         "format": FORMAT,
         "identity": asdict(plan.identity),
@@ -242,11 +249,12 @@ def _read(file, name: str) -> Plan:
         heads, *found = entry["shape"]
         if type(heads) is not int or not 0 < heads <= LIMITS["heads"] or tuple(found) != blocks:
             raise PlanError(f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}")
-        budget -= heads * math.prod(blocks) // 8
+        width = packed_width(layout.grid) if entry["falloff"] else 0
+        budget -= heads * (math.prod(blocks) // 8 + width)
         if budget < 0:
-            raise PlanError(f"plan {name}: masks over {LIMITS['mask_bytes']} bytes")
+            raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
         key = f"{number:04d}"
-        found = _read_site(file, name, key, (heads, *blocks), names, entry["tail"])
+        found = _read_site(file, name, key, (heads, *blocks), names, entry["tail"], width)
         tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
         sites[Site.parse(entry["name"])] = _site_plan(found, (heads, *blocks), names)
     if len(sites) != len(header["sites"]):
@@ -260,7 +268,9 @@ def _read(file, name: str) -> Plan:
     return Plan(identity, layout, block_q, sites, pool, settings, made)
 
 
-def _read_site(file, name: str, key: str, shape: tuple[int, int, int], names: list[str], tail: bool) -> dict:
+def _read_site(
+    file, name: str, key: str, shape: tuple[int, int, int], names: list[str], tail: bool, width: int
+) -> dict:
     heads = shape[0]
     expected = {
         "orders": ("U8", [heads]),
@@ -270,6 +280,8 @@ def _read_site(file, name: str, key: str, shape: tuple[int, int, int], names: li
     }
     if tail:
         expected["tail_bias"] = ("F32", [heads])
+    if width:
+        expected["falloff"] = ("U8", [heads, width])
     tensors = {}
     for part, (dtype, size) in expected.items():
         view = file.get_slice(f"{key}.{part}")
@@ -297,4 +309,5 @@ def _read_site(file, name: str, key: str, shape: tuple[int, int, int], names: li
 
 def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str]) -> SitePlan:
     orders = tuple(names[i] for i in tensors["orders"].tolist())
-    return SitePlan(orders, tensors["mask"], shape, tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"])
+    rest = (tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"], tensors.get("falloff"))
+    return SitePlan(orders, tensors["mask"], shape, *rest)

@@ -1,8 +1,9 @@
-"""A plan made on one grid, used on another: orders carry over, masks are resampled through token coordinates.
+"""A plan made on one grid, used on another: orders carry over, masks are drawn anew from how attention falls off.
 
-A block of the new grid covers a region of the picture in space and time; what the old plan kept between the regions
-that two new blocks cover, and how near they are, decides whether their pair is kept. Nearness counts along those axes
-along which the old mask shows the head to be local. Each head keeps its density and a tenth more.
+A plan holds, per head, how attention falls off with distance and which places draw more than that. From it follows
+what each pair of blocks of the new grid should hold. Whether a head's reach is a number of tokens or a share of the
+picture nobody can tell from one grid: both are predicted, and their mean ranks the pairs. Each head keeps its density
+and a tenth more.
 
 Nobody knows what a moved mask keeps until it is used, so the run measures it on a few rows and calibrates anew below a
 floor.
@@ -10,91 +11,152 @@ floor.
 
 from __future__ import annotations
 
+import math
+from collections import defaultdict
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from ..kernels.problem import BLOCK_K, Geometry
+from .falloff import axis_bins, stretch, unpack_falloff
 from .orders import order_table
-from .plan import Plan, SitePlan
+from .plan import Plan, PlanError, SitePlan, pack_bits, unpack_bits
 from .recipes import query_block
+from .selection import mass_kept
 from .tail import kept_on_rows
 from .tokens import TokenLayout
 
-# A moved plan that keeps less than this share of what it kept where it was made is calibrated anew.
+# A moved plan that keeps less than this share of what it should keep on the new grid is calibrated anew.
 KEPT_FLOOR = 0.9
-# How much nearness counts against the old mask's verdict (0 to 1). Measured: planted heads, whose locality is a number
-# of tokens, like it high (4), the tiny trained model, whose locality grows with the grid, low (0.25).
-NEARNESS = 1.0
 # A moved mask keeps this much more than the density it was made for: it is less exact than one made on the grid.
 EXTRA = 1.1
+# Pairs of tokens looked at per order, over all pairs of blocks; a block has no more than SAMPLES tokens looked at.
+TOKEN_PAIRS = 1 << 26
+SAMPLES = 64
+# Heads whose pairs of blocks are predicted at a time: 4 bytes a pair and head.
+HEADS_AT_ONCE = 32
 
 
 def _coordinates(order: str, grid: tuple[int, int, int]) -> torch.Tensor:
-    """Token coordinates in whole tokens along F, H, W at each position of the order, int64 `[N, 3]`."""
-    index = order_table(order, grid).long()
+    """Token coordinates in whole tokens along F, H, W at each position of the order, int32 `[N, 3]`."""
+    index = order_table(order, grid)
     _, h, w = grid
     return torch.stack([index // (h * w), index // w % h, index % w], 1)
 
 
 @lru_cache(maxsize=64)
-def _overlap(order: str, old: tuple[int, int, int], new: tuple[int, int, int], old_size: int, new_size: int):
-    """float32 `[new blocks, old blocks]`: share of a new block's tokens that lie in the region of an old block."""
+def _overlap(order: str, old: tuple[int, int, int], new: tuple[int, int, int]) -> torch.Tensor:
+    """float32 `[new, old]` blocks of keys: share of a new block's tokens that lie in the region of an old one."""
     _, h, w = old
-    position = torch.empty(old[0] * h * w, dtype=torch.long)
+    position = torch.empty(math.prod(old), dtype=torch.long)
     table = order_table(order, old).long()
     position[table] = torch.arange(table.numel())
     at = _coordinates(order, new)
     f, y, x = (((at[:, axis] * 2 + 1) * old[axis] // (2 * new[axis])) for axis in range(3))
-    old_block = position[(f * h + y) * w + x] // old_size
-    new_block = torch.arange(at.shape[0]) // new_size
-    table = torch.zeros(-(-at.shape[0] // new_size), -(-position.numel() // old_size))
+    old_block = position[((f * h + y) * w + x).long()] // BLOCK_K
+    new_block = torch.arange(at.shape[0]) // BLOCK_K
+    table = torch.zeros(-(-at.shape[0] // BLOCK_K), -(-position.numel() // BLOCK_K))
     table.index_put_((new_block, old_block), torch.ones(at.shape[0]), accumulate=True)
     return table / table.sum(1, keepdim=True)
 
 
-@lru_cache(maxsize=64)
-def _distances(order: str, grid: tuple[int, int, int], block_q: int) -> torch.Tensor:
-    """Mean distance between the tokens of two blocks along each axis, in shares of its extent: `[3, q, k]`."""
-    at = _coordinates(order, grid).float() / torch.tensor(grid)
+def _sampled(tokens: int, block: int, samples: int, step: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of sampled tokens, int64 `[blocks, samples]`, and how many tokens each block has, int64 `[blocks]`.
 
-    def centres(size: int) -> torch.Tensor:
-        parts = at.split(size)
-        return torch.stack([part.mean(0) for part in parts])
+    `step` shifts the samples within their share of the block, so that no period of the order escapes or fills them.
+    """
+    first = torch.arange(0, tokens, block)
+    size = (tokens - first).clamp_max(block)
+    shift = torch.arange(samples, dtype=torch.float64)
+    inside = (shift + (shift * step % 1 if samples < block else 0)) / samples
+    return first[:, None] + (inside * size[:, None]).long(), size
 
-    return (centres(block_q)[:, None] - centres(BLOCK_K)[None]).abs().permute(2, 0, 1)
+
+def _pairs(order: str, grid: tuple[int, int, int], block_q: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each pair of blocks the bins of the distances of pairs of their tokens, int32 `[q * k, samples]`, and how
+    many pairs of tokens they have, float32 `[q, k]`."""
+    at, tokens = _coordinates(order, grid), math.prod(grid)
+    blocks = -(-tokens // block_q) * -(-tokens // BLOCK_K)
+    samples = SAMPLES
+    while samples > 1 and blocks * samples**2 > TOKEN_PAIRS:
+        samples //= 2
+    (queries, of_q), (keys, of_k) = (
+        _sampled(tokens, size, samples, step) for size, step in ((block_q, 0.618034), (BLOCK_K, 0.414214))
+    )
+    found = torch.zeros(queries.shape[0], keys.shape[0], samples, samples, dtype=torch.int32)
+    for axis, extent in enumerate(grid):
+        bins, centres = axis_bins(extent)
+        q, k = at[queries, axis], at[keys, axis]
+        away = (q[:, None, :, None] - k[None, :, None, :]).abs_()
+        found = found.mul_(len(centres)).add_(bins.int()[away])
+    return found.view(-1, samples**2), (of_q[:, None] * of_k).float()
 
 
-def _move_head(mask: torch.Tensor, order: str, old: TokenLayout, new: TokenLayout, old_q: int, new_q: int):
-    """One head's mask `[q_blocks, k_blocks]` on the new grid."""
-    rows = _overlap(order, old.grid, new.grid, old_q, new_q)
-    columns = _overlap(order, old.grid, new.grid, BLOCK_K, BLOCK_K)
-    verdict = rows @ mask.float() @ columns.T
-    away = _distances(order, old.grid, old_q)
-    usual = away.mean((1, 2)).clamp_min(1e-6)
-    local = (1 - (away * mask).sum((1, 2)) / mask.sum() / usual).clamp_min(0)
-    far = (_distances(order, new.grid, new_q) * local[:, None, None]).sum(0)
-    score = verdict - NEARNESS * far / far.amax().clamp_min(1e-6)
-    count = max(1, min(score.numel(), round(EXTRA * mask.float().mean().item() * score.numel())))
-    moved = torch.zeros_like(score, dtype=torch.bool)
-    moved.view(-1)[score.flatten().topk(count).indices] = True
-    return moved.scatter_(1, score.argmax(1, keepdim=True), True)
+@lru_cache(maxsize=16)
+def _pair_counts(grid: tuple[int, int, int]) -> torch.Tensor:
+    """Pairs of tokens per bin, float32 `[bins F, H, W]`."""
+    counts = []
+    for extent in grid:
+        bins, centres = axis_bins(extent)
+        pairs = torch.where(torch.arange(extent) > 0, 2, 1) * (extent - torch.arange(extent))
+        counts.append(torch.zeros(len(centres)).index_add_(0, bins, pairs.float()))
+    return torch.einsum("a,b,c->abc", *counts)
+
+
+def _expected_falloff(falloff: torch.Tensor, old: tuple[int, int, int], new: tuple[int, int, int]) -> torch.Tensor:
+    """Weights per bin of the new grid, float32 `[H, bins]`: both readings of distance, each with half of the mass."""
+    total = 0
+    for by_extent in (False, True):
+        weights = stretch(falloff, old, new, by_extent)
+        total = total + weights / (weights * _pair_counts(new)).sum((1, 2, 3), keepdim=True)
+    return total.flatten(1)
+
+
+def _best_blocks(expected: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
+    """bool like `expected` `[H, q, k]`: the best blocks of each head, and the best of every row."""
+    mask = torch.zeros_like(expected, dtype=torch.bool)
+    for head, share in zip(range(len(mask)), density.tolist(), strict=True):
+        count = max(1, min(expected[head].numel(), round(EXTRA * share * expected[head].numel())))
+        mask[head].view(-1)[expected[head].flatten().topk(count, sorted=False).indices] = True
+    return mask.scatter_(2, expected.argmax(2, keepdim=True), True)
 
 
 def move_plan(plan: Plan, layout: TokenLayout) -> Plan:
-    """The plan for another grid of the same model. What it keeps there is only expected, not measured."""
-    if plan.layout.grid == layout.grid:
+    """The plan for another grid of the same model; `mass_kept` is what it should keep there, not measured.
+
+    Raises PlanError for a plan that does not say how its heads' attention falls off.
+    """
+    old, new = plan.layout.grid, layout.grid
+    if old == new:
         return plan if plan.layout == layout else replace(plan, layout=layout)
     block_q = query_block(layout.grid_tokens)
+    by_order = defaultdict(list)
+    for site, entry in plan.sites.items():
+        if entry.falloff is None:
+            raise PlanError(f"plan: {site.name} does not say how its attention falls off; it serves no other grid")
+        for head, order in enumerate(entry.orders):
+            by_order[order].append((site, head))
+    shape, moved = None, {}
+    for order, heads in by_order.items():
+        bins, size = _pairs(order, new, block_q)
+        shape, overlap = size.shape, _overlap(order, old, new)
+        for first in range(0, len(heads), HEADS_AT_ONCE):
+            some = heads[first : first + HEADS_AT_ONCE]
+            packed = torch.stack([plan.sites[site].falloff[head] for site, head in some])
+            falloff, draw = unpack_falloff(packed, old)
+            table = _expected_falloff(falloff, old, new).T.contiguous()
+            expected = torch.nn.functional.embedding_bag(bins, table, mode="mean").T.reshape(-1, *shape)
+            expected = expected * size * (draw @ overlap.T)[:, None]
+            mask = _best_blocks(expected, torch.stack([plan.sites[site].density[head] for site, head in some]))
+            kept = mass_kept(expected, mask)
+            moved.update({key: (pack_bits(m), kept[i]) for i, (key, m) in enumerate(zip(some, mask, strict=True))})
     sites = {}
     for site, entry in plan.sites.items():
-        moved = [
-            _move_head(mask, order, plan.layout, layout, plan.block_q, block_q)
-            for mask, order in zip(entry.mask(), entry.orders, strict=True)
-        ]
-        sites[site] = SitePlan.create(entry.orders, torch.stack(moved), entry.tail_bias, entry.mass_kept)
-    made = {**plan.made, "moved_from": "x".join(map(str, plan.layout.grid))}
+        found = [moved[site, head] for head in range(len(entry.orders))]
+        mask = torch.stack([unpack_bits(bits, shape) for bits, _ in found])
+        sites[site] = SitePlan.create(entry.orders, mask, entry.tail_bias, torch.stack([kept for _, kept in found]))
+    made = {**plan.made, "moved_from": "x".join(map(str, old))}
     return Plan(plan.identity, layout, block_q, sites, plan.pool, plan.settings, made)
 
 
@@ -124,7 +186,7 @@ class MovedPlanCheck:
         expected = sum(then for _, then in self._kept.values()) / len(self._kept)
         stays = measured >= KEPT_FLOOR * expected
         text = (
-            f"plan: moved from the grid {self.plan.made.get('moved_from', '?')}, keeps {measured:.1%} of the attention "
-            f"here and kept {expected:.1%} there"
+            f"plan: moved from the grid {self.plan.made.get('moved_from', '?')}, keeps {measured:.1%} of the "
+            f"attention, expected {expected:.1%}"
         )
         return stays, text if stays else f"{text}; calibrating anew"

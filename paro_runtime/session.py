@@ -22,7 +22,7 @@ from .attention import resolve_backend, resolve_precision, self_check
 from .calibration import Calibrator
 from .evaluation import Evaluation
 from .patterns import PatternCache
-from .plan import ModelIdentity, Plan, Site
+from .plan import ModelIdentity, Plan, PlanError, Site
 from .plan_store import PlanStore
 from .portability import MovedPlanCheck, move_plan
 from .recipes import Recipe, mask_options, query_block
@@ -174,11 +174,15 @@ class Session:
             if reason is None:
                 if given.identity.weights != self.policy.identity.weights:
                     self.note("plan: made for other weights of the same architecture; a fine-tune or LoRA may differ")
-                grid.plan, grid.source = given, "given plan"
-                if given.layout.grid != layout.grid:
-                    grid.plan, grid.source = move_plan(given, layout), "given plan, moved to this grid"
-                    grid.check = MovedPlanCheck(grid.plan)
-                return grid
+                try:
+                    grid.plan, grid.source = move_plan(given, layout), "given plan"
+                except PlanError as error:
+                    reason = str(error)
+                else:
+                    if given.layout.grid != layout.grid:
+                        grid.source = "given plan, moved to this grid"
+                        grid.check = MovedPlanCheck(grid.plan)
+                    return grid
             self.note(f"{reason}; calibrating anew")
         elif self.policy.store is not None:
             found, note = self.policy.store.find(

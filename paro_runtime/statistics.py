@@ -1,9 +1,10 @@
 """From one site's queries and keys to block statistics: which order suits each head, and what its blocks hold.
 
 Streaming passes over Q K^T: the log-sum-exp of every row; block sums of some query blocks under every candidate order,
-to choose; block sums of all query blocks under the chosen orders, for the mask; and, where the values are at hand, the
-tail's errors on a few rows of every block. With a quarter of the query blocks for ten orders that is 1 + 10/4 + 1
-products Q K^T and a quarter of a dense attention, together two and a half dense attentions.
+to choose; block sums of all query blocks under the chosen orders, for the mask; the falloff with distance from a few
+hundred rows; and, where the values are at hand, the tail's errors on a few rows of every block. With a quarter of the
+query blocks for ten orders that is 1 + 10/4 + 1 products Q K^T and a quarter of a dense attention, together two and a
+half dense attentions.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from ..kernels.api import block_statistics, row_logsumexp
 from ..kernels.problem import Geometry
 from ..kernels.statistics_reference import BlockStatistics
+from .falloff import observe_falloff
 from .orders import ORIGINAL, candidate_orders, order_table, tiled_orders
 from .selection import mass_kept_scores, paper_scores
 from .tail import TailObservation, observe_tail
@@ -60,7 +62,8 @@ class Observation:
     scores  float32 [H, candidates], higher is better; the names are in `candidates`.
     choice  int64 [H]: index of the order under which the rest was taken.
     mass    float32 [H, q_blocks, k_blocks]: attention in each block.
-    pooled  the same with pooled keys, or None unless asked for.
+    falloff float32 [H, bins]: mean weight of a key by its distance, see `falloff.observe_falloff`.
+    pooled  the same as mass with pooled keys, or None unless asked for.
     tail    errors of the tail, or None without a tail or without values.
     """
 
@@ -68,6 +71,7 @@ class Observation:
     scores: torch.Tensor
     choice: torch.Tensor
     mass: torch.Tensor
+    falloff: torch.Tensor
     pooled: torch.Tensor | None = None
     tail: TailObservation | None = None
 
@@ -146,7 +150,8 @@ def observe(
         tail = observe_tail(
             q, k, v, geometry, rows, density=options.density, pool=options.pool, scale=scale, key_bias=key_bias
         )
-    return Observation(candidates, scores, choice, full.mass, full.pooled, tail)
+    falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias)
+    return Observation(candidates, scores, choice, full.mass, falloff, full.pooled, tail)
 
 
 def masses_by_membership(

@@ -17,8 +17,9 @@ FULL_PRECISION_ELEMENTS = 1 << 22
 class SiteSums:
     """Sums on the CPU; `weight` counts, per head, the observations under its present order. H = query heads.
 
-    scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, pooled, error [H, q_blocks, k_blocks]; curves
-    [H, densities, biases] and energy [H] as in `tail.TailObservation`. done: (prompt, step) of what is summed.
+    scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, pooled, error [H, q_blocks, k_blocks]; falloff
+    [H, bins], of every order; curves [H, densities, biases] and energy [H] as in `tail.TailObservation`. done: (prompt,
+    step) of what is summed.
     """
 
     candidates: tuple[str, ...]
@@ -26,6 +27,7 @@ class SiteSums:
     choice: torch.Tensor
     weight: torch.Tensor
     mass: torch.Tensor
+    falloff: torch.Tensor
     pooled: torch.Tensor | None = None
     error: torch.Tensor | None = None
     curves: torch.Tensor | None = None
@@ -41,6 +43,7 @@ class SiteSums:
         """Fold in one more observation; heads whose order changed start anew with it."""
         same = more.choice == self.choice
         self.scores = self.scores + more.scores
+        self.falloff = self.falloff + more.falloff
         self.choice = more.choice
         self.weight = self.weight.where(same, 0) + more.weight
         for name in ("mass", "pooled", "error", "curves", "energy"):
@@ -64,6 +67,7 @@ def stored(seen: Observation, with_error: bool) -> SiteSums:
         seen.choice.cpu(),
         torch.ones(seen.choice.shape[0], dtype=torch.long),
         table(seen.mass),
+        seen.falloff.cpu(),
         table(seen.pooled),
         table(tail.error) if tail is not None and with_error else None,
         None if tail is None else tail.curves.cpu(),

@@ -1,0 +1,162 @@
+"""How a head's attention falls off with distance on the token grid: what a plan must know to serve another grid.
+
+While a site is observed, a few hundred evenly spread queries measure the mean weight that a key gets at each distance
+along F, H and W, distances in bins that widen (one token apart at first). That, and how much more than this each block
+of keys draws (sinks do), is stored with the plan in a byte per number: a few kilobytes a head.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+
+from ..kernels.problem import BLOCK_K
+from .orders import order_table
+from .tokens import TokenLayout
+
+# The distances, in tokens, at which bins begin.
+EDGES = (0, 1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 42, 60, 85, 120, 170, 240, 340, 480)
+ROWS = 256
+# Bytes are logarithms: of the weight in steps of a tenth below the largest, of what a block draws in twentieths.
+WEIGHT_STEPS, DRAW_STEPS, DRAW_ZERO = 10, 20, 128
+# Powers of the root of x^4 = x + 1 spread points over a box more evenly than chance does.
+_SPREAD = tuple(1.2207440846057596**-power for power in (1, 2, 3))
+
+
+def axis_bins(extent: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bin of each distance 0 .. extent - 1, int64, and the mean distance of each bin, float32.
+
+    The last quarter of the extent starts no bin: too few pairs of tokens are that far apart to measure by.
+    """
+    edges = torch.tensor([edge for edge in EDGES if edge == 0 or 4 * edge < 3 * extent])
+    distance = torch.arange(extent)
+    bins = torch.searchsorted(edges, distance, right=True) - 1
+    centres = torch.zeros(len(edges)).index_add_(0, bins, distance.float()) / bins.bincount()
+    return bins, centres
+
+
+def falloff_shape(grid: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Bins along F, H, W."""
+    return tuple(len(axis_bins(extent)[1]) for extent in grid)
+
+
+def packed_width(grid: tuple[int, int, int]) -> int:
+    """Bytes per head that `pack_falloff` makes: one per bin and one per block of keys."""
+    return math.prod(falloff_shape(grid)) + -(-math.prod(grid) // BLOCK_K)
+
+
+@lru_cache(maxsize=16)
+def _rows(grid: tuple[int, int, int], rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+    """Grid index of the sampled queries, int64 `[n]`; the bin of every coordinate as seen from each, one-hot float32
+    `[n, extent, bins]` per axis; how many pairs fall into each bin, float32 `[bins F, H, W]`."""
+    tokens = math.prod(grid)
+    if tokens <= rows:
+        index = torch.arange(tokens)
+        at = torch.stack([index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]], 1)
+    else:
+        points = (
+            0.5 + torch.arange(rows, dtype=torch.float64)[:, None] * torch.tensor(_SPREAD, dtype=torch.float64)
+        ) % 1
+        at = (points * torch.tensor(grid)).long()
+        index = (at[:, 0] * grid[1] + at[:, 1]) * grid[2] + at[:, 2]
+    seen = []
+    for axis, extent in enumerate(grid):
+        bins, centres = axis_bins(extent)
+        away = (torch.arange(extent) - at[:, axis, None]).abs()
+        seen.append(torch.nn.functional.one_hot(bins[away], len(centres)).float())
+    pairs = torch.einsum("ra,rb,rc->abc", *(s.sum(1) for s in seen))
+    return index, tuple(seen), pairs
+
+
+def observe_falloff(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    layout: TokenLayout,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    rows: int = ROWS,
+) -> torch.Tensor:
+    """Mean attention weight of a key by its distance from the query: float32 `[Hq, bins F * H * W]`, W fastest.
+
+    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, key_bias `[B, L]`. Costs rows / L of a product Q K^T.
+    """
+    batch, heads, _, dim = q.shape
+    scale = dim**-0.5 if scale is None else scale
+    index, seen, pairs = _rows(layout.grid, rows)
+    index, pairs = index.to(q.device) + layout.prefix, pairs.to(q.device)
+    by_f, by_h, by_w = (s.to(q.device) for s in seen)
+    f, h, w = layout.grid
+    total = torch.zeros(heads, *pairs.shape, device=q.device)
+    group = heads // k.shape[1]
+    on_grid = slice(layout.prefix, layout.prefix + layout.grid_tokens)
+    for b in range(batch):
+        for head in range(heads):
+            logits = q[b, head, index].float() * scale @ k[b, head // group].float().T
+            if key_bias is not None:
+                logits += key_bias[b].float()
+            weights = logits.softmax(1)[:, on_grid]
+            along_w = weights.reshape(-1, f * h, w) @ by_w
+            along_h = along_w.unflatten(1, (f, h)).transpose(2, 3) @ by_h[:, None]
+            total[head] += torch.einsum("rfcb,rfa->abc", along_h, by_f)
+    return (total / (batch * pairs.clamp_min(1))).flatten(1)
+
+
+def _received(falloff: torch.Tensor, grid: tuple[int, int, int], order: str) -> torch.Tensor:
+    """Attention that each block of keys would get if distance were all: float32 `[k_blocks]` for falloff `[bins]`."""
+    table = falloff.view(falloff_shape(grid))
+    for extent in grid:
+        bins, centres = axis_bins(extent)
+        places = torch.arange(extent)
+        away = torch.nn.functional.one_hot(bins[(places[:, None] - places).abs()], len(centres)).sum(1).float()
+        # Contracting the first axis puts its places last: after three rounds the axes stand as they did.
+        table = torch.tensordot(table, away, ([0], [1]))
+    per_token = table.flatten()[order_table(order, grid).long()]
+    missing = -per_token.numel() % BLOCK_K
+    return torch.nn.functional.pad(per_token, (0, missing)).view(-1, BLOCK_K).sum(1)
+
+
+def pack_falloff(falloff: torch.Tensor, received: torch.Tensor, orders, grid: tuple[int, int, int]) -> torch.Tensor:
+    """uint8 `[H, packed_width(grid)]` from falloff `[H, bins]` and the attention each block of keys of the heads'
+    orders got, `[H, k_blocks]`. Only ratios within a head are kept."""
+    falloff = falloff.float().cpu().clamp_min(1e-30)
+    expected = torch.stack([_received(row, grid, order) for row, order in zip(falloff, orders, strict=True)])
+    draw = received.float().cpu().clamp_min(1e-30) / expected
+    draw = draw / (draw * expected).sum(1, keepdim=True) * expected.sum(1, keepdim=True)
+    weight = 255 + WEIGHT_STEPS * (falloff / falloff.amax(1, keepdim=True)).log()
+    packed = torch.cat([weight, DRAW_ZERO + DRAW_STEPS * draw.log()], 1)
+    return packed.round().clamp(0, 255).to(torch.uint8)
+
+
+def unpack_falloff(packed: torch.Tensor, grid: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights relative to the head's largest, float32 `[H, bins F, H, W]`, and the factor by which each block of keys
+    draws more than that, float32 `[H, k_blocks]`."""
+    shape = falloff_shape(grid)
+    weight, draw = packed.float().split([math.prod(shape), packed.shape[1] - math.prod(shape)], 1)
+    weight = ((weight - 255) / WEIGHT_STEPS).exp()
+    return weight.unflatten(1, shape), ((draw - DRAW_ZERO) / DRAW_STEPS).exp()
+
+
+def stretch(
+    falloff: torch.Tensor, old: tuple[int, int, int], new: tuple[int, int, int], by_extent: bool
+) -> torch.Tensor:
+    """Weights `[H, bins F, H, W]` of one grid for the bins of another.
+
+    by_extent: distances count in shares of the grid's extent, otherwise in tokens. Between the centres of bins the
+    logarithms are mixed; beyond the last bin its weight holds.
+    """
+    logs = falloff.log()
+    for axis, (before, after) in enumerate(zip(old, new, strict=True), 1):
+        centres, wanted = axis_bins(before)[1], axis_bins(after)[1]
+        if by_extent:
+            wanted = wanted * (before / after)
+        if len(centres) == 1:
+            logs = logs.repeat_interleave(len(wanted), axis)
+            continue
+        upper = torch.searchsorted(centres, wanted).clamp(1, len(centres) - 1)
+        part = ((wanted - centres[upper - 1]) / (centres[upper] - centres[upper - 1])).clamp(0, 1)
+        part = part.view([-1 if a == axis else 1 for a in range(4)])
+        logs = logs.index_select(axis, upper - 1) * (1 - part) + logs.index_select(axis, upper) * part
+    return logs.exp()
