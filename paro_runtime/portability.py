@@ -36,6 +36,8 @@ TOKEN_PAIRS = 1 << 26
 SAMPLES = 64
 # Heads whose pairs of blocks are predicted at a time: 4 bytes a pair and head.
 HEADS_AT_ONCE = 32
+# A head's threshold is looked for among about this many of its values.
+THRESHOLD_VALUES = 1 << 16
 
 
 def _coordinates(order: str, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -114,12 +116,17 @@ def _expected_falloff(falloff: torch.Tensor, old: tuple[int, int, int], new: tup
 
 
 def _best_blocks(expected: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
-    """bool like `expected` `[H, q, k]`: the best blocks of each head, and the best of every row."""
-    mask = torch.zeros_like(expected, dtype=torch.bool)
-    for head, share in zip(range(len(mask)), density.tolist(), strict=True):
-        count = max(1, min(expected[head].numel(), round(EXTRA * share * expected[head].numel())))
-        mask[head].view(-1)[expected[head].flatten().topk(count, sorted=False).indices] = True
-    return mask.scatter_(2, expected.argmax(2, keepdim=True), True)
+    """bool like `expected` `[H, q, k]`: the best `density` `[H]` of each head's blocks, and the best of every row."""
+    flat = expected.flatten(1)
+    wanted = (density * flat.shape[1]).round().clamp(1, flat.shape[1])
+    some = flat[:, :: max(1, flat.shape[1] // THRESHOLD_VALUES)].sort(1, descending=True).values
+    rank = (wanted / flat.shape[1] * some.shape[1]).round().long().clamp(1, some.shape[1]) - 1
+    mask = flat >= some.gather(1, rank[:, None])
+    # Equal values at the threshold would all be kept: of a head without any falloff that is every block.
+    for head in (mask.sum(1) > 1.02 * wanted).nonzero()[:, 0].tolist():
+        best = flat[head].topk(int(wanted[head])).indices
+        mask[head] = torch.zeros_like(mask[head]).index_fill_(0, best, True)
+    return mask.view_as(expected).scatter_(2, expected.argmax(2, keepdim=True), True)
 
 
 def move_plan(plan: Plan, layout: TokenLayout) -> Plan:
@@ -146,9 +153,10 @@ def move_plan(plan: Plan, layout: TokenLayout) -> Plan:
             packed = torch.stack([plan.sites[site].falloff[head] for site, head in some])
             falloff, draw = unpack_falloff(packed, old)
             table = _expected_falloff(falloff, old, new).T.contiguous()
-            expected = torch.nn.functional.embedding_bag(bins, table, mode="mean").T.reshape(-1, *shape)
-            expected = expected * size * (draw @ overlap.T)[:, None]
-            mask = _best_blocks(expected, torch.stack([plan.sites[site].density[head] for site, head in some]))
+            expected = torch.nn.functional.embedding_bag(bins, table, mode="mean").T.contiguous().view(-1, *shape)
+            expected.mul_(size).mul_((draw @ overlap.T)[:, None])
+            density = torch.stack([plan.sites[site].density[head] for site, head in some])
+            mask = _best_blocks(expected, EXTRA * density)
             kept = mass_kept(expected, mask)
             moved.update({key: (pack_bits(m), kept[i]) for i, (key, m) in enumerate(zip(some, mask, strict=True))})
     sites = {}
