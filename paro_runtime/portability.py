@@ -1,9 +1,9 @@
-"""A plan made on one grid, used on another: orders carry over, masks are drawn anew from how attention falls off.
+"""A plan made on one grid, used on another: orders and masks follow from how attention falls off with distance.
 
 A plan holds, per head, how attention falls off with distance and which places draw more than that. From it follows
-what each pair of blocks of the new grid should hold. Whether a head's reach is a number of tokens or a share of the
-picture nobody can tell from one grid: both are predicted, and their mean ranks the pairs. Each head keeps its density
-and a tenth more.
+what each pair of blocks of the new grid should hold, under any order. Whether a head's reach is a number of tokens or a
+share of the picture nobody can tell from one grid: both are predicted, and their mean ranks orders and pairs. Each head
+keeps its density and a tenth more.
 
 Nobody knows what a moved mask keeps until it is used, so the run measures it on a few rows and calibrates anew below a
 floor.
@@ -12,18 +12,20 @@ floor.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 
 from ..kernels.problem import BLOCK_K, Geometry
 from .falloff import axis_bins, stretch, unpack_falloff
 from .orders import order_table
-from .plan import Plan, PlanError, SitePlan, pack_bits, unpack_bits
+from .plan import Plan, PlanError, Site, SitePlan, pack_bits, unpack_bits
 from .recipes import query_block
 from .selection import mass_kept
+from .statistics import StatisticsOptions, first_best
 from .tail import kept_on_rows
 from .tokens import TokenLayout
 
@@ -34,6 +36,8 @@ EXTRA = 1.1
 # Pairs of tokens looked at per order, over all pairs of blocks; a block has no more than SAMPLES tokens looked at.
 TOKEN_PAIRS = 1 << 26
 SAMPLES = 64
+# Blocks of queries by which orders are compared.
+ORDER_ROWS = 32
 # Heads whose pairs of blocks are predicted at a time: 4 bytes a pair and head.
 HEADS_AT_ONCE = 32
 # A head's threshold is looked for among about this many of its values.
@@ -47,20 +51,19 @@ def _coordinates(order: str, grid: tuple[int, int, int]) -> torch.Tensor:
     return torch.stack([index // (h * w), index // w % h, index % w], 1)
 
 
-@lru_cache(maxsize=64)
-def _overlap(order: str, old: tuple[int, int, int], new: tuple[int, int, int]) -> torch.Tensor:
-    """float32 `[new, old]` blocks of keys: share of a new block's tokens that lie in the region of an old one."""
-    _, h, w = old
-    position = torch.empty(math.prod(old), dtype=torch.long)
+def _draw_of_tokens(draw: torch.Tensor, order: str, old: tuple[int, int, int], new: tuple[int, int, int]):
+    """What each token of the new grid draws, float32 `[N]`: as did the block of keys at its place, `[k_blocks]`."""
     table = order_table(order, old).long()
-    position[table] = torch.arange(table.numel())
-    at = _coordinates(order, new)
-    f, y, x = (((at[:, axis] * 2 + 1) * old[axis] // (2 * new[axis])) for axis in range(3))
-    old_block = position[((f * h + y) * w + x).long()] // BLOCK_K
-    new_block = torch.arange(at.shape[0]) // BLOCK_K
-    table = torch.zeros(-(-at.shape[0] // BLOCK_K), -(-position.numel() // BLOCK_K))
-    table.index_put_((new_block, old_block), torch.ones(at.shape[0]), accumulate=True)
-    return table / table.sum(1, keepdim=True)
+    tokens = torch.empty(table.numel())
+    tokens[table] = draw.repeat_interleave(BLOCK_K)[: table.numel()]
+    f, h, w = ((torch.arange(after) * 2 + 1) * before // (2 * after) for before, after in zip(old, new, strict=True))
+    return tokens.view(old)[f[:, None, None], h[:, None], w].flatten()
+
+
+def _draw_of_blocks(tokens: torch.Tensor, order: str, grid: tuple[int, int, int]) -> torch.Tensor:
+    """Mean over each block of keys, float32 `[H, k_blocks]` from `[H, N]`."""
+    parts = tokens[:, order_table(order, grid).long()].split(BLOCK_K, 1)
+    return torch.stack([part.mean(1) for part in parts], 1)
 
 
 def _sampled(tokens: int, block: int, samples: int, step: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,24 +78,39 @@ def _sampled(tokens: int, block: int, samples: int, step: float) -> tuple[torch.
     return first[:, None] + (inside * size[:, None]).long(), size
 
 
-def _pairs(order: str, grid: tuple[int, int, int], block_q: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """For each pair of blocks the bins of the distances of pairs of their tokens, int32 `[q * k, samples]`, and how
-    many pairs of tokens they have, float32 `[q, k]`."""
-    at, tokens = _coordinates(order, grid), math.prod(grid)
-    blocks = -(-tokens // block_q) * -(-tokens // BLOCK_K)
-    samples = SAMPLES
-    while samples > 1 and blocks * samples**2 > TOKEN_PAIRS:
-        samples //= 2
-    (queries, of_q), (keys, of_k) = (
-        _sampled(tokens, size, samples, step) for size, step in ((block_q, 0.618034), (BLOCK_K, 0.414214))
-    )
-    found = torch.zeros(queries.shape[0], keys.shape[0], samples, samples, dtype=torch.int32)
-    for axis, extent in enumerate(grid):
-        bins, centres = axis_bins(extent)
-        q, k = at[queries, axis], at[keys, axis]
-        away = (q[:, None, :, None] - k[None, :, None, :]).abs_()
-        found = found.mul_(len(centres)).add_(bins.int()[away])
-    return found.view(-1, samples**2), (of_q[:, None] * of_k).float()
+@dataclass(frozen=True)
+class _Pairs:
+    """Pairs of blocks under an order: `bins` int32 `[q * k, samples]`, of the distances of sampled pairs of their
+    tokens, and `size` float32 `[q, k]`, how many pairs of tokens they have."""
+
+    bins: torch.Tensor
+    size: torch.Tensor
+
+    @classmethod
+    def of(cls, order: str, grid: tuple[int, int, int], block_q: int, rows: torch.Tensor | None = None) -> _Pairs:
+        """All blocks of keys with all blocks of queries, or only with some `rows` of them, int64."""
+        at, tokens = _coordinates(order, grid), math.prod(grid)
+        blocks = -(-tokens // block_q) * -(-tokens // BLOCK_K)
+        samples = SAMPLES
+        while samples > 1 and blocks * samples**2 > TOKEN_PAIRS:
+            samples //= 2
+        queries, of_q = _sampled(tokens, block_q, samples, 0.618034)
+        keys, of_k = _sampled(tokens, BLOCK_K, samples, 0.414214)
+        if rows is not None:
+            queries, of_q = queries[rows], of_q[rows]
+        found = torch.zeros(queries.shape[0], keys.shape[0], samples, samples, dtype=torch.int32)
+        for axis, extent in enumerate(grid):
+            bins, centres = axis_bins(extent)
+            q, k = at[queries, axis], at[keys, axis]
+            away = (q[:, None, :, None] - k[None, :, None, :]).abs_()
+            found = found.mul_(len(centres)).add_(bins.int()[away])
+        return cls(found.view(-1, samples**2), (of_q[:, None] * of_k).float())
+
+    def expected(self, weights: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
+        """Attention per pair of blocks, up to a factor per head: float32 `[H, q, k]` for weights `[H, bins]` and what
+        the blocks of keys draw, `[H, k]`."""
+        mean = torch.nn.functional.embedding_bag(self.bins, weights.T.contiguous(), mode="mean")
+        return mean.T.contiguous().view(-1, *self.size.shape).mul_(self.size).mul_(draw[:, None])
 
 
 @lru_cache(maxsize=16)
@@ -129,43 +147,90 @@ def _best_blocks(expected: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     return mask.view_as(expected).scatter_(2, expected.argmax(2, keepdim=True), True)
 
 
+class _Move:
+    """What every head of a plan should attend to on another grid."""
+
+    def __init__(self, plan: Plan, grid: tuple[int, int, int]) -> None:
+        self.plan, self.old, self.grid = plan, plan.layout.grid, grid
+        self.block_q = query_block(math.prod(grid))
+        self.heads = [(site, head) for site, entry in plan.sites.items() for head in range(len(entry.orders))]
+
+    def _some(self, heads: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Weights `[n, bins]` on the new grid, what its tokens draw `[n, N]`, and densities `[n]` of some heads."""
+        entries = [(self.plan.sites[site], head) for site, head in heads]
+        falloff, draw = unpack_falloff(torch.stack([entry.falloff[head] for entry, head in entries]), self.old)
+        tokens = [
+            _draw_of_tokens(row, entry.orders[head], self.old, self.grid)
+            for row, (entry, head) in zip(draw, entries, strict=True)
+        ]
+        density = torch.stack([entry.density[head] for entry, head in entries])
+        return _expected_falloff(falloff, self.old, self.grid), torch.stack(tokens), density
+
+    def orders(self) -> dict[Site, list[str]]:
+        """The order of each head: that under which its best blocks should hold most, as when it was calibrated.
+
+        Heads that share keys must share an order. The plan does not say which do, but they are neighbours and share
+        one already: neighbours of one order get one order.
+        """
+        options = StatisticsOptions(0, "original" if self.plan.settings.get("order") == "original" else "mass")
+        candidates = options.candidates(self.grid)
+        blocks = -(-math.prod(self.grid) // self.block_q)
+        rows = torch.linspace(0, blocks - 1, min(blocks, ORDER_ROWS)).round().long()
+        pairs = [_Pairs.of(order, self.grid, self.block_q, rows) for order in candidates]
+        scores = {}
+        for heads in _batches(self.heads):
+            weights, tokens, density = self._some(heads)
+            for number, order in enumerate(candidates):
+                expected = pairs[number].expected(weights, _draw_of_blocks(tokens, order, self.grid))
+                kept = mass_kept(expected, _best_blocks(expected, density))
+                scores.update({(*key, number): value for key, value in zip(heads, kept, strict=True)})
+        chosen = {}
+        for site, entry in self.plan.sites.items():
+            found = torch.tensor(
+                [[scores[site, h, n] for n in range(len(candidates))] for h in range(len(entry.orders))]
+            )
+            chosen[site] = []
+            for _, run in groupby(range(len(entry.orders)), key=entry.orders.__getitem__):
+                run = list(run)
+                chosen[site] += [candidates[first_best(found[run].mean(0, keepdim=True))]] * len(run)
+        return chosen
+
+    def sites(self, orders: dict[Site, list[str]]) -> dict[Site, SitePlan]:
+        """Masks under these orders."""
+        moved = {}
+        for order in {name for names in orders.values() for name in names}:
+            pairs = _Pairs.of(order, self.grid, self.block_q)
+            for heads in _batches([(site, head) for site, head in self.heads if orders[site][head] == order]):
+                weights, tokens, density = self._some(heads)
+                expected = pairs.expected(weights, _draw_of_blocks(tokens, order, self.grid))
+                masks = _best_blocks(expected, EXTRA * density)
+                for key, mask, kept in zip(heads, masks, mass_kept(expected, masks), strict=True):
+                    moved[key] = pack_bits(mask), kept
+        made = {}
+        for site, entry in self.plan.sites.items():
+            found = [moved[site, head] for head in range(len(entry.orders))]
+            mask = torch.stack([unpack_bits(bits, pairs.size.shape) for bits, _ in found])
+            made[site] = SitePlan.create(orders[site], mask, entry.tail_bias, torch.stack([kept for _, kept in found]))
+        return made
+
+
+def _batches(heads: list) -> Iterator[list]:
+    return (heads[first : first + HEADS_AT_ONCE] for first in range(0, len(heads), HEADS_AT_ONCE))
+
+
 def move_plan(plan: Plan, layout: TokenLayout) -> Plan:
     """The plan for another grid of the same model; `mass_kept` is what it should keep there, not measured.
 
     Raises PlanError for a plan that does not say how its heads' attention falls off.
     """
-    old, new = plan.layout.grid, layout.grid
-    if old == new:
+    if plan.layout.grid == layout.grid:
         return plan if plan.layout == layout else replace(plan, layout=layout)
-    block_q = query_block(layout.grid_tokens)
-    by_order = defaultdict(list)
     for site, entry in plan.sites.items():
         if entry.falloff is None:
             raise PlanError(f"plan: {site.name} does not say how its attention falls off; it serves no other grid")
-        for head, order in enumerate(entry.orders):
-            by_order[order].append((site, head))
-    shape, moved = None, {}
-    for order, heads in by_order.items():
-        bins, size = _pairs(order, new, block_q)
-        shape, overlap = size.shape, _overlap(order, old, new)
-        for first in range(0, len(heads), HEADS_AT_ONCE):
-            some = heads[first : first + HEADS_AT_ONCE]
-            packed = torch.stack([plan.sites[site].falloff[head] for site, head in some])
-            falloff, draw = unpack_falloff(packed, old)
-            table = _expected_falloff(falloff, old, new).T.contiguous()
-            expected = torch.nn.functional.embedding_bag(bins, table, mode="mean").T.contiguous().view(-1, *shape)
-            expected.mul_(size).mul_((draw @ overlap.T)[:, None])
-            density = torch.stack([plan.sites[site].density[head] for site, head in some])
-            mask = _best_blocks(expected, EXTRA * density)
-            kept = mass_kept(expected, mask)
-            moved.update({key: (pack_bits(m), kept[i]) for i, (key, m) in enumerate(zip(some, mask, strict=True))})
-    sites = {}
-    for site, entry in plan.sites.items():
-        found = [moved[site, head] for head in range(len(entry.orders))]
-        mask = torch.stack([unpack_bits(bits, shape) for bits, _ in found])
-        sites[site] = SitePlan.create(entry.orders, mask, entry.tail_bias, torch.stack([kept for _, kept in found]))
-    made = {**plan.made, "moved_from": "x".join(map(str, old))}
-    return Plan(plan.identity, layout, block_q, sites, plan.pool, plan.settings, made)
+    move = _Move(plan, layout.grid)
+    made = {**plan.made, "moved_from": "x".join(map(str, plan.layout.grid))}
+    return Plan(plan.identity, layout, move.block_q, move.sites(move.orders()), plan.pool, plan.settings, made)
 
 
 class MovedPlanCheck:
