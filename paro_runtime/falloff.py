@@ -19,6 +19,8 @@ from .tokens import TokenLayout
 # The distances, in tokens, at which bins begin.
 EDGES = (0, 1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 42, 60, 85, 120, 170, 240, 340, 480)
 ROWS = 256
+# Fewer rows where an axis is so long that its table of bins would hold more numbers than this.
+ONE_HOT_ELEMENTS = 1 << 24
 # Bytes are logarithms: of the weight in steps of a tenth below the largest, of what a block draws in twentieths.
 WEIGHT_STEPS, DRAW_STEPS, DRAW_ZERO = 10, 20, 128
 # Powers of the root of x^4 = x + 1 spread points over a box more evenly than chance does.
@@ -47,25 +49,24 @@ def packed_width(grid: tuple[int, int, int]) -> int:
     return math.prod(falloff_shape(grid)) + -(-math.prod(grid) // BLOCK_K)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=4)
 def _rows(grid: tuple[int, int, int], rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
     """Grid index of the sampled queries, int64 `[n]`; the bin of every coordinate as seen from each, one-hot float32
     `[n, extent, bins]` per axis; how many pairs fall into each bin, float32 `[bins F, H, W]`."""
-    tokens = math.prod(grid)
+    tokens, longest = math.prod(grid), max(grid)
+    rows = min(rows, max(32, ONE_HOT_ELEMENTS // (longest * len(EDGES))))
     if tokens <= rows:
         index = torch.arange(tokens)
         at = torch.stack([index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]], 1)
     else:
-        points = (
-            0.5 + torch.arange(rows, dtype=torch.float64)[:, None] * torch.tensor(_SPREAD, dtype=torch.float64)
-        ) % 1
-        at = (points * torch.tensor(grid)).long()
+        number = torch.arange(rows, dtype=torch.float64)[:, None]
+        at = ((0.5 + number * torch.tensor(_SPREAD, dtype=torch.float64)) % 1 * torch.tensor(grid)).long()
         index = (at[:, 0] * grid[1] + at[:, 1]) * grid[2] + at[:, 2]
     seen = []
     for axis, extent in enumerate(grid):
         bins, centres = axis_bins(extent)
         away = (torch.arange(extent) - at[:, axis, None]).abs()
-        seen.append(torch.nn.functional.one_hot(bins[away], len(centres)).float())
+        seen.append((bins[away][..., None] == torch.arange(len(centres))).float())
     pairs = torch.einsum("ra,rb,rc->abc", *(s.sum(1) for s in seen))
     return index, tuple(seen), pairs
 
@@ -104,15 +105,24 @@ def observe_falloff(
     return (total / (batch * pairs.clamp_min(1))).flatten(1)
 
 
+def _places_away(extent: int) -> torch.Tensor:
+    """From each place of an axis, how many places lie in each bin of distance: float32 `[extent, bins]`."""
+    bins, centres = axis_bins(extent)
+    counts = bins.bincount()
+    last = counts.cumsum(0) - 1
+    first = (last - counts + 1).clamp_min(1)
+    place = torch.arange(extent)[:, None]
+    sides = [(last.minimum(room) - first + 1).clamp_min(0) for room in (place, extent - 1 - place)]
+    here = torch.arange(len(centres)) == 0
+    return (sides[0] + sides[1] + here).float()
+
+
 def _received(falloff: torch.Tensor, grid: tuple[int, int, int], order: str) -> torch.Tensor:
     """Attention that each block of keys would get if distance were all: float32 `[k_blocks]` for falloff `[bins]`."""
     table = falloff.view(falloff_shape(grid))
     for extent in grid:
-        bins, centres = axis_bins(extent)
-        places = torch.arange(extent)
-        away = torch.nn.functional.one_hot(bins[(places[:, None] - places).abs()], len(centres)).sum(1).float()
         # Contracting the first axis puts its places last: after three rounds the axes stand as they did.
-        table = torch.tensordot(table, away, ([0], [1]))
+        table = torch.tensordot(table, _places_away(extent), ([0], [1]))
     per_token = table.flatten()[order_table(order, grid).long()]
     missing = -per_token.numel() % BLOCK_K
     return torch.nn.functional.pad(per_token, (0, missing)).view(-1, BLOCK_K).sum(1)
