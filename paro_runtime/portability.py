@@ -33,9 +33,8 @@ from .tokens import TokenLayout
 KEPT_FLOOR = 0.9
 # A moved mask keeps this much more than the density it was made for: it is less exact than one made on the grid.
 EXTRA = 1.1
-# Pairs of tokens looked at per order, over all pairs of blocks; a block has no more than SAMPLES tokens looked at.
+# Pairs of tokens looked at per order, over all pairs of blocks: all of them on grids of up to 8,192 tokens.
 TOKEN_PAIRS = 1 << 26
-SAMPLES = 64
 # Blocks of queries by which orders are compared.
 ORDER_ROWS = 32
 # Heads whose pairs of blocks are predicted at a time: 4 bytes a pair and head.
@@ -66,16 +65,21 @@ def _draw_of_blocks(tokens: torch.Tensor, order: str, grid: tuple[int, int, int]
     return torch.stack([part.mean(1) for part in parts], 1)
 
 
-def _sampled(tokens: int, block: int, samples: int, step: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions of sampled tokens, int64 `[blocks, samples]`, and how many tokens each block has, int64 `[blocks]`.
+def _pairs_of_tokens(block_q: int, most: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places of pairs of tokens within two blocks, float64 `[samples]` each, in shares of the block: all pairs, or
+    `most` that cover both blocks and all combinations evenly (a lattice along the golden section)."""
+    if block_q * BLOCK_K <= most:
+        number = torch.arange(block_q * BLOCK_K, dtype=torch.float64)
+        return (number // BLOCK_K) / block_q, (number % BLOCK_K) / BLOCK_K
+    number = torch.arange(max(1, most), dtype=torch.float64) + 0.5
+    return number / number.numel(), number * 0.6180339887498949 % 1
 
-    `step` shifts the samples within their share of the block, so that no period of the order escapes or fills them.
-    """
+
+def _places(tokens: int, block: int, share: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions of these shares of every block, int64 `[blocks, samples]`, and how many tokens each has, int64."""
     first = torch.arange(0, tokens, block)
     size = (tokens - first).clamp_max(block)
-    shift = torch.arange(samples, dtype=torch.float64)
-    inside = (shift + (shift * step % 1 if samples < block else 0)) / samples
-    return first[:, None] + (inside * size[:, None]).long(), size
+    return first[:, None] + (share * size[:, None] + 1e-9).long(), size
 
 
 @dataclass(frozen=True)
@@ -91,20 +95,17 @@ class _Pairs:
         """All blocks of keys with all blocks of queries, or only with some `rows` of them, int64."""
         at, tokens = _coordinates(order, grid), math.prod(grid)
         blocks = -(-tokens // block_q) * -(-tokens // BLOCK_K)
-        samples = SAMPLES
-        while samples > 1 and blocks * samples**2 > TOKEN_PAIRS:
-            samples //= 2
-        queries, of_q = _sampled(tokens, block_q, samples, 0.618034)
-        keys, of_k = _sampled(tokens, BLOCK_K, samples, 0.414214)
+        of_queries, of_keys = _pairs_of_tokens(block_q, TOKEN_PAIRS // blocks)
+        queries, of_q = _places(tokens, block_q, of_queries)
+        keys, of_k = _places(tokens, BLOCK_K, of_keys)
         if rows is not None:
             queries, of_q = queries[rows], of_q[rows]
-        found = torch.zeros(queries.shape[0], keys.shape[0], samples, samples, dtype=torch.int32)
+        found = torch.zeros(queries.shape[0], keys.shape[0], queries.shape[1], dtype=torch.int32)
         for axis, extent in enumerate(grid):
             bins, centres = axis_bins(extent)
-            q, k = at[queries, axis], at[keys, axis]
-            away = (q[:, None, :, None] - k[None, :, None, :]).abs_()
+            away = (at[queries, axis][:, None] - at[keys, axis]).abs_()
             found = found.mul_(len(centres)).add_(bins.int()[away])
-        return cls(found.view(-1, samples**2), (of_q[:, None] * of_k).float())
+        return cls(found.flatten(0, 1), (of_q[:, None] * of_k).float())
 
     def expected(self, weights: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Attention per pair of blocks, up to a factor per head: float32 `[H, q, k]` for weights `[H, bins]` and what

@@ -1,5 +1,7 @@
 """A run that was given a plan from another grid: moved, measured on the first rows, kept or replaced."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
@@ -52,6 +54,14 @@ def test_a_moved_plan_that_does_not_fit_is_replaced(plan):
     assert was_dense == [True, True, False, False]
     assert report.plan_source == "calibrated on the way"
     assert any(note.endswith("calibrating anew") for note in report.notes)
+
+
+def test_a_plan_that_cannot_move_is_replaced(plan):
+    there = make_problem(NEW, HARD)
+    bare = replace(plan, sites={SITE: replace(plan.sites[SITE], falloff=None)})
+    was_dense, report = run(bare, there.q[:1], there.k[:1], there.v[:1])
+    assert was_dense == [True, False, False, False] and report.plan_source == "calibrated on the way"
+    assert any("double.0.0 does not say how its attention falls off" in note for note in report.notes)
 
 
 def test_a_fine_tune_is_noted_and_another_architecture_refused(plan):

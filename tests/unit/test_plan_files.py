@@ -8,7 +8,9 @@ import pytest
 import torch
 from comfyui_paro.paro_runtime import partial as partial_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, PlanError, Site, SitePlan, load_plan, save_plan
+from comfyui_paro.paro_runtime.falloff import packed_width
+from comfyui_paro.paro_runtime.plan import LIMITS, ModelIdentity, Plan, PlanError, Site, SitePlan, load_plan, save_plan
+from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
@@ -24,7 +26,9 @@ def make_plan() -> Plan:
         mask = torch.rand(4, 5, 5, generator=generator) < 0.3
         mask[:, :, 0] = True
         orders = ("FHW", "HWF", "4x4x4", "WFH")
-        sites[Site("double", index)] = SitePlan.create(orders, mask, torch.randn(4, generator=generator), torch.ones(4))
+        falloff = torch.randint(0, 256, (4, packed_width(LAYOUT.grid)), generator=generator, dtype=torch.uint8)
+        bias = torch.randn(4, generator=generator)
+        sites[Site("double", index)] = SitePlan.create(orders, mask, bias, torch.ones(4), falloff)
     return Plan(IDENTITY, LAYOUT, 64, sites, 64, OPTIONS.as_dict(), {"by": "test", "note": "x" * 40})
 
 
@@ -39,6 +43,7 @@ def same(a: Plan, b: Plan) -> bool:
             and torch.equal(x.tail_bias, y.tail_bias)
             and torch.equal(x.density, y.density)
             and torch.equal(x.mass_kept, y.mass_kept)
+            and torch.equal(x.falloff, y.falloff)
             for x, y in zip(a.sites.values(), b.sites.values(), strict=True)
         )
     )
@@ -114,6 +119,9 @@ def test_mutated_plans_are_refused_in_one_line(seed, tmp_path):
         ({"tail_bias": torch.full((4,), float("nan"))}, "not finite"),
         ({"density": torch.zeros(4)}, "density"),
         ({"packed": torch.zeros(13, dtype=torch.uint8)}, "keeps no block"),
+        ({"falloff": torch.zeros(4, packed_width(LAYOUT.grid) + 1, dtype=torch.uint8)}, r"0001\.falloff is U8"),
+        ({"falloff": torch.zeros(1, 4, packed_width(LAYOUT.grid), dtype=torch.uint8)}, r"0001\.falloff is U8"),
+        ({"falloff": torch.zeros(4, packed_width(LAYOUT.grid))}, r"0001\.falloff is F32"),
     ],
 )
 def test_a_consistent_file_with_wrong_content_is_refused(bad, told, tmp_path):
@@ -123,6 +131,27 @@ def test_a_consistent_file_with_wrong_content_is_refused(bad, told, tmp_path):
     plan.sites[Site("double", 1)] = SitePlan(**{**entry.__dict__, **bad})
     save_plan(plan, tmp_path / "p.safetensors")
     with pytest.raises(PlanError, match=told):
+        load_plan(tmp_path / "p.safetensors")
+
+
+def test_any_bytes_of_a_falloff_can_be_moved(tmp_path):
+    """What a stranger writes there ranks blocks badly at worst."""
+    plan = make_plan()
+    for number, byte in enumerate((0, 255)):
+        site = Site("double", number)
+        falloff = torch.full((4, packed_width(LAYOUT.grid)), byte, dtype=torch.uint8)
+        plan.sites[site] = SitePlan(**{**plan.sites[site].__dict__, "falloff": falloff})
+    save_plan(plan, tmp_path / "p.safetensors")
+    moved = move_plan(load_plan(tmp_path / "p.safetensors"), TokenLayout(3, (5, 9, 13), 2))
+    for entry in moved.sites.values():
+        assert entry.mass_kept.isfinite().all() and entry.mask().any(2).all() and (entry.density < 0.7).all()
+
+
+def test_falloffs_count_towards_what_a_file_may_hold(tmp_path, monkeypatch):
+    plan = make_plan()
+    save_plan(plan, tmp_path / "p.safetensors")
+    monkeypatch.setitem(LIMITS, "mask_bytes", 3 * (4 * 25 // 8 + 4 * packed_width(LAYOUT.grid)) - 1)
+    with pytest.raises(PlanError, match="masks and falloffs over"):
         load_plan(tmp_path / "p.safetensors")
 
 
