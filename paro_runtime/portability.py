@@ -40,7 +40,7 @@ ORDER_ROWS = 32
 # Heads whose pairs of blocks are predicted at a time: 4 bytes a pair and head.
 HEADS_AT_ONCE = 32
 # A head's threshold is looked for among about this many of its values.
-THRESHOLD_VALUES = 1 << 16
+THRESHOLD_VALUES = 1 << 14
 
 
 def _coordinates(order: str, grid: tuple[int, int, int]) -> torch.Tensor:
@@ -142,7 +142,7 @@ def _best_blocks(expected: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     rank = (wanted / flat.shape[1] * some.shape[1]).round().long().clamp(1, some.shape[1]) - 1
     mask = flat >= some.gather(1, rank[:, None])
     # Equal values at the threshold would all be kept: of a head without any falloff that is every block.
-    for head in (mask.sum(1) > 1.02 * wanted).nonzero()[:, 0].tolist():
+    for head in (mask.sum(1) > 1.1 * wanted).nonzero()[:, 0].tolist():
         best = flat[head].topk(int(wanted[head])).indices
         mask[head] = torch.zeros_like(mask[head]).index_fill_(0, best, True)
     return mask.view_as(expected).scatter_(2, expected.argmax(2, keepdim=True), True)
