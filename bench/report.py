@@ -1,4 +1,4 @@
-"""Render the committed results of `bench/attention.py` into docs/benchmarks.md: `python bench/report.py`.
+"""Render the committed results of the speed benchmarks into docs/benchmarks.md: `python bench/report.py`.
 
 Cells for which there is no figure say "not measured".
 """
@@ -103,6 +103,39 @@ def step_tables(reports: list[dict]) -> list[str]:
     return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
 
 
+def calibration_tables(reports: list[dict]) -> list[str]:
+    """Markdown: what calibrating one site costs, a table per GPU."""
+    lines = [
+        "# Calibration in passing",
+        "",
+        "From `bench/results/calibration*.json`, which `python bench/calibration.py` printed: one site of each model, "
+        "in ms. `in all` is what a calibrating step pays for a site beside its dense attention; its largest parts "
+        "stand before it. The bias is measured again in a few sparse steps; the masks are made once, at the end.",
+        "",
+    ]
+    for report in reports:
+        lines += [
+            f"## {report['gpu']}",
+            "",
+            f"torch {report['torch']}, triton {report['triton']}, {report['date']}, commit {report['commit']}.",
+            "",
+        ]
+        lines += [report["note"], ""] if report.get("note") else []
+        lines += [
+            "| model | tokens | heads | dense attention | orders | tail | in all | times dense "
+            "| bias again | times dense | masks of a site | peak MiB |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in report["rows"]:
+            times = [row.get(f"{name}_ms") for name in ("dense", "orders", "tail", "observe")]
+            cells = [row["shape"], f"{row['length']}", f"{row['heads']}", *map(cell, times), cell(row.get("ratio"))]
+            cells += [cell(row.get("refresh_ms")), cell(row.get("refresh_ratio"), 3)]
+            cells += [cell(row.get("plan_ms"), 0), cell(row.get("peak_mib"), 0)]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
+
+
 def read(pattern: str) -> list[dict]:
     """The committed results whose file names match."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
@@ -141,7 +174,8 @@ def render(reports: list[dict]) -> str:
 def main() -> int:
     reports = read("attention*.json")
     TARGET.parent.mkdir(exist_ok=True)
-    page = render(reports) + "\n" + "\n".join(step_tables(read("end_to_end*.json")))
+    rest = [*step_tables(read("end_to_end*.json")), *calibration_tables(read("calibration*.json"))]
+    page = render(reports) + "\n" + "\n".join(rest)
     TARGET.write_text(page.rstrip() + "\n", encoding="utf-8")
     print(f"{TARGET.relative_to(ROOT)}: {sum(len(r['rows']) for r in reports)} rows")
     return 0

@@ -8,9 +8,12 @@ from .problem import Geometry, Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
 from .statistics_reference import BlockStatistics, block_statistics_reference, row_logsumexp_reference
 from .support import triton_reason
+from .tail_reference import BlockCosts, RowMoments, block_costs_reference, row_moments_reference
 
 BACKENDS = ("auto", "triton", "reference")
 STATISTICS_PRECISION = Precision("16", "16")
+# Wider heads, which no supported model has, would not fit the shared memory of the smaller GPUs.
+TAIL_HEAD_DIM = 128
 
 
 def chosen_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision) -> str:
@@ -102,6 +105,7 @@ def block_statistics(
     scale: float | None = None,
     epsilon: float | None = None,
     pool: int | None = None,
+    rows_per_block: int | None = None,
     backend: str = "auto",
 ) -> BlockStatistics:
     """See `statistics_reference.block_statistics_reference`."""
@@ -109,4 +113,54 @@ def block_statistics(
         run = block_statistics_reference
     else:
         from .triton_statistics import launch_block_statistics as run
-    return run(q, k, lse, geometry, rows, q_blocks=q_blocks, scale=scale, epsilon=epsilon, pool=pool)
+    rest = {"q_blocks": q_blocks, "scale": scale, "epsilon": epsilon, "pool": pool, "rows_per_block": rows_per_block}
+    return run(q, k, lse, geometry, rows, **rest)
+
+
+def _tail_backend(backend: str, q: torch.Tensor) -> str:
+    chosen = chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION)
+    return "reference" if q.shape[3] > TAIL_HEAD_DIM else chosen
+
+
+def block_costs(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    pool: int,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> BlockCosts:
+    """See `tail_reference.block_costs_reference`; heads wider than TAIL_HEAD_DIM always go there."""
+    if _tail_backend(backend, q) == "reference":
+        run = block_costs_reference
+    else:
+        from .triton_tail import launch_block_costs as run
+    return run(q, k, v, geometry, tables, positions, pool=pool, scale=scale, key_bias=key_bias)
+
+
+def row_moments(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    levels: torch.Tensor,
+    masks: int,
+    *,
+    pool: int,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> RowMoments:
+    """See `tail_reference.row_moments_reference`; heads wider than TAIL_HEAD_DIM always go there."""
+    if _tail_backend(backend, q) == "reference":
+        run = row_moments_reference
+    else:
+        from .triton_tail import launch_row_moments as run
+    return run(q, k, v, geometry, tables, positions, levels, masks, pool=pool, scale=scale, key_bias=key_bias)

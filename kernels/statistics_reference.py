@@ -45,6 +45,24 @@ def row_logsumexp_reference(
     return result
 
 
+def block_sizes(g: Geometry, blocks: torch.Tensor) -> torch.Tensor:
+    """Tokens in each of these query blocks, int64 like blocks."""
+    return (g.grid_tokens - blocks * g.block_q).clamp_max(g.block_q)
+
+
+def block_positions(g: Geometry, blocks: torch.Tensor, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in the order of the rows of query blocks, int64 `[n, rows]`, and which are real, bool.
+
+    rows: so many of each block, spread evenly over it, all real; None takes all of them, up to the end of the grid.
+    """
+    if rows is None:
+        position = blocks[:, None] * g.block_q + torch.arange(g.block_q, device=blocks.device)
+        return position.clamp_max(g.grid_tokens - 1), position < g.grid_tokens
+    within = (torch.arange(rows, device=blocks.device) + 0.5) / rows * block_sizes(g, blocks)[:, None]
+    position = blocks[:, None] * g.block_q + within.long()
+    return position, torch.ones_like(position, dtype=torch.bool)
+
+
 def block_statistics_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -56,13 +74,18 @@ def block_statistics_reference(
     scale: float | None = None,
     epsilon: float | None = None,
     pool: int | None = None,
+    rows_per_block: int | None = None,
 ) -> BlockStatistics:
     """Statistics of the grid-to-grid part under one order per head.
 
     q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, lse `[B, Hq, L]` of full rows (context keys included). rows int `[Hq, N]`:
     grid index at each position of the head's order. q_blocks: int64 indices of the query blocks to look at (default
     all). epsilon: also maxima and the share of weights below epsilon. pool: also the pooled mass with this pool size.
+    rows_per_block: look only at so many rows of each query block, a power of two up to 64, and estimate the sums of all
+    (neither epsilon nor pool then); lse is read only where they are.
     """
+    if rows_per_block is not None and (epsilon is not None or pool is not None):
+        raise ValueError("rows_per_block: maxima, small values and pooled mass need every row")
     g = geometry
     scale = q.shape[3] ** -0.5 if scale is None else scale
     batch, heads = q.shape[:2]
@@ -90,9 +113,7 @@ def block_statistics_reference(
                 log_counts = pool_counts(g.grid_tokens, pool, q.device).float().log()
             for first in range(0, blocks.numel(), step):
                 chosen = blocks[first : first + step]
-                position = chosen[:, None] * g.block_q + torch.arange(g.block_q, device=q.device)
-                real = position < g.grid_tokens
-                position = position.clamp_max(g.grid_tokens - 1)
+                position, real = block_positions(g, chosen, rows_per_block)
                 q_rows = qh[position]
                 row_bias = row_lse[position].masked_fill(~real, torch.inf)[..., None]
                 weights = torch.exp(q_rows @ kh.T * scale - row_bias)
@@ -109,4 +130,6 @@ def block_statistics_reference(
                     per_block = g.block_k // pool
                     tail = torch.nn.functional.pad(tail, (0, -tail.shape[1] % per_block))
                     pooled[h, out] += tail.unflatten(1, (g.k_blocks, per_block)).sum(2) / batch
+    if rows_per_block is not None:
+        mass *= block_sizes(g, blocks)[:, None] / rows_per_block
     return BlockStatistics(mass, maximum, small, pooled)

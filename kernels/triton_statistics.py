@@ -6,6 +6,7 @@ Import only where a launch is wanted: this module needs Triton. The meaning is i
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -13,22 +14,21 @@ import triton.language as tl
 
 from .problem import BLOCK_K, Geometry
 from .reference import pool_rows
-from .statistics_reference import BlockStatistics
+from .statistics_reference import BlockStatistics, block_positions, block_sizes
 
-# Bytes of reordered queries and keys at a time; heads are done in groups that fit.
-REORDER_BYTES = 1 << 28
-ROWS = 64
+# Bytes of reordered queries and keys at a time; heads are done in groups that fit (at least one head).
+REORDER_BYTES = 1 << 29
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["count", "length"])
 def _row_logsumexp(
     Q, K, key_bias, lse,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_kb, stride_kh, stride_kl, stride_kd, stride_bias,
-    heads, group, length, scale_log2,
+    heads, group, count, length, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows of one head; lse float32 `[B, H, L]`. Grid: (ceil(L / ROWS), H, B)."""
+    """ROWS of `count` rows of one head; lse float32 `[B, H, count]`. Grid: (ceil(count / ROWS), H, B)."""
     head, batch = tl.program_id(1), tl.program_id(2)
     channels = tl.arange(0, PADDED_D)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -37,7 +37,7 @@ def _row_logsumexp(
     in_head = channels[None, :] < D
     q = tl.load(
         Q + rows[:, None].to(tl.int64) * stride_ql + channels[None, :] * stride_qd,
-        (rows[:, None] < length) & in_head,
+        (rows[:, None] < count) & in_head,
         0.0,
     )
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
@@ -58,42 +58,77 @@ def _row_logsumexp(
         total = total * tl.exp2(maximum - highest) + tl.sum(tl.exp2(score - highest[:, None]), 1)
         maximum = highest
     result = (maximum + tl.log2(total)) * 0.6931471805599453
-    tl.store(lse + (batch.to(tl.int64) * heads + head) * length + rows, result, rows < length)
+    tl.store(lse + (batch.to(tl.int64) * heads + head) * count + rows, result, rows < count)
 
 
-@triton.jit(do_not_specialize=["tokens", "k_blocks"])
+@triton.jit(do_not_specialize=["tokens", "q_blocks", "k_blocks"])
 def _block_statistics(
-    Q, K, lse, mass, maximum, small, tokens, k_blocks, rows_per_head, scale_log2, epsilon, share,
-    PADDED_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, DETAILED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    Q, K, lse, mass, maximum, small, tokens, q_blocks, k_blocks, rows_per_head, scale_log2, epsilon, share,
+    PADDED_D: tl.constexpr, PER_BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCKS: tl.constexpr,
+    DETAILED: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One query block of one head, added to what earlier batch entries left. Grid: (query blocks, H).
+    """ROWS / PER_BLOCK query blocks (at least one) of one head, BLOCKS key blocks at a time.
 
-    Q `[H, blocks * BLOCK_Q, PADDED_D]`, K `[H, tokens, PADDED_D]` reordered; lse in log2 units, +inf in padding.
+    Q `[H, rows_per_head, PADDED_D]` holds PER_BLOCK rows of each query block, K `[H, tokens, PADDED_D]` is reordered;
+    lse in log2 units, +inf in padding. ACCUMULATE: add to what earlier batch entries left. Grid: (programs, H).
     """
-    block, head = tl.program_id(0), tl.program_id(1)
+    GROUPS: tl.constexpr = ROWS // PER_BLOCK if PER_BLOCK < ROWS else 1
+    SPAN: tl.constexpr = PER_BLOCK if PER_BLOCK > ROWS else ROWS
+    program, head = tl.program_id(0), tl.program_id(1)
     channels = tl.arange(0, PADDED_D)
-    columns = tl.arange(0, KEYS)
+    columns = tl.arange(0, BLOCKS * KEYS)
     Q += head.to(tl.int64) * rows_per_head * PADDED_D
     K += head.to(tl.int64) * tokens * PADDED_D
     lse += head * rows_per_head
-    out = (head * tl.num_programs(0) + block).to(tl.int64) * k_blocks
-    for part in tl.static_range(0, BLOCK_Q, ROWS):
-        rows = block * BLOCK_Q + part + tl.arange(0, ROWS)
+    block = program * GROUPS + tl.arange(0, GROUPS)
+    out = (head * q_blocks + block).to(tl.int64) * k_blocks
+    for part in tl.static_range(0, SPAN, ROWS):
+        rows = program * SPAN + part + tl.arange(0, ROWS)
         q = tl.load(Q + rows[:, None] * PADDED_D + channels[None, :])
         row_lse = tl.load(lse + rows)
         real = row_lse < float("inf")
-        for start in range(0, k_blocks):
+        for start in range(0, k_blocks, BLOCKS):
             keys = start * KEYS + columns
             k = tl.load(K + keys[:, None] * PADDED_D + channels[None, :], keys[:, None] < tokens, 0.0)
             score = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale_log2 - row_lse[:, None]
-            inside = real[:, None] & (keys < tokens)[None, :]
-            weight = tl.where(inside, tl.exp2(score), 0.0)
-            tl.store(mass + out + start, tl.load(mass + out + start) + tl.sum(weight) * share)
+            # Rows of padding are zero by their lse.
+            weight = tl.where((keys < tokens)[None, :], tl.exp2(score), 0.0)
+            at = start + tl.arange(0, BLOCKS)
+            valid = (block < q_blocks)[:, None] & (at < k_blocks)[None, :]
+            at = out[:, None] + at[None, :]
+            total = tl.sum(tl.reshape(weight, [ROWS, BLOCKS, KEYS]), 2)
+            total = tl.sum(tl.reshape(total, [GROUPS, ROWS // GROUPS, BLOCKS]), 1) * share
+            if ACCUMULATE or part > 0:
+                total += tl.load(mass + at, valid, 0.0)
+            tl.store(mass + at, total, valid)
             if DETAILED:
-                tl.store(maximum + out + start, tl.maximum(tl.load(maximum + out + start), tl.max(weight)))
-                count = tl.sum((inside & (weight < epsilon)).to(tl.float32))
-                tl.store(small + out + start, tl.load(small + out + start) + count * share)
+                largest = tl.max(tl.reshape(weight, [ROWS, BLOCKS, KEYS]), 2)
+                largest = tl.max(tl.reshape(largest, [GROUPS, ROWS // GROUPS, BLOCKS]), 1)
+                tiny = (real[:, None] & (keys < tokens)[None, :] & (weight < epsilon)).to(tl.float32)
+                count = tl.sum(tl.reshape(tiny, [ROWS, BLOCKS, KEYS]), 2)
+                count = tl.sum(tl.reshape(count, [GROUPS, ROWS // GROUPS, BLOCKS]), 1) * share
+                if ACCUMULATE or part > 0:
+                    largest = tl.maximum(largest, tl.load(maximum + at, valid, 0.0))
+                    count += tl.load(small + at, valid, 0.0)
+                tl.store(maximum + at, largest, valid)
+                tl.store(small + at, count, valid)
+
+
+@triton.jit(do_not_specialize=["count"])
+def _take_rows(
+    X, index, out, stride_h, stride_l, stride_d, first_head, group, count,
+    D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows of one head, zeros from channel D on. index int64 `[H, count]`. Grid: (ceil(count / ROWS), H)."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channels = tl.arange(0, PADDED_D)
+    head = tl.program_id(1)
+    source = tl.load(index + head.to(tl.int64) * count + rows, rows < count, 0)
+    X += ((first_head + head) // group).to(tl.int64) * stride_h
+    inside = (rows < count)[:, None]
+    x = tl.load(X + source[:, None] * stride_l + channels[None, :] * stride_d, inside & (channels < D)[None, :], 0.0)
+    place = (head.to(tl.int64) * count + rows)[:, None] * PADDED_D + channels[None, :]
+    tl.store(out + place, x, inside)
 
 
 @triton.jit(do_not_specialize=["tokens", "pools"])
@@ -123,6 +158,35 @@ def _pooled_mass(
         tl.store(mass + out + pool, before + total * share, pool < pools)
 
 
+@dataclass(frozen=True)
+class StatisticsTile:
+    """rows: query rows per program at most. keys: keys per step. warps, stages: Triton's launch options."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def statistics_tile(capability: tuple[int, int] | None, padded: int, wide: bool) -> StatisticsTile:
+    """The tile of both passes over Q K^T: 99 KiB of shared memory are enough except on data-centre GPUs.
+
+    capability None: not an NVIDIA GPU. wide: float32 inputs.
+    """
+    if padded > 128 or wide:
+        return StatisticsTile(64, BLOCK_K, 4, 1)
+    if capability is not None and capability[0] in (9, 10):
+        return StatisticsTile(128, 2 * BLOCK_K, 8, 2)
+    return StatisticsTile(128, BLOCK_K, 8, 3)
+
+
+def tile_of(q: torch.Tensor) -> StatisticsTile:
+    """The tile for queries `[B, H, L, D]`."""
+    nvidia = q.is_cuda and torch.version.hip is None
+    capability = torch.cuda.get_device_capability(q.device) if nvidia else None
+    return statistics_tile(capability, _padded(q.shape[3]), q.dtype == torch.float32)
+
+
 def _precision(dtype: torch.dtype) -> str:
     """Products of float32 inputs in three TF32 parts, as exact as float32; 16-bit inputs are exact anyway."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -132,6 +196,21 @@ def _padded(head_dim: int) -> int:
     return max(32, triton.next_power_of_2(head_dim))
 
 
+def take_rows(x: torch.Tensor, heads: slice, group: int, index: torch.Tensor) -> torch.Tensor:
+    """Rows `index [h, n]` (int64) of the query heads `heads` from x `[H / group, L, D]`: `[h, n, D padded]`."""
+    count, dim = index.shape[1], x.shape[2]
+    out = torch.empty(index.shape[0], count, _padded(dim), dtype=x.dtype, device=x.device)
+    _take_rows[(triton.cdiv(count, 64), index.shape[0])](
+        x, index, out, *x.stride(), heads.start, group, count, D=dim, PADDED_D=_padded(dim), ROWS=64, num_warps=4
+    )
+    return out
+
+
+def balanced(count: int, limit: int) -> int:
+    """Size of the fewest parts of at most `limit` (at least one) that `count` things can be cut into evenly."""
+    return -(-count // -(-count // max(1, limit)))
+
+
 def launch_row_logsumexp(
     q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, key_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -139,11 +218,13 @@ def launch_row_logsumexp(
     batch, heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    _row_logsumexp[(triton.cdiv(length, ROWS), heads, batch)](
+    padded = _padded(dim)
+    tile = tile_of(q)
+    _row_logsumexp[(triton.cdiv(length, tile.rows), heads, batch)](
         q, k, key_bias, lse, *q.stride(), *k.stride(), 0 if key_bias is None else key_bias.stride(0),
-        heads, heads // k.shape[1], k.shape[2], scale * math.log2(math.e),
-        D=dim, PADDED_D=_padded(dim), ROWS=ROWS, KEYS=BLOCK_K, BIASED=key_bias is not None,
-        PRECISION=_precision(q.dtype), num_warps=4, num_stages=3, enable_fp_fusion=True,
+        heads, heads // k.shape[1], length, k.shape[2], scale * math.log2(math.e),
+        D=dim, PADDED_D=padded, ROWS=tile.rows, KEYS=tile.keys, BIASED=key_bias is not None,
+        PRECISION=_precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return lse
 
@@ -159,6 +240,7 @@ def launch_block_statistics(
     scale: float | None = None,
     epsilon: float | None = None,
     pool: int | None = None,
+    rows_per_block: int | None = None,
 ) -> BlockStatistics:
     """The Triton counterpart of `statistics_reference.block_statistics_reference`."""
     g = geometry
@@ -167,42 +249,46 @@ def launch_block_statistics(
     scale = dim**-0.5 if scale is None else scale
     scale_log2 = scale * math.log2(math.e)
     blocks = torch.arange(g.q_blocks, device=device) if q_blocks is None else q_blocks.to(device)
-    position = (blocks[:, None] * g.block_q + torch.arange(g.block_q, device=device)).flatten()
-    real = position < g.grid_tokens
-    position = position.clamp_max(g.grid_tokens - 1)
+    tile = tile_of(q)
+    per_block = rows_per_block or g.block_q
+    position, real = block_positions(g, blocks, rows_per_block)
+    position, real = position.flatten(), real.flatten()
+    span = max(per_block, tile.rows)
+    padding = (0, -position.numel() % span)
+    position, every = torch.nn.functional.pad(position, padding), torch.nn.functional.pad(real, padding)
     shape = (heads, blocks.numel(), g.k_blocks)
-    mass = torch.zeros(shape, device=device)
-    maximum, small = (torch.zeros(shape, device=device) for _ in range(2)) if epsilon is not None else (None, None)
+    mass = torch.empty(shape, device=device)
+    maximum, small = (torch.empty(shape, device=device) for _ in range(2)) if epsilon is not None else (None, None)
     pools = 0 if pool is None else -(-g.grid_tokens // pool)
     pool_mass = torch.zeros(heads, blocks.numel(), pools, device=device) if pool is not None else None
     per_head = (g.grid_tokens + position.numel()) * padded * q.element_size()
-    step = max(1, REORDER_BYTES // per_head)
+    step = balanced(heads, REORDER_BYTES // per_head)
     group = heads // k.shape[1]
-    padding = (0, padded - dim)
     for b in range(batch):
         for first in range(0, heads, step):
-            part = torch.arange(first, min(first + step, heads), device=device)
-            source = rows[part].long() + g.prefix
-            keys = torch.nn.functional.pad(k[b][part[:, None] // group, source], padding).contiguous()
+            some = slice(first, min(first + step, heads))
+            source = rows[some].long() + g.prefix
+            keys = take_rows(k[b], some, group, source)
             chosen = source[:, position]
-            queries = torch.nn.functional.pad(q[b][part[:, None], chosen], padding).contiguous()
-            row_lse = (lse[b][part[:, None], chosen] * math.log2(math.e)).masked_fill(~real, torch.inf).contiguous()
-            some = slice(first, first + part.numel())
-            grid = (blocks.numel(), part.numel())
-            _block_statistics[grid](
+            queries = take_rows(q[b], some, 1, chosen)
+            row_lse = (lse[b, some].gather(1, chosen) * math.log2(math.e)).masked_fill(~every, torch.inf)
+            _block_statistics[(position.numel() // span, source.shape[0])](
                 queries, keys, row_lse, mass[some],
                 None if maximum is None else maximum[some], None if small is None else small[some],
-                g.grid_tokens, g.k_blocks, position.numel(), scale_log2, epsilon or 0.0, 1 / batch,
-                PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=ROWS, KEYS=g.block_k, DETAILED=epsilon is not None,
-                PRECISION=_precision(q.dtype), num_warps=4, num_stages=3, enable_fp_fusion=True,
+                g.grid_tokens, blocks.numel(), g.k_blocks, position.numel(), scale_log2, epsilon or 0.0, 1 / batch,
+                PADDED_D=padded, PER_BLOCK=per_block, ROWS=tile.rows, KEYS=g.block_k, BLOCKS=tile.keys // g.block_k,
+                DETAILED=epsilon is not None, ACCUMULATE=b > 0, PRECISION=_precision(q.dtype),
+                num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
             if pool is not None:
-                _pooled_mass[grid](
+                _pooled_mass[(blocks.numel(), source.shape[0])](
                     queries, pool_rows(keys.float(), pool).contiguous(), row_lse, pool_mass[some],
                     g.grid_tokens, pools, position.numel(), scale_log2, 1 / batch,
-                    PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=ROWS, KEYS=g.block_k, POOL=pool,
+                    PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=64, KEYS=g.block_k, POOL=pool,
                     num_warps=4, num_stages=2, enable_fp_fusion=True,
                 )  # fmt: skip
+    if rows_per_block is not None:
+        mass *= block_sizes(g, blocks)[:, None] / rows_per_block
     if small is not None:
         cells = torch.full((g.k_blocks,), g.block_k, device=device)
         cells[-1] -= -g.grid_tokens % g.block_k

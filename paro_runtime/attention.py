@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -117,7 +118,9 @@ _checked: dict[tuple, str | None] = {}
 _checked_lock = threading.Lock()
 
 
-def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, precision: str, backend: str) -> str | None:
+def self_check(
+    device: torch.device, dtype: torch.dtype, head_dim: int, precision: str | Precision, backend: str
+) -> str | None:
     """Compare the kernel with dense attention on a small slice, once per (device, dtype, D, precision).
 
     Returns why the kernel must not be used here, or None. A wrong kernel on unknown hardware must cost nobody a
@@ -128,7 +131,7 @@ def self_check(device: torch.device, dtype: torch.dtype, head_dim: int, precisio
         if key not in _checked:
             _checked[key] = _self_check(*key)
             if _checked[key]:
-                log.warning("PARO is off on %s: %s", device, _checked[key])
+                log.warning("PARO is off on %s in %s: %s", device, precision, _checked[key])
         return _checked[key]
 
 
@@ -145,13 +148,22 @@ def _self_check(device, dtype, head_dim, precision, backend) -> str | None:
         return f"self-check failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     expected = torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float())
     error = ((out.float() - expected).norm() / expected.norm()).item()
-    chosen = PRECISIONS[precision]
+    chosen = PRECISIONS[precision] if isinstance(precision, str) else precision
     bound = max(SELF_CHECK_BOUNDS["int8" if chosen.pv in ("fp8", "int8") else "16"], SELF_CHECK_BOUNDS[chosen.qk])
     if chosen.pv in ("fp8", "int4"):
         bound = max(bound, 8e-2 if chosen.pv == "fp8" else SELF_CHECK_BOUNDS["int4"])
     if not error <= bound:
         return f"self-check: relative error {error:.3g} against dense attention, at most {bound} is allowed"
     return None
+
+
+def site_precision(name: str, rotate: bool, q: torch.Tensor, backend: str) -> Precision:
+    """Precision of a site: INT8 is rotated where the plan says so and the rotated kernel passes its self-check."""
+    plain = PRECISIONS[name]
+    if not rotate or plain.qk != "int8" or plain.hadamard:
+        return plain
+    rotated = replace(plain, hadamard=True)
+    return plain if self_check(q.device, q.dtype, q.shape[3], rotated, backend) else rotated
 
 
 def resolve_backend(

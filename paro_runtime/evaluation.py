@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
-from .attention import dense_pattern, run_kernel
+from .attention import dense_pattern, run_kernel, site_precision
 from .plan import Site
 from .tokens import TokenLayout
 
@@ -192,7 +191,8 @@ class Evaluation:
         if session.refresh.due(key, self.step):
             began = time.perf_counter()
             pattern = session.patterns.get(site, plan, self.layout, k.shape[1], q.device)
-            session.refresh.measure(key, self.step, q, k, v, pattern, scale=scale, key_bias=key_bias)
+            rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
+            session.refresh.measure(key, self.step, q, k, v, pattern, **rest)
             session.tail_seconds += time.perf_counter() - began
         return session.refresh.bias(key)
 
@@ -205,7 +205,8 @@ class Evaluation:
             else:
                 bias = self._measured_bias(site, q, k, v, scale, key_bias)
                 pattern = session.patterns.get(site, self._grid.plan, self.layout, k.shape[1], q.device, bias)
-            precision = PRECISIONS[session.precision]
+            rotate = site is not None and self._grid.plan.sites[site].rotate
+            precision = site_precision(session.precision, rotate, q, session.backend)
             out = run_kernel(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=session.backend)
             finite = torch.isfinite(torch.linalg.vector_norm(out, torch.inf, dtype=torch.float32))
             if session.can_redo and out.is_cuda:

@@ -19,6 +19,8 @@ from .tokens import TokenLayout
 # The distances, in tokens, at which bins begin.
 EDGES = (0, 1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 42, 60, 85, 120, 170, 240, 340, 480)
 ROWS = 256
+# Bytes of attention rows that may be held at a time.
+GROUP_BYTES = 1 << 29
 # Fewer rows where an axis is so long that its table of bins would hold more numbers than this.
 ONE_HOT_ELEMENTS = 1 << 24
 # Bytes are logarithms: of the weight in steps of a tenth below the largest, of what a block draws in twentieths.
@@ -93,15 +95,20 @@ def observe_falloff(
     total = torch.zeros(heads, *pairs.shape, device=q.device)
     group = heads // k.shape[1]
     on_grid = slice(layout.prefix, layout.prefix + layout.grid_tokens)
+    # A row's logits, weights and their copies, a few key heads at a time: a loop over heads would launch too much.
+    step = max(1, GROUP_BYTES // (16 * index.numel() * layout.length * group))
     for b in range(batch):
-        for head in range(heads):
-            logits = q[b, head, index].float() * scale @ k[b, head // group].float().T
+        for first in range(0, k.shape[1], step):
+            part = slice(first * group, (first + step) * group)
+            queries = (q[b, part, index].float() * scale).unflatten(0, (-1, group))
+            keys = k[b, first : first + step].float()
+            logits = torch.einsum("xgrd,xld->xgrl", queries, keys).flatten(0, 1)
             if key_bias is not None:
                 logits += key_bias[b].float()
-            weights = logits.softmax(1)[:, on_grid]
-            along_w = weights.reshape(-1, f * h, w) @ by_w
-            along_h = along_w.unflatten(1, (f, h)).transpose(2, 3) @ by_h[:, None]
-            total[head] += torch.einsum("rfcb,rfa->abc", along_h, by_f)
+            weights = logits.softmax(2)[:, :, on_grid]
+            along_w = weights.reshape(*weights.shape[:2], f * h, w) @ by_w
+            along_h = along_w.unflatten(2, (f, h)).transpose(3, 4) @ by_h[:, None]
+            total[part] += torch.einsum("xrfcb,rfa->xabc", along_h, by_f)
     return (total / (batch * pairs.clamp_min(1))).flatten(1)
 
 

@@ -98,7 +98,8 @@ class PartialStore:
             and all(t.shape[0] == heads and t.dtype in DTYPES for t in tensors.values())
             and all(t.isfinite().all() for t in tensors.values() if t.is_floating_point())
             and sums.falloff.shape == (heads, math.prod(falloff_shape(layout.grid)))
-            and (sums.error is None or sums.error.shape == sums.mass.shape)
+            and sums.received.shape == (heads, sums.mass.shape[2])
+            and (sums.error is None or sums.error[:, : sums.mass.shape[1]].shape == sums.mass.shape)
         )
         if not right:
             raise ValueError("its sums do not fit together")

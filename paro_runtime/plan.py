@@ -74,6 +74,7 @@ class SitePlan:
 
     tail_bias float32 [heads] or None; density and mass_kept float32 [heads], as calibrated. falloff uint8
     [heads, packed_width(grid)] as `falloff.pack_falloff` makes it, or None: then the plan serves its own grid only.
+    rotate: INT8 queries and keys are rotated by a Hadamard matrix first.
     """
 
     orders: tuple[str, ...]
@@ -83,9 +84,12 @@ class SitePlan:
     density: torch.Tensor
     mass_kept: torch.Tensor
     falloff: torch.Tensor | None = None
+    rotate: bool = False
 
     @classmethod
-    def create(cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor, falloff=None) -> SitePlan:
+    def create(
+        cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor, falloff=None, rotate: bool = False
+    ) -> SitePlan:
         """From a bool mask `[heads, q_blocks, k_blocks]` on any device."""
         return cls(
             tuple(orders),
@@ -95,6 +99,7 @@ class SitePlan:
             mask.float().mean((1, 2)).cpu(),
             mass_kept.float().cpu(),
             falloff,
+            rotate,
         )
 
     def mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -162,7 +167,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     for number, (site, entry) in enumerate(sorted(plan.sites.items())):
         key = f"{number:04d}"
         optional = {"tail": entry.tail_bias is not None, "falloff": entry.falloff is not None}
-        sites.append({"name": site.name, "shape": list(entry.shape), **optional})
+        sites.append({"name": site.name, "shape": list(entry.shape), **optional, "rotate": entry.rotate})
         tensors[f"{key}.orders"] = torch.tensor([ALL_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
         tensors[f"{key}.mask"] = entry.packed
         tensors[f"{key}.density"] = entry.density
@@ -253,10 +258,14 @@ def _read(file, name: str) -> Plan:
         budget -= heads * (math.prod(blocks) // 8 + width)
         if budget < 0:
             raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
+        # Absent from plans made before it could be chosen.
+        rotate = entry.get("rotate", False)
+        if type(rotate) is not bool:
+            raise PlanError(f"plan {name}: rotate of {entry['name']!r} is {rotate!r}, expected true or false")
         key = f"{number:04d}"
         found = _read_site(file, name, key, (heads, *blocks), names, entry["tail"], width)
         tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
-        sites[Site.parse(entry["name"])] = _site_plan(found, (heads, *blocks), names)
+        sites[Site.parse(entry["name"])] = _site_plan(found, (heads, *blocks), names, rotate)
     if len(sites) != len(header["sites"]):
         raise PlanError(f"plan {name}: a site is named twice")
     if set(file.keys()) != set(tensors):
@@ -307,7 +316,7 @@ def _read_site(
     return tensors
 
 
-def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str]) -> SitePlan:
+def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str], rotate) -> SitePlan:
     orders = tuple(names[i] for i in tensors["orders"].tolist())
-    rest = (tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"], tensors.get("falloff"))
+    rest = (tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"], tensors.get("falloff"), rotate)
     return SitePlan(orders, tensors["mask"], shape, *rest)

@@ -211,7 +211,8 @@ class _Move:
         for site, entry in self.plan.sites.items():
             found = [moved[site, head] for head in range(len(entry.orders))]
             mask = torch.stack([unpack_bits(bits, pairs.size.shape) for bits, _ in found])
-            made[site] = SitePlan.create(orders[site], mask, entry.tail_bias, torch.stack([kept for _, kept in found]))
+            kept = torch.stack([kept for _, kept in found])
+            made[site] = SitePlan.create(orders[site], mask, entry.tail_bias, kept, rotate=entry.rotate)
         return made
 
 

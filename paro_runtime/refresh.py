@@ -44,6 +44,7 @@ class BiasRefresh:
         *,
         scale: float | None,
         key_bias: torch.Tensor | None,
+        backend: str = "auto",
     ) -> None:
         """Measure the bias on this call; calls of one step (conditionings that the host runs apart) add up."""
         group = q.shape[1] // pattern.kv_heads
@@ -59,6 +60,7 @@ class BiasRefresh:
             share=ROWS_SHARE,
             scale=scale,
             key_bias=key_bias,
+            backend=backend,
         )
         with self._lock:
             before = self._errors.get(key)

@@ -49,6 +49,7 @@ class Report:
     sites: int
     sites_sparse: int
     sites_dense_blocks: int
+    sites_rotated: int
     density: float
     mass_kept: float
     precision: str
@@ -83,6 +84,7 @@ class Report:
             sites=len(session.sites),
             sites_sparse=len(session.sparse_sites),
             sites_dense_blocks=len(session.dense_block_sites),
+            sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
             density=plan.density if plan else 1.0,
             mass_kept=plan.mass_kept if plan else 1.0,
             precision=session.precision,
@@ -135,6 +137,7 @@ class Report:
             f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
             f"kernels: {self.backend}, {self.precision}",
             f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self.mass_kept:.1%}",
+            f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
             f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
         if self.backend == "reference" and self.sites_sparse:

@@ -1,30 +1,36 @@
 """From one site's queries and keys to block statistics: which order suits each head, and what its blocks hold.
 
-Streaming passes over Q K^T: the log-sum-exp of every row; block sums of some query blocks under every candidate order,
-to choose; block sums of all query blocks under the chosen orders, for the mask; the falloff with distance from a few
-hundred rows; and, where the values are at hand, the tail's errors on a few rows of every block. With a quarter of the
-query blocks for ten orders that is 1 + 10/4 + 1 products Q K^T and a quarter of a dense attention, together two and a
-half dense attentions.
+No pass looks at more rows than it must. Some rows of some query blocks under every candidate order, to choose: their
+log-sum-exp, then their block sums. Then, under the chosen orders and where the values are at hand, the tail's errors on
+a few rows of every block, which tell the block sums too. For ten orders on 75,600 tokens that is half a product Q K^T
+and half a dense attention. Without values, or for masks by mass, block sums of every row instead: two products more.
+The falloff with distance comes from a few hundred rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 
 from ..kernels.api import block_statistics, row_logsumexp
 from ..kernels.problem import Geometry
-from ..kernels.statistics_reference import BlockStatistics
+from ..kernels.statistics_reference import BlockStatistics, block_positions
 from .falloff import observe_falloff
 from .orders import ORIGINAL, candidate_orders, order_table, tiled_orders
+from .rotation import logit_errors
 from .selection import mass_kept_scores, paper_scores
 from .tail import TailObservation, observe_tail
 from .tokens import TokenLayout
 
-# Query blocks looked at when choosing an order: all of them up to this count, then this share.
+# Query blocks looked at when choosing an order: all of them up to the first count, then this share, up to the last one:
+# what a choice can go wrong by depends on how many blocks were seen, not on their share.
 ORDER_BLOCKS_AT_LEAST = 16
 ORDER_BLOCKS_SHARE = 0.25
+ORDER_BLOCKS_AT_MOST = 64
+# Rows looked at in each of them.
+ORDER_ROWS = 32
 
 
 # Up to this many grid tokens a CPU counts block sums under all orders in one go; see `masses_by_membership`.
@@ -37,7 +43,8 @@ class StatisticsOptions:
 
     density: at which orders are compared. order: `mass`, `paper` or `original`. tiles: offer tiled orders to `mass`.
     pool: tokens per pooled key, None without a tail. pooled_mass: also measure the mass of pooled keys, for a bias that
-    only makes the total mass right. alpha, sigma: of the paper's metric.
+    only makes the total mass right. every_row: block sums of every row, for masks that are chosen by mass, even where
+    the tail's sampled rows tell them. alpha, sigma: of the paper's metric.
     """
 
     density: float
@@ -45,6 +52,7 @@ class StatisticsOptions:
     pool: int | None = 64
     tiles: bool = True
     pooled_mass: bool = False
+    every_row: bool = False
     alpha: float = 0.5
     sigma: float = 1.0
 
@@ -61,10 +69,11 @@ class Observation:
 
     scores  float32 [H, candidates], higher is better; the names are in `candidates`.
     choice  int64 [H]: index of the order under which the rest was taken.
-    mass    float32 [H, q_blocks, k_blocks]: attention in each block.
+    mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's.
     falloff float32 [H, bins]: mean weight of a key by its distance, see `falloff.observe_falloff`.
     pooled  the same as mass with pooled keys, or None unless asked for.
     tail    errors of the tail, or None without a tail or without values.
+    logit_errors float32 [H, 3]: what quantising does to the logits, see `rotation.logit_errors`.
     """
 
     candidates: tuple[str, ...]
@@ -74,6 +83,7 @@ class Observation:
     falloff: torch.Tensor
     pooled: torch.Tensor | None = None
     tail: TailObservation | None = None
+    logit_errors: torch.Tensor | None = None
 
 
 def geometry_of(layout: TokenLayout, block_q: int) -> Geometry:
@@ -81,9 +91,16 @@ def geometry_of(layout: TokenLayout, block_q: int) -> Geometry:
     return Geometry(layout.prefix, layout.grid, layout.suffix, block_q)
 
 
+@lru_cache(maxsize=32)
+def _table_on(name: str, grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """The order's table on a device: every site of a run asks for the same ten."""
+    return order_table(name, grid).to(device)
+
+
 def order_sample(q_blocks: int, device: torch.device) -> torch.Tensor:
     """Evenly spread query blocks for choosing the order, int64, rising."""
-    count = min(q_blocks, max(ORDER_BLOCKS_AT_LEAST, round(q_blocks * ORDER_BLOCKS_SHARE)))
+    share = min(ORDER_BLOCKS_AT_MOST, round(q_blocks * ORDER_BLOCKS_SHARE))
+    count = min(q_blocks, max(ORDER_BLOCKS_AT_LEAST, share))
     return torch.linspace(0, q_blocks - 1, count, device=device).round().long().unique()
 
 
@@ -108,50 +125,57 @@ def observe(
     geometry = geometry_of(layout, block_q)
     candidates = options.candidates(layout.grid)
     heads, kv_heads = q.shape[1], k.shape[1]
-    tables = [order_table(name, layout.grid).to(q.device) for name in candidates]
-    lse = row_logsumexp(q, k, scale=scale, key_bias=key_bias, backend=backend)
+    tables = [_table_on(name, layout.grid, q.device) for name in candidates]
+    rest = {"scale": scale, "backend": backend}
+
+    @cache
+    def lse() -> torch.Tensor:
+        """Of every row: a product Q K^T that the usual path on a GPU does without."""
+        return row_logsumexp(q, k, key_bias=key_bias, **rest)
+
     scores = torch.zeros(heads, len(candidates), device=q.device)
     masses = None
     if q.device.type == "cpu" and layout.grid_tokens <= MEMBERSHIP_TOKENS and options.order != "paper":
-        masses = masses_by_membership(q, k, lse, geometry, tables, scale)
+        masses = masses_by_membership(q, k, lse(), geometry, tables, scale)
         scores = mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density)
-    elif len(candidates) > 1:
+    elif len(candidates) > 1 and options.order == "paper":
         sample = order_sample(geometry.q_blocks, q.device)
-        epsilon = 1 / geometry.grid_tokens if options.order == "paper" else None
-        seen = [
-            block_statistics(
-                q,
-                k,
-                lse,
-                geometry,
-                table.expand(heads, -1),
-                q_blocks=sample,
-                scale=scale,
-                epsilon=epsilon,
-                backend=backend,
-            )
-            for table in tables
-        ]
-        scores = (
-            paper_scores(seen, options.alpha, options.sigma) if epsilon else mass_kept_scores(seen, options.density)
-        )
+        looks = {"q_blocks": sample, "epsilon": 1 / geometry.grid_tokens, **rest}
+        seen = [block_statistics(q, k, lse(), geometry, table.expand(heads, -1), **looks) for table in tables]
+        scores = paper_scores(seen, options.alpha, options.sigma)
+    elif len(candidates) > 1:
+        seen = sampled_sums(q, k, geometry, tables, key_bias, rest)
+        scores = mass_kept_scores(seen, options.density)
     total = scores if previous_scores is None else scores + previous_scores.to(scores.device)
     per_group = total.unflatten(0, (kv_heads, heads // kv_heads)).mean(1)
     choice = first_best(per_group).repeat_interleave(heads // kv_heads)
     rows = torch.stack(tables)[choice]
-    # Without values only the masses can tell a bias.
-    pool = options.pool if options.pooled_mass or v is None else None
-    if masses is not None and pool is None:
-        full = BlockStatistics(torch.stack([masses[order][head] for head, order in enumerate(choice.tolist())]))
-    else:
-        full = block_statistics(q, k, lse, geometry, rows, scale=scale, pool=pool, backend=backend)
     tail = None
     if v is not None and options.pool is not None:
-        tail = observe_tail(
-            q, k, v, geometry, rows, density=options.density, pool=options.pool, scale=scale, key_bias=key_bias
-        )
+        more = {"density": options.density, "pool": options.pool, "key_bias": key_bias}
+        tail = observe_tail(q, k, v, geometry, rows, **more, **rest)
+    # Without values only the masses can tell a bias.
+    pool = options.pool if options.pooled_mass or v is None else None
+    if pool is None and masses is not None:
+        full = BlockStatistics(torch.stack([masses[order][head] for head, order in enumerate(choice.tolist())]))
+    elif pool is None and tail is not None and not options.every_row:
+        full = BlockStatistics(tail.mass)
+    else:
+        full = block_statistics(q, k, lse(), geometry, rows, pool=pool, **rest)
     falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias)
-    return Observation(candidates, scores, choice, full.mass, falloff, full.pooled, tail)
+    errors = logit_errors(q, k, geometry, rows, scale=scale)
+    return Observation(candidates, scores, choice, full.mass, falloff, full.pooled, tail, errors)
+
+
+def sampled_sums(q, k, g: Geometry, tables: list[torch.Tensor], key_bias, rest: dict) -> list[BlockStatistics]:
+    """Block sums under every order, estimated from ORDER_ROWS rows of some query blocks."""
+    sample = order_sample(g.q_blocks, q.device)
+    positions = block_positions(g, sample, ORDER_ROWS)[0].flatten()
+    tokens = torch.cat([table[positions] for table in tables]).long() + g.prefix
+    lse = torch.empty(q.shape[:3], device=q.device)
+    lse[:, :, tokens] = row_logsumexp(q[:, :, tokens], k, key_bias=key_bias, **rest)
+    looks = {"q_blocks": sample, "rows_per_block": ORDER_ROWS, **rest}
+    return [block_statistics(q, k, lse, g, table.expand(q.shape[1], -1), **looks) for table in tables]
 
 
 def masses_by_membership(

@@ -4,10 +4,10 @@ Everything is measured on sampled query rows against the exact output of those r
 misleads in both directions: a block whose values resemble the output costs nothing though its mass is large, and where
 a head follows content rather than place, a tail with the right mass pulls the output towards the wrong mean.
 
-For one row with exact output o, a key block j contributes x_j = sum_k p_k (v_k - o), and its pool y_j = p'_j (v'_j - o)
-with p' the pooled weight and v' the pooled value. Keeping a set of blocks and giving the rest a tail with factor e^c
-moves the row's output by (e^c sum y_j - sum x_j) / (mass kept + e^c pooled mass), sums over the dropped blocks. So a
-block costs |e^c y_j - x_j|^2, and the error of every bias follows from three numbers per row.
+For one row with exact output o, a key block j contributes x_j = sum_k p_k (v_k - o), its pool y_j = p'_j (v'_j - o),
+with p' the pooled weight and v' the pooled value (`kernels.tail_reference`). Keeping a set of blocks and giving the
+rest a tail with factor e^c moves the row's output by (e^c sum y_j - sum x_j) / (mass kept + e^c pooled mass), sums over
+the dropped blocks. So a block costs |e^c y_j - x_j|^2, and the error of every bias follows from five numbers per row.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.api import block_costs, row_moments
 from ..kernels.problem import Geometry
-from ..kernels.reference import pool_counts, pool_rows
+from ..kernels.statistics_reference import block_positions, block_sizes
+from ..kernels.tail_reference import BlockCosts, RowMoments, blocks_of
 
 # Rows looked at in every query block.
 ROWS_PER_BLOCK = 16
-# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB, and to about 1 GB on a
-# GPU, where small chunks would spend their time in launches.
-CHUNK_ELEMENTS = 1 << 24
-CHUNK_ELEMENTS_GPU = 1 << 26
+# Biases are tried on the rows of so many query blocks, evenly spread: one number per head needs no more (1,024 rows of
+# 75,600 tokens; a refresh uses 756).
+CURVE_BLOCKS = 64
+# Bytes of block tables and of attention rows that may be held at a time; heads are done in groups that fit.
+GROUP_BYTES = 1 << 29
 # Biases that are tried. The first leaves no tail at all: some heads are better off without one.
 NO_TAIL = -20.0
 BIASES = (NO_TAIL, *(i / 4 for i in range(-10, 21)))
@@ -37,127 +40,62 @@ class TailObservation:
     """Squared errors, in units of the squared output, summed over rows and channels; mean over the batch.
 
     error  float32 [H, q_blocks, k_blocks]: of leaving a block to the tail, estimated for all of the block's rows.
-    curves float32 [H, len(MASK_DENSITIES), len(BIASES)]: of the whole output, over the sampled rows.
+    mass   float32 [H, q_blocks, k_blocks]: attention in each block, likewise estimated.
+    curves float32 [H, len(MASK_DENSITIES), len(BIASES)]: of the whole output, over rows of up to CURVE_BLOCKS blocks.
     energy float32 [H]: squared output itself over the sampled rows.
     """
 
     error: torch.Tensor
+    mass: torch.Tensor
     curves: torch.Tensor
     energy: torch.Tensor
 
 
 def sampled_rows(geometry: Geometry, device: torch.device, rows: int = ROWS_PER_BLOCK) -> torch.Tensor:
     """Positions in the order, int64 `[q_blocks, rows]`, spread evenly over each block, or what there is of it."""
-    starts = torch.arange(geometry.q_blocks, device=device) * geometry.block_q
-    size = (geometry.grid_tokens - starts).clamp_max(geometry.block_q)
-    return starts[:, None] + ((torch.arange(rows, device=device) + 0.5) / rows * size[:, None]).long()
+    return block_positions(geometry, torch.arange(geometry.q_blocks, device=device), rows)[0]
 
 
-@dataclass(frozen=True)
-class _Head:
-    """One head of one batch entry, keys and values of the grid in the head's order."""
-
-    q: torch.Tensor
-    all_keys: torch.Tensor
-    key_bias: torch.Tensor | None
-    values: torch.Tensor
-    context_values: torch.Tensor
-    pooled_keys: torch.Tensor
-    pooled_values: torch.Tensor
-    log_counts: torch.Tensor
-    columns: torch.Tensor
-    context: torch.Tensor
-    scale: float
+def _head_groups(heads: int, group: int, bytes_per_head: int) -> list[slice]:
+    """Slices of the query heads that fit GROUP_BYTES; the `group` heads that share a key head stay together."""
+    count = heads // group
+    parts = -(-count // max(1, GROUP_BYTES // (bytes_per_head * group)))
+    step = -(-count // parts) * group
+    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
-def _context_index(g: Geometry, device) -> torch.Tensor:
-    return torch.cat(
-        [torch.arange(g.prefix, device=device), torch.arange(g.prefix + g.grid_tokens, g.length, device=device)]
+def _of_key_heads(some: slice, group: int) -> slice:
+    return slice(some.start // group, some.stop // group)
+
+
+def _bias_errors(seen: RowMoments) -> torch.Tensor:
+    """Squared error of each of BIASES over all rows, mean over the batch: float32 `[H, masks, len(BIASES)]`."""
+    factor = torch.tensor(BIASES, device=seen.moved.device).exp()[:, None]
+    moved, cross, other, mass, pooled = (
+        x[..., None, :] for x in (seen.moved, seen.cross, seen.pooled_moved, seen.mass, seen.pooled)
     )
+    change = moved - 2 * factor * cross + factor.square() * other
+    total = 1 - mass + factor * pooled
+    return (change / total.clamp_min(1e-6).square()).sum(-1).mean(0)
 
 
-def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, scale: float) -> _Head:
-    columns, context = table.long() + g.prefix, _context_index(g, q.device)
-    keys, values = k[columns].float(), v[columns].float()
-    log_counts = pool_counts(g.grid_tokens, pool, q.device).float().log()
-    return _Head(
-        q,
-        k.float(),
-        bias,
-        values,
-        v[context].float(),
-        pool_rows(keys, pool),
-        pool_rows(values, pool),
-        log_counts,
-        columns,
-        context,
-        scale,
-    )
+def _small_block_factor(costs: BlockCosts, density: float) -> torch.Tensor:
+    """e^c per head, float32 `[H]`, that makes the total right over the blocks a mask of this density would drop."""
+    blocks = costs.mass.shape[2]
+    count = min(blocks, 1 + round(density * blocks))
+    small = costs.mass < costs.mass.topk(count, 2).values[..., -1:]
+    true, pooled = (costs.mass * small).sum((1, 2)), (costs.pooled * small).sum((1, 2))
+    return (true / pooled.clamp_min(1e-12)).clamp(0.3, 30)
 
 
-def _blocks(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """Split dimension `dim` into blocks of `size`, the last one padded with zeros."""
-    missing = -x.shape[dim] % size
-    if missing:
-        shape = list(x.shape)
-        shape[dim] = missing
-        x = torch.cat([x, x.new_zeros(shape)], dim)
-    return x.unflatten(dim, (-1, size))
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """x and y `[rows, k_blocks, D]`, mass and pooled `[rows, k_blocks]`, energy `[rows]` of sampled rows."""
-
-    x: torch.Tensor
-    y: torch.Tensor
-    mass: torch.Tensor
-    pooled: torch.Tensor
-    energy: torch.Tensor
-
-
-def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows:
-    queries = head.q[head.columns[positions]].float() * head.scale
-    logits = queries @ head.all_keys.T
-    if head.key_bias is not None:
-        logits += head.key_bias.float()
-    lse = logits.logsumexp(1, keepdim=True)
-    weights = (logits - lse).exp()
-    on_grid, on_context = weights[:, head.columns], weights[:, head.context]
-    out = on_grid @ head.values + on_context @ head.context_values
-    tiles = _blocks(on_grid, g.block_k, 1)
-    mass = tiles.sum(2)
-    sums = torch.einsum("rbk,bkd->rbd", tiles, _blocks(head.values, g.block_k, 0))
-    pooled_weights = (queries @ head.pooled_keys.T + head.log_counts - lse).exp()
-    per_block = g.block_k // pool
-    pooled_tiles = _blocks(pooled_weights, per_block, 1)
-    pooled = pooled_tiles.sum(2)
-    pooled_sums = torch.einsum("rbk,bkd->rbd", pooled_tiles, _blocks(head.pooled_values, per_block, 0))
-    x = sums - mass[..., None] * out[:, None]
-    y = pooled_sums - pooled[..., None] * out[:, None]
-    return _Rows(x, y, mass, pooled, out.square().sum(1))
-
-
-def _bias_errors(rows: _Rows, kept: torch.Tensor) -> torch.Tensor:
-    """Squared error over all rows for each of BIASES; kept bool `[rows, k_blocks]`."""
-    dropped = (~kept).float()
-    x = torch.einsum("rb,rbd->rd", dropped, rows.x)
-    y = torch.einsum("rb,rbd->rd", dropped, rows.y)
-    factor = torch.tensor(BIASES, device=x.device).exp()[:, None]
-    moved = x.square().sum(1) - 2 * factor * (x * y).sum(1) + factor.square() * y.square().sum(1)
-    total = 1 - (dropped * rows.mass).sum(1) + factor * (dropped * rows.pooled).sum(1)
-    return (moved / total.clamp_min(1e-6).square()).sum(1)
-
-
-def _small_block_factor(rows: _Rows, density: float) -> torch.Tensor:
-    """e^c that makes the total right over the blocks that a mask of this density would leave to the tail."""
-    count = min(rows.mass.shape[1], 1 + round(density * rows.mass.shape[1]))
-    small = rows.mass < rows.mass.topk(count, 1).values[:, -1:]
-    return ((rows.mass * small).sum() / (rows.pooled * small).sum().clamp_min(1e-12)).clamp(0.3, 30)
-
-
-def _chunk_elements(q: torch.Tensor) -> int:
-    return CHUNK_ELEMENTS_GPU if q.is_cuda else CHUNK_ELEMENTS
+def _levels(error: torch.Tensor) -> torch.Tensor:
+    """uint8 like error: how many of the masks that keep the costliest MASK_DENSITIES drop a block."""
+    blocks = error.shape[-1]
+    ranks = torch.arange(blocks, device=error.device)
+    counts = [max(1, round(share * blocks)) for share in MASK_DENSITIES]
+    level_of_rank = sum((ranks >= count).to(torch.uint8) for count in counts)
+    best = error.argsort(-1, descending=True)
+    return torch.empty_like(error, dtype=torch.uint8).scatter_(-1, best, level_of_rank.expand_as(best))
 
 
 def observe_tail(
@@ -172,37 +110,34 @@ def observe_tail(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     rows: int = ROWS_PER_BLOCK,
+    backend: str = "auto",
 ) -> TailObservation:
     """What each block costs and which bias suits; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, tables int `[Hq, N]`.
 
-    tables: grid index at each position of the head's order. Costs rows / block_q of a dense attention.
+    tables: grid index at each position of the head's order. rows: looked at in each query block, a power of two up to
+    64. Costs three times rows / block_q of a dense attention, and less on long sequences.
     """
-    g, (batch, heads, _, dim) = geometry, q.shape
-    scale = dim**-0.5 if scale is None else scale
-    error = torch.zeros(heads, g.q_blocks, g.k_blocks, device=q.device)
-    curves = torch.zeros(heads, len(MASK_DENSITIES), len(BIASES), device=q.device)
-    energy = torch.zeros(heads, device=q.device)
+    g, heads = geometry, q.shape[1]
     positions = sampled_rows(g, q.device, rows)
-    size = (g.grid_tokens - torch.arange(g.q_blocks, device=q.device) * g.block_q).clamp_max(g.block_q)
-    step = max(1, _chunk_elements(q) // (rows * g.k_blocks * dim))
+    size = block_sizes(g, torch.arange(g.q_blocks, device=q.device))
+    count = min(g.q_blocks, CURVE_BLOCKS)
+    some_blocks = torch.linspace(0, g.q_blocks - 1, count, device=q.device).round().long()
     group = heads // k.shape[1]
-    for b in range(batch):
-        bias = None if key_bias is None else key_bias[b]
-        for h in range(heads):
-            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, scale)
-            for first in range(0, g.q_blocks, step):
-                part = slice(first, min(first + step, g.q_blocks))
-                seen = _rows(head, g, pool, positions[part].flatten())
-                cost = (_small_block_factor(seen, density) * seen.y - seen.x).square().sum(2)
-                per_block = cost.unflatten(0, (-1, rows)).mean(1)
-                error[h, part] += per_block * size[part, None] / batch
-                energy[h] += seen.energy.sum() / batch
-                for i, share in enumerate(MASK_DENSITIES):
-                    count = max(1, round(share * g.k_blocks))
-                    best = per_block.topk(count, 1).indices
-                    kept = torch.zeros_like(per_block, dtype=torch.bool).scatter_(1, best, True)
-                    curves[h, i] += _bias_errors(seen, kept.repeat_interleave(rows, 0)) / batch
-    return TailObservation(error, curves, energy)
+    rest = {"pool": pool, "scale": scale, "key_bias": key_bias, "backend": backend}
+    parts: list[tuple[torch.Tensor, ...]] = []
+    for some in _head_groups(heads, group, 32 * g.q_blocks * g.k_blocks):
+        its = _of_key_heads(some, group)
+        call = (q[:, some], k[:, its], v[:, its], g, tables[some])
+        costs = block_costs(*call, positions, **rest)
+        factor = _small_block_factor(costs, density)[:, None, None]
+        error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
+        levels = torch.zeros(error.shape, dtype=torch.uint8, device=q.device)
+        levels[:, some_blocks] = _levels(error[:, some_blocks])
+        seen = row_moments(*call, positions[some_blocks].flatten(), levels, len(MASK_DENSITIES), **rest)
+        share = size[:, None] / rows
+        parts.append((error.mul_(share), costs.mass.mul_(share), _bias_errors(seen), costs.energy))
+    error, mass, curves, energy = (torch.cat(part) for part in zip(*parts, strict=True))
+    return TailObservation(error, mass, curves, energy)
 
 
 def observe_bias(
@@ -217,26 +152,20 @@ def observe_bias(
     share: float,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
 ) -> torch.Tensor:
     """Squared error for each of BIASES under a known mask, from a share of the rows: float32 `[Hq, len(BIASES)]`.
 
     Arguments as in `observe_tail`; mask bool `[Hq, q_blocks, k_blocks]`. At least 64 rows are looked at.
     """
-    g, (batch, heads, _, dim) = geometry, q.shape
-    scale = dim**-0.5 if scale is None else scale
+    g = geometry
     count = min(g.grid_tokens, max(64, round(share * g.grid_tokens)))
     positions = ((torch.arange(count, device=q.device) + 0.5) / count * g.grid_tokens).long()
-    result = torch.zeros(heads, len(BIASES), device=q.device)
-    group = heads // k.shape[1]
-    step = max(1, _chunk_elements(q) // (g.k_blocks * dim))
-    for b in range(batch):
-        bias = None if key_bias is None else key_bias[b]
-        for h in range(heads):
-            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, scale)
-            for part in positions.split(step):
-                seen = _rows(head, g, pool, part)
-                result[h] += _bias_errors(seen, mask[h, part // g.block_q]) / batch
-    return result
+    dropped = (~mask).to(torch.uint8)
+    seen = row_moments(
+        q, k, v, g, tables, positions, dropped, 1, pool=pool, scale=scale, key_bias=key_bias, backend=backend
+    )
+    return _bias_errors(seen)[:, 0]
 
 
 def best_bias(errors: torch.Tensor) -> torch.Tensor:
@@ -282,15 +211,20 @@ def kept_on_rows(
     scale = dim**-0.5 if scale is None else scale
     count = min(g.grid_tokens, rows)
     positions = ((torch.arange(count, device=q.device) + 0.5) / count * g.grid_tokens).long()
-    kept = torch.zeros(2, heads, device=q.device)
     group = heads // k.shape[1]
-    for b in range(batch):
-        for h in range(heads):
-            columns = tables[h].long() + g.prefix
-            logits = q[b, h, columns[positions]].float() * scale @ k[b, h // group].float().T
+    kept = torch.zeros(2, heads, device=q.device)
+    for some in _head_groups(heads, group, 16 * count * g.length):
+        its = tables[some].long()
+        asked = its[:, positions] + g.prefix
+        columns = (its + g.prefix)[:, None].expand(-1, count, -1)
+        stays = mask[some][:, positions // g.block_q]
+        for b in range(batch):
+            queries = q[b, some].gather(1, asked[..., None].expand(-1, -1, dim)).float() * scale
+            keys = k[b, _of_key_heads(some, group)].float()
+            logits = torch.einsum("hgrd,hld->hgrl", queries.unflatten(0, (-1, group)), keys).flatten(0, 1)
             if key_bias is not None:
                 logits += key_bias[b].float()
-            blocks = _blocks(logits.softmax(1)[:, columns], g.block_k, 1).sum(2)
-            kept[0, h] += (blocks * mask[h, positions // g.block_q]).sum()
-            kept[1, h] += blocks.sum()
+            blocks = blocks_of(logits.softmax(2).gather(2, columns), g.block_k, 2).sum(3)
+            kept[0, some] += (blocks * stays).sum((1, 2))
+            kept[1, some] += blocks.sum((1, 2))
     return kept[0] / kept[1].clamp_min(1e-20)

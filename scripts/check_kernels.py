@@ -147,6 +147,7 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import _calibration_kernels
     import _checkout
 
     _checkout.register()
@@ -154,11 +155,18 @@ def main() -> int:
     results = []
     if not arguments.json:
         print("sm   D    precision  call    tile            regs  spills  KiB  slots  tensor instructions")
+    others = _calibration_kernels.rows_to_check(arguments.quick, arguments.capability)
+    limits = [SHARED_LIMIT[row.capability] for row in others]
     with ProcessPoolExecutor(arguments.jobs) as pool:
-        for result in pool.map(compile_row, rows):
-            results.append(result)
-            if not arguments.json:
-                print(line_of(result), flush=True)
+        parts = (
+            (line_of, pool.map(compile_row, rows)),
+            (_calibration_kernels.line_of, pool.map(_calibration_kernels.compile_row, others, limits)),
+        )
+        for its_line, part in parts:
+            for result in part:
+                results.append(result)
+                if not arguments.json:
+                    print(its_line(result), flush=True)
     if arguments.json:
         print(json.dumps(results, indent=1))
     else:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from comfyui_paro.kernels.api import block_statistics, row_logsumexp
 from comfyui_paro.kernels.problem import Geometry
+from comfyui_paro.kernels.statistics_reference import block_positions
 from comfyui_paro.kernels.support import interpreted
 
 pytest.importorskip("triton")
@@ -54,3 +55,71 @@ def test_block_statistics(geometry: Geometry, options: dict, shape: dict):
         assert (a is None) == (b is None)
         if a is not None:
             torch.testing.assert_close(a, b, atol=2e-4, rtol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("epsilon", [None, 5e-3])
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_two_key_blocks_at_a_time_as_on_data_centre_gpus(block_q, epsilon, monkeypatch):
+    """An odd number of key blocks, heads in more than one group, a batch."""
+    from comfyui_paro.kernels import triton_statistics
+
+    wide = triton_statistics.statistics_tile((9, 0), 64, wide=False)
+    assert wide.keys == 128
+    monkeypatch.setattr(triton_statistics, "tile_of", lambda q: wide)
+    monkeypatch.setattr(triton_statistics, "REORDER_BYTES", 1)
+    geometry = Geometry(3, (2, 5, 29), 1, block_q=block_q)
+    assert geometry.k_blocks % 2
+    q, k, rows = make(geometry, heads=4, batch=2, dtype=torch.float16)
+    lse, expected_lse = (row_logsumexp(q, k, backend=name) for name in ("triton", "reference"))
+    torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-5)
+    got, expected = (
+        block_statistics(q, k, lse, geometry, rows, epsilon=epsilon, backend=name) for name in ("triton", "reference")
+    )
+    for name in ("mass", "maximum", "small") if epsilon else ("mass",):
+        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("tile_rows", [64, 128])
+@pytest.mark.parametrize("block_q, rows", [(64, 16), (128, 32), (128, 64)])
+def test_sums_from_some_rows_of_each_block(block_q, rows, tile_rows, monkeypatch):
+    """Several query blocks share a tile; the last one is ragged. Garbage in the rows that are not looked at."""
+    from comfyui_paro.kernels import triton_statistics
+
+    tile = triton_statistics.StatisticsTile(tile_rows, 64, 4, 1)
+    monkeypatch.setattr(triton_statistics, "tile_of", lambda q: tile)
+    geometry = Geometry(3, (2, 7, 23), 1, block_q=block_q)
+    q, k, order = make(geometry, heads=4, batch=2)
+    lse = row_logsumexp(q, k, backend="reference")
+    some = torch.tensor([0, geometry.q_blocks - 1])
+    looked = block_positions(geometry, some, rows)[0].flatten()
+    partial = torch.full_like(lse, float("nan"))
+    for head in range(4):
+        tokens = order[head][looked] + geometry.prefix
+        partial[:, head, tokens] = lse[:, head, tokens]
+    got, expected = (
+        block_statistics(q, k, partial, geometry, order, q_blocks=some, rows_per_block=rows, backend=name)
+        for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(got.mass, expected.mass, atol=2e-4, rtol=1e-4)
+    every = block_statistics(q, k, lse, geometry, order, q_blocks=some, backend="reference")
+    torch.testing.assert_close(got.mass.sum((1, 2)), every.mass.sum((1, 2)), rtol=2e-2, atol=0)
+
+
+def test_all_rows_of_whole_blocks_are_all_rows():
+    geometry = Geometry(0, (2, 8, 16), 0)
+    q, k, order = make(geometry)
+    lse = row_logsumexp(q, k, backend="reference")
+    sampled, every = (
+        block_statistics(q, k, lse, geometry, order, rows_per_block=rows, backend="reference") for rows in (64, None)
+    )
+    torch.testing.assert_close(sampled.mass, every.mass)
+    with pytest.raises(ValueError, match="rows_per_block"):
+        block_statistics(q, k, lse, geometry, order, rows_per_block=16, epsilon=0.1, backend="reference")
+
+
+def test_row_logsumexp_of_some_rows():
+    q, k, _ = make(Geometry(3, (2, 5, 17), 1), heads=4, batch=2)
+    some = torch.tensor([5, 0, 99])
+    for name in ("triton", "reference"):
+        every = row_logsumexp(q, k, backend=name)
+        torch.testing.assert_close(row_logsumexp(q[:, :, some], k, backend=name), every[:, :, some])

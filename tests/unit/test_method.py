@@ -141,9 +141,10 @@ def test_refresh_comes_ever_more_rarely_and_adds_up_within_a_step(planted, maske
     torch.testing.assert_close(refresh.bias("site"), once)
 
 
-@pytest.mark.parametrize("tokens, bound", [((13, 18, 20), 3.0), ((8, 12, 12), 3.0)])
-def test_observing_a_site_costs_less_than_three_dense_attentions(tokens, bound):
-    """Multiply-adds of matrix products, one head of a video with tail and every candidate order."""
+@pytest.mark.parametrize("tokens, bound", [((13, 18, 20), 2.0), ((8, 12, 12), 3.2)])
+def test_observing_a_site_costs_two_dense_attentions_or_three(tokens, bound):
+    """Multiply-adds of matrix products, one head of a video with tail and every candidate order. On the small grid a
+    CPU takes block sums of every row under all orders at once."""
     layout, dim = TokenLayout(0, tokens), 64
     q, k, v = torch.randn(3, 1, 1, layout.length, dim)
     with FlopCounterMode(display=False) as counted:
@@ -170,6 +171,58 @@ def test_blocks_by_mass_and_by_error_are_two_choices(planted):
         plans[criterion] = calibrator.plan({})
         assert plans[criterion].density == pytest.approx(0.25, abs=0.02)
     assert plans["mass"].mass_kept > plans["error"].mass_kept
+
+
+def test_a_full_gpu_leaves_the_masks_to_the_cpu(planted, monkeypatch):
+    calibrator = Calibrator(IDENTITY, MaskOptions(0.25, "mass", "shared", 64))
+    calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+    expected, asked = calibrator.plan({}), []
+
+    def full(masses, density, device):
+        asked.append(device.type)
+        if device.type != "cpu":
+            raise torch.OutOfMemoryError
+        return shared_masks(masses, density, device)
+
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.shared_masks", full)
+    calibrator._device = torch.device("cuda")
+    plan = calibrator.plan({})
+    assert asked == ["cuda", "cpu"] and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)
+
+
+def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
+    mass = [torch.rand(3, 37, 41) ** 4, torch.rand(2, 37, 41).bfloat16() ** 2]
+    before = [m.clone() for m in mass]
+    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 1000)
+    masks = shared_masks(mass, 0.3)
+    assert torch.cat([m.flatten() for m in masks]).float().mean() == pytest.approx(0.3, abs=0.03)
+    # One threshold: whatever is kept beyond the musts is above whatever is dropped.
+    assert all(torch.equal(a, b) for a, b in zip(mass, before, strict=True))
+
+
+def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(planted, monkeypatch):
+    monkeypatch.setattr("comfyui_paro.paro_runtime.statistics.MEMBERSHIP_TOKENS", 0)
+    q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
+    sampled = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original"), v=v)
+    exact = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original", every_row=True), v=v)
+    assert torch.equal(sampled.mass, sampled.tail.mass) and not torch.equal(sampled.mass, exact.mass)
+    torch.testing.assert_close(sampled.mass.sum((1, 2)), exact.mass.sum((1, 2)), rtol=0.05, atol=1)
+    assert torch.corrcoef(torch.stack([sampled.mass.flatten(), exact.mass.flatten()]))[0, 1] > 0.95
+
+
+def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypatch):
+    """Grouped heads, done one key head at a time, against all at once."""
+    entry, tables = masked
+    q, k, v = planted.q[:1], planted.k[:1, ::2], planted.v[:1, ::2]
+    tables, g = tables[::2].repeat_interleave(2, 0), geometry_of(LAYOUT, 64)
+    whole = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
+    kept = kept_on_rows(q, k, g, tables, entry.mask())
+    monkeypatch.setattr("comfyui_paro.paro_runtime.tail.GROUP_BYTES", 1)
+    monkeypatch.setattr("comfyui_paro.kernels.tail_reference.CHUNK_ELEMENTS", 1 << 18)
+    parts = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
+    for name in ("error", "mass", "curves", "energy"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(kept_on_rows(q, k, g, tables, entry.mask()), kept)
 
 
 def test_fixed_masks_have_the_density_and_the_diagonal():

@@ -28,7 +28,7 @@ def make_plan() -> Plan:
         orders = ("FHW", "HWF", "4x4x4", "WFH")
         falloff = torch.randint(0, 256, (4, packed_width(LAYOUT.grid)), generator=generator, dtype=torch.uint8)
         bias = torch.randn(4, generator=generator)
-        sites[Site("double", index)] = SitePlan.create(orders, mask, bias, torch.ones(4), falloff)
+        sites[Site("double", index)] = SitePlan.create(orders, mask, bias, torch.ones(4), falloff, index == 1)
     return Plan(IDENTITY, LAYOUT, 64, sites, 64, OPTIONS.as_dict(), {"by": "test", "note": "x" * 40})
 
 
@@ -38,7 +38,7 @@ def same(a: Plan, b: Plan) -> bool:
         == (b.identity, b.layout, b.block_q, b.pool, b.settings, b.made)
         and a.sites.keys() == b.sites.keys()
         and all(
-            x.orders == y.orders
+            (x.orders, x.rotate) == (y.orders, y.rotate)
             and torch.equal(x.packed, y.packed)
             and torch.equal(x.tail_bias, y.tail_bias)
             and torch.equal(x.density, y.density)
@@ -54,6 +54,20 @@ def test_a_plan_comes_back_as_it_was_saved(tmp_path):
     save_plan(plan, tmp_path / "p.safetensors")
     assert same(load_plan(tmp_path / "p.safetensors"), plan)
     assert [f.name for f in tmp_path.iterdir()] == ["p.safetensors"]
+
+
+def test_a_plan_from_before_rotations_rotates_nothing(tmp_path, monkeypatch):
+    plan, path = make_plan(), tmp_path / "p.safetensors"
+    dumps = json.dumps
+
+    def without(header):
+        for entry in header["sites"]:
+            del entry["rotate"]
+        return dumps(header)
+
+    monkeypatch.setattr(json, "dumps", without)
+    save_plan(plan, path)
+    assert not any(entry.rotate for entry in load_plan(path).sites.values())
 
 
 HOSTILE = (None, True, -1, 0, 1 << 62, 1e308, "", "../../x", [], {}, [[]], "FHW", [1 << 40] * 3, "9" * 3000)
@@ -118,6 +132,8 @@ def test_mutated_plans_are_refused_in_one_line(seed, tmp_path):
         ({"tail_bias": torch.full((4,), 99.0)}, "beyond 20"),
         ({"tail_bias": torch.full((4,), float("nan"))}, "not finite"),
         ({"density": torch.zeros(4)}, "density"),
+        ({"rotate": "yes"}, "rotate of 'double.1.0' is 'yes'"),
+        ({"rotate": 1}, "expected true or false"),
         ({"packed": torch.zeros(13, dtype=torch.uint8)}, "keeps no block"),
         ({"falloff": torch.zeros(4, packed_width(LAYOUT.grid) + 1, dtype=torch.uint8)}, r"0001\.falloff is U8"),
         ({"falloff": torch.zeros(1, 4, packed_width(LAYOUT.grid), dtype=torch.uint8)}, r"0001\.falloff is U8"),

@@ -1,0 +1,216 @@
+"""What dropped blocks cost on sampled rows, in plain PyTorch: the reference for the kernels of `triton_tail`.
+
+For one row with exact output o, a key block j contributes x_j = sum_k p_k (v_k - o), and its pools
+y_j = sum_i p'_i (v'_i - o), with p' the weight and v' the mean value of a pooled key. Leaving a block to a tail with
+factor f moves the row's output by f y_j - x_j (before it is normalised again), so squares and the product of x and y
+tell the error of every factor.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .problem import Geometry
+from .reference import pool_counts, pool_rows
+
+# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB.
+CHUNK_ELEMENTS = 1 << 24
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """Sums over the sampled rows of each query block, mean over the batch; float32 `[H, q_blocks, k_blocks]`.
+
+    moved |x|^2, cross x.y, pooled_moved |y|^2: of each block. mass, pooled: attention in the block, and what its pooled
+    keys would have. energy float32 [H]: |o|^2 over all sampled rows.
+    """
+
+    moved: torch.Tensor
+    cross: torch.Tensor
+    pooled_moved: torch.Tensor
+    mass: torch.Tensor
+    pooled: torch.Tensor
+    energy: torch.Tensor
+
+
+@dataclass(frozen=True)
+class RowMoments:
+    """Per row, with X and Y the sums of x and y over the blocks that a mask drops; float32 `[B, H, masks, rows]`.
+
+    moved |X|^2, cross X.Y, pooled_moved |Y|^2; mass, pooled: attention in the dropped blocks and of their pooled keys.
+    """
+
+    moved: torch.Tensor
+    cross: torch.Tensor
+    pooled_moved: torch.Tensor
+    mass: torch.Tensor
+    pooled: torch.Tensor
+
+
+def context_index(g: Geometry, device) -> torch.Tensor:
+    """Tokens outside the grid, int64 `[prefix + suffix]`."""
+    return torch.cat(
+        [torch.arange(g.prefix, device=device), torch.arange(g.prefix + g.grid_tokens, g.length, device=device)]
+    )
+
+
+def blocks_of(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
+    """Split dimension `dim` into blocks of `size`, the last one padded with zeros."""
+    missing = -x.shape[dim] % size
+    if missing:
+        shape = list(x.shape)
+        shape[dim] = missing
+        x = torch.cat([x, x.new_zeros(shape)], dim)
+    return x.unflatten(dim, (-1, size))
+
+
+@dataclass(frozen=True)
+class _Head:
+    """One head of one batch entry, keys and values of the grid in the head's order, in float32 or float64."""
+
+    q: torch.Tensor
+    all_keys: torch.Tensor
+    key_bias: torch.Tensor | None
+    values: torch.Tensor
+    context_values: torch.Tensor
+    pooled_keys: torch.Tensor
+    pooled_values: torch.Tensor
+    log_counts: torch.Tensor
+    columns: torch.Tensor
+    context: torch.Tensor
+    scale: float
+
+
+def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, scale: float) -> _Head:
+    columns, context = table.long() + g.prefix, context_index(g, q.device)
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    keys, values = k[columns].to(work), v[columns].to(work)
+    log_counts = pool_counts(g.grid_tokens, pool, q.device).to(work).log()
+    return _Head(
+        q.to(work),
+        k.to(work),
+        bias,
+        values,
+        v[context].to(work),
+        pool_rows(keys, pool),
+        pool_rows(values, pool),
+        log_counts,
+        columns,
+        context,
+        scale,
+    )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """x and y `[rows, k_blocks, D]`, mass and pooled `[rows, k_blocks]`, energy `[rows]`."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    mass: torch.Tensor
+    pooled: torch.Tensor
+    energy: torch.Tensor
+
+
+def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows:
+    queries = head.q[head.columns[positions]] * head.scale
+    logits = queries @ head.all_keys.T
+    if head.key_bias is not None:
+        logits += head.key_bias.to(logits.dtype)
+    lse = logits.logsumexp(1, keepdim=True)
+    weights = (logits - lse).exp()
+    on_grid, on_context = weights[:, head.columns], weights[:, head.context]
+    tiles = blocks_of(on_grid, g.block_k, 1)
+    mass = tiles.sum(2)
+    sums = torch.einsum("rbk,bkd->rbd", tiles, blocks_of(head.values, g.block_k, 0))
+    out = sums.sum(1) + on_context @ head.context_values
+    pooled_weights = (queries @ head.pooled_keys.T + head.log_counts - lse).exp()
+    per_block = g.block_k // pool
+    pooled_tiles = blocks_of(pooled_weights, per_block, 1)
+    pooled = pooled_tiles.sum(2)
+    pooled_sums = torch.einsum("rbk,bkd->rbd", pooled_tiles, blocks_of(head.pooled_values, per_block, 0))
+    x = sums - mass[..., None] * out[:, None]
+    y = pooled_sums - pooled[..., None] * out[:, None]
+    return _Rows(x, y, mass, pooled, out.square().sum(1))
+
+
+def block_costs_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    *,
+    pool: int,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+) -> BlockCosts:
+    """What each block and its pools contribute to sampled rows.
+
+    q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias additive `[B, L]`. tables int `[Hq, N]`: grid index at each
+    position of the head's order. positions int64 `[q_blocks, rows]`: places in the order, rows of each query block.
+    pool: tokens per pooled key, divides block_k.
+    """
+    g, (batch, heads, _, dim) = geometry, q.shape
+    scale = dim**-0.5 if scale is None else scale
+    tables_of_costs = torch.zeros(5, heads, g.q_blocks, g.k_blocks, device=q.device)
+    energy = torch.zeros(heads, device=q.device)
+    rows = positions.shape[1]
+    step = max(1, CHUNK_ELEMENTS // (rows * g.k_blocks * dim))
+    group = heads // k.shape[1]
+    for b in range(batch):
+        bias = None if key_bias is None else key_bias[b]
+        for h in range(heads):
+            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, scale)
+            for first in range(0, g.q_blocks, step):
+                part = slice(first, min(first + step, g.q_blocks))
+                seen = _rows(head, g, pool, positions[part].flatten())
+                moved, cross, other = seen.x.square().sum(2), (seen.x * seen.y).sum(2), seen.y.square().sum(2)
+                found = torch.stack([moved, cross, other, seen.mass, seen.pooled]).unflatten(1, (-1, rows)).sum(2)
+                tables_of_costs[:, h, part] += (found / batch).float()
+                energy[h] += seen.energy.sum() / batch
+    return BlockCosts(*tables_of_costs, energy)
+
+
+def row_moments_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    positions: torch.Tensor,
+    levels: torch.Tensor,
+    masks: int,
+    *,
+    pool: int,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+) -> RowMoments:
+    """What the dropped blocks of some masks contribute to sampled rows; other arguments as in `block_costs_reference`.
+
+    positions int64 `[rows]`: places in the order. levels uint8 `[Hq, q_blocks, k_blocks]`: the masks are nested, and
+    mask i of `masks` drops the blocks whose level is above i.
+    """
+    g, (batch, heads, _, dim) = geometry, q.shape
+    scale = dim**-0.5 if scale is None else scale
+    result = torch.zeros(5, batch, heads, masks, positions.numel(), device=q.device)
+    group = heads // k.shape[1]
+    step = max(1, CHUNK_ELEMENTS // (g.k_blocks * dim))
+    for b in range(batch):
+        bias = None if key_bias is None else key_bias[b]
+        for h in range(heads):
+            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, scale)
+            for first in range(0, positions.numel(), step):
+                part = slice(first, first + step)
+                seen = _rows(head, g, pool, positions[part])
+                for mask in range(masks):
+                    dropped = (levels[h, positions[part] // g.block_q] > mask).to(seen.x.dtype)
+                    x = torch.einsum("rb,rbd->rd", dropped, seen.x)
+                    y = torch.einsum("rb,rbd->rd", dropped, seen.y)
+                    found = (x.square().sum(1), (x * y).sum(1), y.square().sum(1))
+                    weights = ((dropped * seen.mass).sum(1), (dropped * seen.pooled).sum(1))
+                    result[:, b, h, mask, part] = torch.stack([*found, *weights]).float()
+    return RowMoments(*result)

@@ -1,0 +1,72 @@
+"""Whether a site's queries and keys are rotated before they are quantised, from errors measured while calibrating.
+
+A Hadamard rotation spreads channels that are much larger than the others, so that they no longer set the scale of all;
+where there are none it gains nothing and costs the pre-pass a product with a matrix. So each site is measured: the
+error that INT8 makes in the logits, under the softmax, where a constant error changes nothing. It is the relative error
+of the attention weights. The 4-bit precisions always rotate, the 16-bit ones never.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.problem import Geometry
+from ..kernels.quantization import LEVELS, fake_quantize, fake_quantize_blocks, hadamard_matrix
+
+# Query rows and key blocks of each head that are looked at.
+ROWS = 16
+BLOCKS = 16
+# A site rotates if its error is above the floor and rotation divides it by the margin. Unit normal queries and keys
+# have an error of 0.01.
+FLOOR = 0.015
+MARGIN = 1.3
+PLAIN, ROTATED, UNSMOOTHED = range(3)
+CASES = ("plain", "rotated", "without smooth-K")
+
+
+def logit_errors(
+    q: torch.Tensor, k: torch.Tensor, geometry: Geometry, tables: torch.Tensor, *, scale: float | None = None
+) -> torch.Tensor:
+    """Mean squared INT8 error of the logits of each head, float32 `[Hq, 3]`: plain, rotated, without smooth-K.
+
+    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, tables int `[Hq, N]`: grid index at each position of the head's order.
+    Queries have a scale per token, keys per block of 64 after their mean over all tokens is taken away, as in the
+    kernels. The error of a row is its variance under the row's softmax over the keys that are looked at.
+    """
+    g, (batch, heads, _, dim) = geometry, q.shape
+    scale = dim**-0.5 if scale is None else scale
+    device, group = q.device, heads // k.shape[1]
+    rotation = hadamard_matrix(dim, device)
+    rows = torch.linspace(0, g.grid_tokens - 1, min(ROWS, g.grid_tokens), device=device).round().long()
+    blocks = torch.linspace(0, g.k_blocks - 1, min(BLOCKS, g.k_blocks), device=device).round().long()
+    places = (blocks[:, None] * g.block_k + torch.arange(g.block_k, device=device)).flatten()
+    # A short last block: its keys come twice, which changes neither its scale nor what is measured.
+    places = torch.where(places < g.grid_tokens, places, blocks.repeat_interleave(g.block_k) * g.block_k)
+    source = tables.long() + g.prefix
+    head = torch.arange(heads, device=device)[:, None]
+    result = torch.zeros(heads, len(CASES), device=device)
+    levels = LEVELS["int8"]
+    for b in range(batch):
+        queries = q[b][head, source[:, rows]].float()
+        keys = k[b][head // group, source[:, places]].float()
+        mean = k[b].mean(1, dtype=torch.float32).repeat_interleave(group, 0)[:, None]
+        exact = queries @ (keys - mean).transpose(1, 2) * scale
+        weights = exact.softmax(2)
+        pairs = ((queries, keys - mean), (queries @ rotation, (keys - mean) @ rotation), (queries, keys))
+        for case, (a, c) in enumerate(pairs):
+            product = fake_quantize(a, levels, -1) @ fake_quantize_blocks(c, levels, g.block_k).transpose(1, 2) * scale
+            wrong = product - exact
+            constant = (weights * wrong).sum(2, keepdim=True)
+            result[:, case] += (weights * (wrong - constant).square()).sum(2).mean(1) / batch
+    return result
+
+
+def root_mean(errors: torch.Tensor, weight: torch.Tensor) -> list[float]:
+    """Errors of a site, one per case, from sums `[H, 3]` over `weight [H]` observations: root mean over heads."""
+    return (errors / weight[:, None]).mean(0).sqrt().tolist()
+
+
+def rotates(errors: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether a site with these sums should be rotated."""
+    found = root_mean(errors, weight)
+    return found[PLAIN] > FLOOR and found[PLAIN] >= MARGIN * found[ROTATED]

@@ -1,0 +1,123 @@
+"""The tail's kernels in the interpreter against the PyTorch reference, whose arithmetic is checked in test_method."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from comfyui_paro.kernels.api import block_costs, row_moments
+from comfyui_paro.kernels.problem import Geometry
+from comfyui_paro.kernels.support import interpreted
+
+pytest.importorskip("triton")
+if not interpreted():
+    pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+BOTH = ("triton", "reference")
+CASES = {
+    "ragged grid with context": (Geometry(3, (3, 7, 11), 2), {}),
+    "whole blocks, no context": (Geometry(0, (1, 8, 24), 0), {"heads": 3, "kv_heads": 3}),
+    "pools of 16": (Geometry(1, (3, 7, 11), 0), {"pool": 16}),
+    "query blocks of 128, D 128": (Geometry(2, (3, 7, 11), 5, block_q=128), {"dim": 128, "dtype": torch.float16}),
+    "grouped heads, a batch": (Geometry(0, (3, 7, 11), 3), {"heads": 4, "batch": 2, "dtype": torch.float16}),
+    "key bias, D 72": (Geometry(4, (3, 7, 11), 3), {"dim": 72, "biased": True, "batch": 2}),
+}
+
+
+def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float32, biased=False, pool=64, rows=16):
+    """Fresh values every time; the first channel of V grows along the sequence, so that pools differ."""
+    seed = torch.seed()
+    q, k, v = (torch.randn(batch, n, g.length, dim) for n in (heads, kv_heads, kv_heads))
+    v[..., 0] += torch.linspace(0, 3, g.length)
+    tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(heads)]).int()
+    starts = torch.arange(g.q_blocks) * g.block_q
+    size = (g.grid_tokens - starts).clamp_max(g.block_q)
+    positions = starts[:, None] + ((torch.arange(rows) + 0.5) / rows * size[:, None]).long()
+    bias = None
+    if biased:
+        bias = torch.randn(batch, g.length)
+        bias[:, :3] = -torch.inf
+    return (q.to(dtype), k.to(dtype), v.to(dtype), g, tables), positions, {"pool": pool, "key_bias": bias}, seed
+
+
+def close(found, expected, names, seed):
+    """Relative to each table's largest value: products are in 16 bits."""
+    for name in names:
+        a, b = getattr(found, name), getattr(expected, name)
+        assert a.shape == b.shape
+        worst = ((a - b).abs().max() / b.abs().max()).item()
+        assert worst <= 4e-3, f"{name}: {worst:.2e} (seed {seed})"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_block_costs(name, monkeypatch):
+    g, options = CASES[name]
+    call, positions, rest, seed = make(g, **options)
+    # Heads in more than one group.
+    monkeypatch.setattr("comfyui_paro.kernels.triton_tail.GROUP_BYTES", 1)
+    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
+
+
+@pytest.mark.parametrize("rows", [4, 64])
+def test_block_costs_of_other_row_counts(rows):
+    call, positions, rest, seed = make(Geometry(0, (3, 7, 11), 3), rows=rows)
+    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_row_moments(name):
+    g, options = CASES[name]
+    call, _, rest, seed = make(g, **options)
+    positions = torch.randperm(g.grid_tokens)[:70].sort().values
+    levels = torch.randint(0, 4, (call[0].shape[1], g.q_blocks, g.k_blocks), dtype=torch.uint8)
+    found, expected = (row_moments(*call, positions, levels, 3, backend=b, **rest) for b in BOTH)
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
+
+
+def test_large_and_small_float32_values_keep_their_precision():
+    """float32 goes through fp16: without a scale of its own, values of 1e6 would be infinite there and 1e-6 lost."""
+    g = Geometry(0, (3, 7, 11), 3)
+    (q, k, v, g, tables), positions, rest, seed = make(g)
+    for factor in (1e6, 1e-6):
+        call = (q / factor, k * factor, v * factor, g, tables)
+        found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+        close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
+
+
+def test_an_odd_number_of_rows_is_refused():
+    call, _, rest, _ = make(Geometry(0, (3, 7, 11), 3))
+    with pytest.raises(ValueError, match="power of two"):
+        block_costs(*call, torch.zeros(4, 12, dtype=torch.long), backend="triton", **rest)
+
+
+def test_heads_too_wide_for_the_kernels_go_to_the_reference(monkeypatch):
+    call, positions, rest, _ = make(Geometry(0, (2, 4, 8), 0), dim=160)
+
+    def refused(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr("comfyui_paro.kernels.triton_tail.launch_block_costs", refused)
+    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    assert torch.equal(found.moved, expected.moved)
+
+
+def test_values_with_a_large_common_part():
+    """Blocks then differ little from the output: it must not be rounded to 16 bits."""
+    (q, k, v, g, tables), positions, rest, seed = make(Geometry(0, (3, 7, 11), 3))
+    call = (q.half(), k.half(), (v + 10).half(), g, tables)
+    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    close(found, expected, ("moved", "cross", "pooled_moved"), seed)
+
+
+def test_weights_of_a_millionth_keep_their_precision():
+    """As on long sequences: a context token takes nearly everything, and fp16 alone would round the rest to nothing."""
+    (q, k, v, g, tables), positions, rest, seed = make(Geometry(1, (3, 7, 11), 0), dtype=torch.float16, biased=True)
+    rest["key_bias"] = torch.zeros(1, g.length)
+    rest["key_bias"][:, 0] = 20
+    found, expected = (block_costs(q, k, v, g, tables, positions, backend=b, **rest) for b in BOTH)
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
+    levels = torch.randint(0, 2, (2, g.q_blocks, g.k_blocks), dtype=torch.uint8)
+    some = torch.arange(0, g.grid_tokens, 3)
+    found, expected = (row_moments(q, k, v, g, tables, some, levels, 1, backend=b, **rest) for b in BOTH)
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
