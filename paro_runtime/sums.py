@@ -29,7 +29,10 @@ def to_cpu(x: torch.Tensor) -> torch.Tensor:
     if not x.is_cuda or x.nbytes < PINNED_BYTES:
         return x.cpu()
     # Torch keeps freed pinned memory for the next site, so one buffer serves all.
-    pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    try:
+        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    except RuntimeError:  # the system allows no more of it
+        return x.cpu()
     return pinned.copy_(x).clone()
 
 

@@ -37,9 +37,11 @@ def bins_of_pairs(grid) -> torch.Tensor:
     return table
 
 
-@pytest.mark.parametrize("grid", GRIDS[:4])
-def test_the_falloff_is_the_mean_weight_at_each_distance(grid):
-    """All rows, two batch entries, shared keys, context on both sides and a key bias, against float64."""
+@pytest.mark.parametrize("grid, group_bytes", [(grid, 1 << 29) for grid in GRIDS[:4]] + [(GRIDS[0], 1)])
+def test_the_falloff_is_the_mean_weight_at_each_distance(grid, group_bytes, monkeypatch):
+    """All rows, two batch entries, shared keys, context on both sides and a key bias, against float64; in the last
+    case one key head at a time."""
+    monkeypatch.setattr(falloff_module, "GROUP_BYTES", group_bytes)
     torch.manual_seed(0)
     layout = TokenLayout(5, grid, 3)
     q, k = torch.randn(2, 4, layout.length, 16), torch.randn(2, 2, layout.length, 16)

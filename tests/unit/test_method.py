@@ -225,6 +225,23 @@ def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypa
     torch.testing.assert_close(kept_on_rows(q, k, g, tables, entry.mask()), kept)
 
 
+def test_the_mass_of_some_query_blocks_tells_what_a_mask_keeps(planted, monkeypatch, tmp_path):
+    """Errors choose the blocks; the attention kept and what each block of keys draws must not depend on MASS_BLOCKS."""
+    plans = []
+    for number in (5, 1 << 20):
+        monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", number)
+        options = MaskOptions(0.25, "mass", "shared", 64)
+        calibrator = Calibrator(IDENTITY, options, partial=tmp_path / str(number))
+        calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+        resumed = Calibrator(IDENTITY, options, partial=tmp_path / str(number))
+        assert resumed.observations == 1
+        plans.append(resumed.plan({}).sites[SITE])
+    few, every = plans
+    assert torch.equal(few.packed, every.packed) and torch.equal(few.falloff, every.falloff)
+    assert not torch.equal(few.mass_kept, every.mass_kept)
+    torch.testing.assert_close(few.mass_kept, every.mass_kept, atol=0.15, rtol=0)
+
+
 def test_fixed_masks_have_the_density_and_the_diagonal():
     geometry = geometry_of(TokenLayout(0, (8, 12, 12)), 64)
     for mask in (radial_mask(geometry, 0.2), band_mask(geometry, 0.2), random_mask(geometry, 0.2, 0)):
