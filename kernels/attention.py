@@ -11,7 +11,7 @@ import torch
 import triton
 
 from .block_list import BlockList, block_list, context_blocks
-from .configs import Tile, needs_separate_tail, tile_for
+from .configs import Tile, in_channel_halves, needs_separate_tail, tile_for
 from .problem import Precision, SparsePattern
 from .quantization import hadamard_matrix
 from .scratch import Scratch, ScratchOutOfMemory, release_scratch
@@ -216,7 +216,8 @@ def forward(
         QK=precision.qk, PV=_kernel_pv(precision), P_LOG2=P_LOG2[precision.pv], LISTED=lists is not None, TAIL=tail,
         POOL=pattern.pool, BIASED=prepared.key_bias is not None, ROTATE=prepared.rotation is not None,
         VALUES_SCALED=prepared.v_scales is not None,
-        SEPARATE_TAIL=needs_separate_tail(_capability(q.device), precision.pv), STAGES=tile.stages,
+        SEPARATE_TAIL=needs_separate_tail(_capability(q.device), precision.pv),
+        HALVES=in_channel_halves(_capability(q.device), tile, padded_dim(dim)), STAGES=tile.stages,
         num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
 

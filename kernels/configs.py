@@ -33,9 +33,10 @@ class Entry:
 TILES = {
     ("hopper", 128, "8+16"): Entry(
         Tile(128, True, 8, 3),
-        Tile(64, False, 4, 3),
+        Tile(64, True, 4, 2),
         "measured on an H100: 64 rows read twice the K and V per row from L2 and stall on it (38.9 ms for 128 rows, "
-        "52.6 for 64); where the mask wants 64 rows, single blocks beat pairs (16.3 against 17.3 ms at density 0.3)",
+        "52.6 for 64); where the mask wants 64 rows, pairs need 9.9 issue slots and single blocks 12.2, two stages leave "
+        "room for two programs per SM (first version, density 0.3: pairs 17.3 ms, single blocks 16.3; this one not)",
     ),
     ("hopper", 128, "8+8"): Entry(
         Tile(64, True, 4, 3),
@@ -45,7 +46,7 @@ TILES = {
     ),
     ("hopper", 128, "16"): Entry(
         Tile(128, True, 8, 2),
-        Tile(64, False, 4, 3),
+        Tile(64, True, 4, 2),
         "measured on an H100: 53.9 ms for 128 rows, 81.2 for 64; a third stage leaves no shared memory",
     ),
     ("hopper", 64, "8+16"): Entry(
@@ -61,8 +62,7 @@ TILES = {
     ("mma", 128, "8+16"): Entry(
         Tile(128, False, 8, 3),
         Tile(64, False, 4, 3),
-        "not measured; 128 rows with 8 warps need 15 issue slots, 64 rows 22 because K and V fragments are read from "
-        "shared memory for fewer rows; tensor cores bind on these GPUs anyway",
+        "not measured; 15 issue slots with either number of rows; tensor cores bind on these GPUs anyway",
     ),
     ("mma", 128, "8+8"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; as with 16-bit PV"),
     ("mma", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured; two stages fit 99 KB"),
@@ -116,3 +116,9 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
 def needs_separate_tail(capability: tuple[int, int] | None, pv: str) -> bool:
     """Whether the tail's product must not run into the accumulator (see `triton_attention._tail`)."""
     return pv != "16" and capability is not None and generation(capability) == "hopper"
+
+
+def in_channel_halves(capability: tuple[int, int] | None, tile: Tile, padded_dim: int) -> bool:
+    """Whether P V is done in two square products, on GPUs with mma.sync (see `triton_attention._one_block`)."""
+    mma = capability is not None and generation(capability) == "mma"
+    return mma and not tile.pairs and padded_dim == 2 * tile.rows

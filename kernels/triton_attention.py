@@ -58,9 +58,12 @@ def _weights(raw, scale, maximum, P_LOG2: tl.constexpr, QK, BIASED, MARGIN: tl.c
 
 
 @triton.jit
-def _product(p, v_block, columns, total, PADDED_D: tl.constexpr, PV):
-    """P V of one block on top of `total`; 8-bit V is stored transposed, with the rows of each 16 shuffled."""
-    channels = tl.arange(0, PADDED_D)
+def _product(p, v_block, columns, total, first_channel, PADDED_D: tl.constexpr, PV):
+    """P V of one block on top of `total`, for as many channels as `total` has from `first_channel` on.
+
+    8-bit V is stored transposed, with the rows of each 16 shuffled.
+    """
+    channels = first_channel + tl.arange(0, total.shape[1])
     if PV == "16":
         v = tl.load(v_block + columns[:, None] * PADDED_D + channels[None, :])
         result = tl.dot(p.to(v.dtype), v, total)
@@ -85,21 +88,46 @@ def _empty_product(accumulator, PV):
 
 
 @triton.jit
-def _join(accumulator, rescale, product, share):
-    """accumulator * rescale + product * share, rows apart.
+def _join(accumulator, rescale, product, share, PV):
+    """accumulator * rescale + product * share, rows apart; share is 1 in FP8.
 
     Integer weights are 127 at the maximum of their own block, not of the row so far: over a long row of even scores
     most blocks lie far below the row's maximum and would be left with one or two levels.
     """
-    wide = tl.zeros_like(accumulator) + share[:, None]
-    return tl.fma(product.to(tl.float32), wide, accumulator * rescale[:, None])
+    if PV == "fp8":
+        return tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
+    else:
+        wide = tl.zeros_like(accumulator) + share[:, None]
+        return tl.fma(product.to(tl.float32), wide, accumulator * rescale[:, None])
+
+
+@triton.jit
+def _accumulate(accumulator, rescale, share, p, v_block, columns, first_channel, PADDED_D: tl.constexpr, PV):
+    """accumulator * rescale + P V of one block, for the accumulator's channels."""
+    if PV == "16":
+        return _product(p, v_block, columns, accumulator * rescale[:, None], first_channel, PADDED_D, PV)
+    else:
+        product = _product(p, v_block, columns, _empty_product(accumulator, PV), first_channel, PADDED_D, PV)
+        return _join(accumulator, rescale, product, share, PV)
+
+
+@triton.jit
+def _channel_halves(x):
+    """Channels 0..D/2 and D/2..D of `[rows, D]`: registers are relabelled, nothing moves."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def _whole(x0, x1):
+    """The inverse of `_channel_halves`."""
+    return tl.reshape(tl.permute(tl.join(x0, x1), [0, 2, 1]), [x0.shape[0], 2 * x0.shape[1]])
 
 
 @triton.jit
 def _one_block(
     accumulator, total, maximum, q, q_scale, block, valid, K, k_scales, V, key_bias, columns,
     PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, MARGIN: tl.constexpr,
-    BIASED: tl.constexpr, MASKED: tl.constexpr,
+    BIASED: tl.constexpr, MASKED: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """One step of online softmax over one key block."""
     raw, scale = _scores(
@@ -110,21 +138,23 @@ def _one_block(
     highest = tl.maximum(maximum, own)
     rescale = tl.exp2(maximum - highest)
     v_block = V + block * (BLOCK * PADDED_D)
-    if PV == "int8":
-        p = _weights(raw, scale, own, P_LOG2, QK, BIASED, MARGIN)
-        share = tl.exp2(own - highest)
-        product = _product(p, v_block, columns, _empty_product(accumulator, PV), PADDED_D, PV)
-        accumulator = _join(accumulator, rescale, product, share)
-        total = total * rescale + tl.sum(p, 1) * share
+    # Integer weights count from the maximum of their own block; see `_join`.
+    top = own if PV == "int8" else highest
+    p = _weights(raw, scale, top, P_LOG2, QK, BIASED, MARGIN)
+    share = tl.exp2(top - highest)
+    if HALVES:
+        # mma.sync with fewer rows than channels: Triton would lay the warps side by side over the channels and pass all
+        # weights through shared memory (22 issue slots instead of 15). Square products keep each warp on its own rows.
+        low, high = _channel_halves(accumulator)
+        low = _accumulate(low, rescale, share, p, v_block, columns, 0, PADDED_D, PV)
+        high = _accumulate(high, rescale, share, p, v_block, columns, PADDED_D // 2, PADDED_D, PV)
+        accumulator = _whole(low, high)
     else:
-        p = _weights(raw, scale, highest, P_LOG2, QK, BIASED, MARGIN)
-        if PV == "16":
-            accumulator = _product(p, v_block, columns, accumulator * rescale[:, None], PADDED_D, PV)
-        else:
-            product = _product(p, v_block, columns, _empty_product(accumulator, PV), PADDED_D, PV)
-            accumulator = tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
-        total = total * rescale + tl.sum(p, 1)
-    return accumulator, total, highest
+        accumulator = _accumulate(accumulator, rescale, share, p, v_block, columns, 0, PADDED_D, PV)
+    added = tl.sum(p, 1)
+    if PV == "int8":
+        added *= share
+    return accumulator, total * rescale + added, highest
 
 
 @triton.jit
@@ -166,20 +196,19 @@ def _two_blocks(
     p0 = _weights(raw0, scale0, top, P_LOG2, QK, BIASED, MARGIN)
     # The second block's exponentials come after the first block's product is issued and run beside it.
     if PV == "16":
-        accumulator = _product(p0, v0, columns, accumulator * rescale[:, None], PADDED_D, PV)
+        accumulator = _product(p0, v0, columns, accumulator * rescale[:, None], 0, PADDED_D, PV)
         p1 = _weights(raw1, scale1, top, P_LOG2, QK, BIASED, MARGIN)
-        accumulator = _product(p1, v1, columns, accumulator, PADDED_D, PV)
+        accumulator = _product(p1, v1, columns, accumulator, 0, PADDED_D, PV)
     else:
-        product = _product(p0, v0, columns, _empty_product(accumulator, PV), PADDED_D, PV)
+        product = _product(p0, v0, columns, _empty_product(accumulator, PV), 0, PADDED_D, PV)
         p1 = _weights(raw1, scale1, top, P_LOG2, QK, BIASED, MARGIN)
-        product = _product(p1, v1, columns, product, PADDED_D, PV)
+        product = _product(p1, v1, columns, product, 0, PADDED_D, PV)
     added = tl.sum(p0 + p1, 1)
+    share = tl.exp2(top - highest)
+    if PV != "16":
+        accumulator = _join(accumulator, rescale, product, share, PV)
     if PV == "int8":
-        share = tl.exp2(top - highest)
-        accumulator = _join(accumulator, rescale, product, share)
         added *= share
-    elif PV == "fp8":
-        accumulator = tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
     return accumulator, total * rescale + added, highest
 
 
@@ -187,7 +216,7 @@ def _two_blocks(
 def _tail(
     accumulator, total, maximum, q, q_scale, kept_words, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
     columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
-    SEPARATE: tl.constexpr,
+    SEPARATE: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
 
@@ -216,14 +245,18 @@ def _tail(
         p = tl.exp2(score - (highest - P_LOG2)[:, None])
         rescale = tl.exp2(maximum - highest)
         total = total * rescale + tl.sum(p, 1)
-        values = tl.load(pooled_v + offsets)
         if SEPARATE:
             # Beside an 8-bit main loop on sm_90 the other form makes ptxas wait after every single wgmma of the whole
             # kernel (its message C7515).
-            wide = tl.zeros_like(accumulator) + rescale[:, None]
-            accumulator = tl.fma(accumulator, wide, tl.dot(p.to(values.dtype), values))
+            product = _product(p, pooled_v, pool, tl.zeros_like(accumulator), 0, PADDED_D, "16")
+            accumulator = tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
+        elif HALVES:
+            low, high = _channel_halves(accumulator)
+            low = _accumulate(low, rescale, rescale, p, pooled_v, pool, 0, PADDED_D, "16")
+            high = _accumulate(high, rescale, rescale, p, pooled_v, pool, PADDED_D // 2, PADDED_D, "16")
+            accumulator = _whole(low, high)
         else:
-            accumulator = tl.dot(p.to(values.dtype), values, accumulator * rescale[:, None])
+            accumulator = _accumulate(accumulator, rescale, rescale, p, pooled_v, pool, 0, PADDED_D, "16")
         maximum = highest
         word = next_word
     return accumulator, total
@@ -239,7 +272,7 @@ def attention_forward(
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
     POOL: tl.constexpr, BIASED: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr,
-    SEPARATE_TAIL: tl.constexpr, STAGES: tl.constexpr,
+    SEPARATE_TAIL: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS query rows of one (batch, head). See `attention.launch_attention` for every argument.
 
@@ -340,7 +373,7 @@ def attention_forward(
                 next_block = i + 1 + tl.where(i + 1 >= full_grid, ragged_grid, 0)
             accumulator, total, maximum = _one_block(
                 accumulator, total, maximum, q, q_scale, block, BLOCK, K, k_scales, V, key_bias, columns,
-                PADDED_D, QK, PV, P_LOG2, MARGIN, BIASED, False,
+                PADDED_D, QK, PV, P_LOG2, MARGIN, BIASED, False, HALVES,
             )  # fmt: skip
             block = next_block
 
@@ -357,7 +390,7 @@ def attention_forward(
         valid = tl.where(block == k_blocks_grid - 1, grid_valid, tl.where(block == k_blocks - 1, context_valid, BLOCK))
         accumulator, total, maximum = _one_block(
             accumulator, total, maximum, q, q_scale, block, valid, K, k_scales, V, key_bias, columns,
-            PADDED_D, QK, PV, P_LOG2, MARGIN, BIASED, True,
+            PADDED_D, QK, PV, P_LOG2, MARGIN, BIASED, True, HALVES,
         )  # fmt: skip
 
     if TAIL:
@@ -369,7 +402,7 @@ def attention_forward(
                 tl.load(tail_bias + head) * 1.4426950408889634,
                 pooled_k + pool_block * (BLOCK * PADDED_D), pooled_scales + pool_block,
                 pooled_v + pool_block * (BLOCK * PADDED_D), grid_tokens, pools, columns,
-                PADDED_D, QK, P_LOG2, POOL, SEPARATE_TAIL,
+                PADDED_D, QK, P_LOG2, POOL, SEPARATE_TAIL, HALVES,
             )  # fmt: skip
 
     # Looked up again rather than kept in registers across the loops.

@@ -3,7 +3,8 @@
     python scripts/check_kernels.py [--json] [--quick] [--capability 90 ...]
 
 Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element. Exits 1 where a
-loop spills, the expected tensor instruction is missing, wgmma is serialised or shared memory exceeds the GPU's.
+loop spills, the expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the
+loop at D = 128 needs more issue slots than stated here.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ EXPECTED_PV = {
     "fp8": {90: {"QGMMA"}, 100: {"UTCQMMA"}},
     "int8": {90: {"IGMMA"}, 100: {"IMMA", "UTCIMMA"}},
 }
+# Issue slots per softmax element of INT8 Q K^T at D = 128, whatever the mask's rows.
+SLOT_LIMITS = {90: {"16": 10.0, "fp8": 10.0}, **dict.fromkeys((80, 86, 89, 120), {"16": 15.0, "fp8": 15.0})}
 DEFAULT_MMA = {"16": {"HMMA"}, "fp8": {"QMMA"}, "int8": {"IMMA"}}
 
 
@@ -50,7 +53,7 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
             for precision, (qk, pv) in PRECISIONS.items():
                 if (pv == "fp8" and capability < LOWEST_FP8) or (quick and precision == "16bit"):
                     continue
-                for block_q in (128,) if quick or dim == 256 else (64, 128, 0):
+                for block_q in (128,) if dim == 256 else (64, 128) if quick else (64, 128, 0):
                     tile = tile_for((capability // 10, capability % 10), dim, qk, pv, block_q, block_q > 0)
                     # Wide masks over narrow tiles compile to the same loop as narrow masks.
                     key = (capability, dim, precision, tile, block_q > 0)
@@ -67,7 +70,7 @@ def compile_row(row: Row) -> dict:
 
     _checkout.register()
     from comfyui_paro.kernels import triton_attention
-    from comfyui_paro.kernels.configs import needs_separate_tail, tile_for
+    from comfyui_paro.kernels.configs import in_channel_halves, needs_separate_tail, tile_for
 
     qk, pv = PRECISIONS[row.precision]
     listed = row.block_q > 0
@@ -97,7 +100,8 @@ def compile_row(row: Row) -> dict:
         "D": row.dim, "PADDED_D": row.dim, "ROWS": tile.rows, "BLOCK_Q": row.block_q or tile.rows, "PAIRS": tile.pairs,
         "QK": qk, "PV": pv, "P_LOG2": {"16": 0.0, "fp8": math.log2(448), "int8": math.log2(127)}[pv],
         "LISTED": listed, "TAIL": listed, "POOL": 64, "BIASED": False, "ROTATE": False, "VALUES_SCALED": pv != "16",
-        "SEPARATE_TAIL": needs_separate_tail(capability, pv), "STAGES": tile.stages, "stride_qd": 1, "stride_od": 1,
+        "SEPARATE_TAIL": needs_separate_tail(capability, pv), "HALVES": in_channel_halves(capability, tile, row.dim),
+        "STAGES": tile.stages, "stride_qd": 1, "stride_od": 1,
         "rotation": None,
     }  # fmt: skip
     pointers.update(optional if listed else {})
@@ -119,6 +123,9 @@ def compile_row(row: Row) -> dict:
         problems.append(f"{found.loop_spills} spills in a loop")
     if found.shared > SHARED_LIMIT[row.capability] * 1024:
         problems.append(f"shared memory over {SHARED_LIMIT[row.capability]} KiB")
+    limit = SLOT_LIMITS.get(row.capability, {}).get(pv) if qk != "16" and row.dim == 128 else None
+    if limit and found.slots > limit:
+        problems.append(f"more than {limit:g} issue slots")
     if found.serialized:
         problems.append("wgmma is serialised")
     return {**asdict(row), "tile": asdict(tile), **asdict(found), "problems": problems}

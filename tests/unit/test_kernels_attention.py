@@ -17,7 +17,7 @@ if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
 from comfyui_paro.kernels.attention import launch_attention
-from comfyui_paro.kernels.configs import Tile
+from comfyui_paro.kernels.configs import Tile, in_channel_halves
 
 # Relative L2 against float64. Triton's interpreter casts fp32 to fp8 wrongly (no carry into the next binade), which
 # doubles the fp8 error that a GPU shows.
@@ -49,6 +49,13 @@ def test_precision(precision: str, dim: int):
 @pytest.mark.parametrize("precision", ["16bit", "int8_pv8", "int4_pv4"])
 def test_single_blocks_in_other_precisions(precision: str):
     out, expected = run(Case("", prefix=3, tail=True), precision, SINGLE)
+    assert relative_error(out, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("precision", ["16bit", "int8", "int8_pv8", "fp8"])
+def test_fewer_rows_than_channels_are_done_in_halves_of_channels(precision: str):
+    out, expected = run(Case("", grid=(2, 8, 13), suffix=5, tail=True, dim=128, heads=1, kv_heads=1), precision, SINGLE)
+    assert in_channel_halves((8, 0), SINGLE, 128)
     assert relative_error(out, expected) < BOUNDS[precision]
 
 
