@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
+
 import torch
 
 from .problem import Geometry, Precision, SparsePattern, problem_with
@@ -16,13 +18,26 @@ STATISTICS_PRECISION = Precision("16", "16")
 TAIL_HEAD_DIM = 128
 
 
+# A GPU does not change: asked once, not in every call.
+_reason_on_gpu = lru_cache(maxsize=64)(triton_reason)
+
+
+@cache
+def _triton():
+    """The module that launches; imported when it is first needed."""
+    from . import attention
+
+    return attention
+
+
 def chosen_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision) -> str:
     """`triton` or `reference`. `auto` is Triton on a GPU that it serves; asking for it elsewhere is a ValueError."""
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
     if backend == "reference" or (backend == "auto" and device.type == "cpu"):
         return "reference"
-    reason = triton_reason(device, dtype, head_dim, precision)
+    why_not = _reason_on_gpu if device.type == "cuda" else triton_reason
+    reason = why_not(device, dtype, head_dim, precision)
     if reason and backend == "triton":
         raise ValueError(f"triton: {reason}")
     return "reference" if reason else "triton"
@@ -38,11 +53,14 @@ def sparse_attention(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    nonfinite: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention over the kept blocks of each head's reordered sequence.
 
     Arguments and result as in `reference.sparse_attention_reference`; backend is `auto`, `triton` or `reference`.
+    nonfinite: int32 tensor whose first element becomes 1 if the result holds NaN or infinity, and is left alone
+    otherwise: the kernel tells on the way what a pass over the result would find. Align it to 16 bytes (see `call`).
     Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short. Under
     torch.compile it is one opaque operator: no graph break, and nothing to recompile from step to step.
     """
@@ -54,18 +72,26 @@ def sparse_attention(
             pattern.geometry.prefix, list(pattern.geometry.grid), pattern.geometry.suffix, pattern.geometry.block_q,
             pattern.pool, precision.qk, precision.pv, precision.hadamard, scale, backend,
         )  # fmt: skip
+        _tell_nonfinite(result, nonfinite)
         return result if out is None else out.copy_(result)
-    reason = problem_with(q, k, v, pattern) or _problem_with_rest(q, scale, key_bias, out)
+    reason = problem_with(q, k, v, pattern) or _problem_with_rest(q, scale, key_bias, out, nonfinite)
     if reason:
         raise ValueError(reason)
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], precision) == "reference":
-        return sparse_attention_reference(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, out=out)
-    from .attention import launch_attention
+        result = sparse_attention_reference(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, out=out)
+        _tell_nonfinite(result, nonfinite)
+        return result
+    return _triton().launch_attention(
+        q, k, v, pattern, precision, scale=scale, key_bias=key_bias, out=out, nonfinite=nonfinite
+    )
 
-    return launch_attention(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, out=out)
+
+def _tell_nonfinite(result: torch.Tensor, nonfinite: torch.Tensor | None) -> None:
+    if nonfinite is not None:
+        nonfinite[:1] |= ~torch.isfinite(result).all()
 
 
-def _problem_with_rest(q, scale, key_bias, out) -> str | None:
+def _problem_with_rest(q, scale, key_bias, out, nonfinite) -> str | None:
     if scale is not None and not scale > 0:
         return f"scale: must be positive, got {scale}"
     if key_bias is not None and (tuple(key_bias.shape) != (q.shape[0], q.shape[2]) or key_bias.device != q.device):
@@ -73,8 +99,15 @@ def _problem_with_rest(q, scale, key_bias, out) -> str | None:
             f"key_bias: expected [{q.shape[0]}, {q.shape[2]}] on {q.device}, "
             f"got {tuple(key_bias.shape)} on {key_bias.device}"
         )
-    if out is not None and (out.shape != q.shape or out.device != q.device):
-        return f"out: expected {tuple(q.shape)} on {q.device}, got {tuple(out.shape)} on {out.device}"
+    if nonfinite is not None and (nonfinite.dtype != torch.int32 or nonfinite.dim() != 1):
+        return f"nonfinite: expected int32 [n], got {nonfinite.dtype} {list(nonfinite.shape)}"
+    if nonfinite is not None and nonfinite.device != q.device:
+        return f"nonfinite: on {nonfinite.device}, q is on {q.device}"
+    if out is not None and (out.shape != q.shape or out.dtype != q.dtype or out.device != q.device):
+        return (
+            f"out: expected {q.dtype} {tuple(q.shape)} on {q.device}, "
+            f"got {out.dtype} {tuple(out.shape)} on {out.device}"
+        )
     return None
 
 

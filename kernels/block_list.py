@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -33,18 +33,23 @@ class BlockList:
     head_order: torch.Tensor
     row_order: torch.Tensor
 
+    _of_heads: dict[tuple[int, int], BlockList] = field(default_factory=dict, compare=False, repr=False)
+
     def of_heads(self, heads: slice) -> BlockList:
-        """The same for some of the heads."""
-        count = self.count[heads]
-        return BlockList(
-            self.blocks,
-            self.start[heads],
-            self.full[heads],
-            count,
-            self.kept_words[heads],
-            _longest_heads_first(count),
-            self.row_order[heads],
-        )
+        """The same for some of the heads; made once."""
+        key = (heads.start, heads.stop)
+        if key not in self._of_heads:
+            count = self.count[heads]
+            self._of_heads[key] = BlockList(
+                self.blocks,
+                self.start[heads],
+                self.full[heads],
+                count,
+                self.kept_words[heads],
+                _longest_heads_first(count),
+                self.row_order[heads],
+            )
+        return self._of_heads[key]
 
 
 # By mask, not by pattern: a compiled graph carries the mask tensor alone from call to call.

@@ -35,8 +35,8 @@ TILES = {
         Tile(128, True, 8, 3),
         Tile(64, True, 4, 2),
         "measured on an H100: 64 rows read twice the K and V per row from L2 and stall on it (38.9 ms for 128 rows, "
-        "52.6 for 64); where the mask wants 64 rows, pairs need 9.9 issue slots and single blocks 12.2, two stages leave "
-        "room for two programs per SM (first version, density 0.3: pairs 17.3 ms, single blocks 16.3; this one not)",
+        "52.6 for 64); where the mask wants 64 rows, pairs need 9.9 issue slots and single blocks 12.2, and two stages "
+        "leave room for two programs per SM (first version, density 0.3: pairs 17.3 ms, single blocks 16.3)",
     ),
     ("hopper", 128, "8+8"): Entry(
         Tile(64, True, 4, 3),
@@ -113,9 +113,18 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
     return entry.narrow if listed and block_q == 64 else entry.wide
 
 
-def needs_separate_tail(capability: tuple[int, int] | None, pv: str) -> bool:
-    """Whether the tail's product must not run into the accumulator (see `triton_attention._tail`)."""
-    return pv != "16" and capability is not None and generation(capability) == "hopper"
+def needs_separate_tail(capability: tuple[int, int] | None, pv: str, padded_dim: int) -> bool:
+    """Whether the tail's product must not run into the accumulator (see `triton_attention._tail`).
+
+    In 16 bits only D = 256, which would spill otherwise.
+    """
+    return (pv != "16" or padded_dim > 128) and capability is not None and generation(capability) == "hopper"
+
+
+def tail_stages(capability: tuple[int, int] | None, tile: Tile) -> int:
+    """Pipeline stages of the loop over the pooled tail: with three, 8-bit kernels spill in it on sm_120."""
+    mma = capability is not None and generation(capability) == "mma"
+    return min(tile.stages, 2) if mma else tile.stages
 
 
 def in_channel_halves(capability: tuple[int, int] | None, tile: Tile, padded_dim: int) -> bool:

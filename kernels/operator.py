@@ -6,7 +6,7 @@ import re
 
 import torch
 
-from .problem import Geometry, Precision, SparsePattern
+from .problem import Geometry, Precision, SparsePattern, empty_output
 
 # The pack may be imported under more than one name in a process (the host's and the tests'); operators are global.
 NAMESPACE = re.sub(r"\W", "_", f"paro_{__name__.rpartition('.')[0]}")
@@ -33,7 +33,7 @@ def attention_operator(
     scale: float | None,
     backend: str,
 ) -> torch.Tensor:
-    """`api.sparse_attention` with the pattern and the precision in pieces; returns `[B, Hq, L, D]`, contiguous."""
+    """`api.sparse_attention` with the pattern and the precision in pieces; result as `empty_output`."""
     from .api import sparse_attention
 
     geometry = Geometry(prefix, tuple(grid), suffix, block_q)
@@ -44,4 +44,4 @@ def attention_operator(
 
 @attention_operator.register_fake
 def _(q, *rest):
-    return q.new_empty(q.shape)
+    return empty_output(q)

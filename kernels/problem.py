@@ -136,6 +136,18 @@ class SparsePattern:
         )
 
 
+def empty_output(q: torch.Tensor) -> torch.Tensor:
+    """Uninitialised `[B, H, L, D]` in q's dtype, stored as `[B, L, H, D]` where q is: what the host reads it as.
+
+    A host that holds its tokens as `[B, L, H * D]` would copy any other layout.
+    """
+    _, heads, length, dim = q.shape
+    if q.stride(2) > q.stride(1):
+        strides = (length * heads * dim, dim, heads * dim, 1)
+        return torch.empty_strided(q.shape, strides, dtype=q.dtype, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
 def problem_with(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: SparsePattern) -> str | None:
     """Say in one line what makes this call impossible, or None. Tensors are `[B, H, L, D]`."""
     g = pattern.geometry

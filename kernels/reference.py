@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from .problem import Geometry, Precision, SparsePattern, problem_with
+from .problem import Geometry, Precision, SparsePattern, empty_output, problem_with
 from .quantization import LEVELS, fake_quantize, fake_quantize_blocks, hadamard_matrix
 
 # Elements of one chunk of scores: bounds the scratch memory to a few hundred MB.
@@ -143,7 +143,7 @@ def sparse_attention_reference(
         rq = fake_quantize(rq, levels, -1)
         rk = torch.cat([fake_quantize_blocks(part, levels, g.block_k) for part in _parts(rk, g)], 2)
         if pooled_k is not None:
-            pooled_k = fake_quantize_blocks(pooled_k, levels, g.block_k)
+            pooled_k = fake_quantize(pooled_k, levels, -1)
     rv = _quantize_values(rv, precision.pv)
     bias_in_order = None
     if key_bias is not None:
@@ -171,8 +171,7 @@ def sparse_attention_reference(
         if pools_bias is not None:
             chunk += weights[..., g.length :] @ pooled_v
         result[:, :, rows] = chunk / total
-    if out is None:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = empty_output(q) if out is None else out
     inverse = torch.argsort(index, 1)
     return out.copy_(take_rows(result, inverse))
 

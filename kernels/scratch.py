@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import math
 import threading
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 import torch
 
 ALIGNMENT = 256
+# A call whose scratch would be larger does its heads in groups. Some 8,000 query tiles share this much, sixty rounds of
+# an H100's multiprocessors: smaller groups would leave more of them idle at the end of each.
+BUDGET = 256 << 20
 
 
 class ScratchOutOfMemory(RuntimeError):  # noqa: N818
     """The scratch buffer of an attention call does not fit, not even for one key head at a time."""
 
 
-_buffers: dict[tuple, torch.Tensor] = {}
+class ScratchLayout:
+    """Tensors that lie one behind the other in the shared buffer. shapes: name -> (shape, dtype); `bytes` in all."""
+
+    def __init__(self, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]):
+        self.places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
+        self.bytes = 0
+        for name, (shape, dtype) in shapes.items():
+            size = math.prod(shape) * dtype.itemsize
+            self.places[name] = (self.bytes, self.bytes + size, shape, dtype)
+            self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass
+class _Buffer:
+    memory: torch.Tensor
+    # Made once per layout: views cost more time than a launch.
+    views: WeakKeyDictionary[ScratchLayout, dict[str, torch.Tensor]] = field(default_factory=WeakKeyDictionary)
+
+
+_buffers: dict[tuple, _Buffer] = {}
 _lock = threading.Lock()
 
 
@@ -23,45 +48,28 @@ def _key(device: torch.device) -> tuple:
     return device, stream
 
 
-class Scratch:
-    """Hands out tensors that lie one behind the other in the shared buffer; ask for all of them, then `allocate`."""
-
-    def __init__(self, device: torch.device):
-        self.device = device
-        self.bytes = 0
-        self._requests: list[tuple[int, tuple[int, ...], torch.dtype]] = []
-
-    def ask(self, shape: tuple[int, ...], dtype: torch.dtype) -> int:
-        """Reserve room for a tensor; returns its number."""
-        self._requests.append((self.bytes, shape, dtype))
-        count = 1
-        for size in shape:
-            count *= size
-        self.bytes += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
-        return len(self._requests) - 1
-
-    def allocate(self) -> list[torch.Tensor]:
-        """The tensors, uninitialised, in the order asked. On torch.OutOfMemoryError the old buffer is gone."""
-        with _lock:
-            key = _key(self.device)
-            buffer = _buffers.get(key)
-            if buffer is None or buffer.numel() < self.bytes:
-                _buffers.pop(key, None)
-                del buffer
-                buffer = _buffers[key] = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
-        result = []
-        for start, shape, dtype in self._requests:
-            count = 1
-            for size in shape:
-                count *= size
-            result.append(buffer[start : start + count * dtype.itemsize].view(dtype).view(shape))
-        return result
+def allocate(layout: ScratchLayout, device: torch.device) -> dict[str, torch.Tensor]:
+    """The layout's tensors by name, uninitialised. On torch.OutOfMemoryError the old buffer is gone."""
+    key = _key(device)
+    with _lock:
+        buffer = _buffers.get(key)
+        if buffer is None or buffer.memory.numel() < layout.bytes:
+            buffer = None
+            _buffers.pop(key, None)
+            buffer = _buffers[key] = _Buffer(torch.empty(layout.bytes, dtype=torch.uint8, device=device))
+        views = buffer.views.get(layout)
+        if views is None:
+            views = buffer.views[layout] = {
+                name: buffer.memory[start:end].view(dtype).view(shape)
+                for name, (start, end, shape, dtype) in layout.places.items()
+            }
+        return views
 
 
 def scratch_bytes() -> int:
     """Bytes that all scratch buffers hold now."""
     with _lock:
-        return sum(buffer.numel() for buffer in _buffers.values())
+        return sum(buffer.memory.numel() for buffer in _buffers.values())
 
 
 def release_scratch() -> None:

@@ -216,7 +216,7 @@ def _two_blocks(
 def _tail(
     accumulator, total, maximum, q, q_scale, kept_words, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
     columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
-    SEPARATE: tl.constexpr, HALVES: tl.constexpr,
+    SEPARATE: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
 
@@ -227,7 +227,7 @@ def _tail(
     last_bias = bias + tl.log2((grid_tokens - (pools - 1) * POOL).to(tl.float32))
     bias += tl.log2(POOL * 1.0)
     word = tl.load(kept_words)
-    for start in tl.range(0, pools, BLOCK):
+    for start in tl.range(0, pools, BLOCK, num_stages=STAGES):
         next_word = tl.load(kept_words + (start + BLOCK) // (PER_BLOCK * 64))
         # A column's bit by 32-bit shifts: 64-bit ones would cost more than the exponential.
         bits = word >> (start // PER_BLOCK % 64)
@@ -238,8 +238,7 @@ def _tail(
         pool_bias = tl.where((pool < pools) & (kept == 0), pool_bias, float("-inf"))
         offsets = pool[:, None] * PADDED_D + channels[None, :]
         product = tl.dot(q, tl.trans(tl.load(pooled_k + offsets))).to(tl.float32)
-        scale = q_scale * tl.load(pooled_scales + start // BLOCK)
-        score = product * scale[:, None] + pool_bias[None, :]
+        score = product * tl.load(pooled_scales + pool)[None, :] * q_scale[:, None] + pool_bias[None, :]
         # `maximum` is finite here: every row has at least one real key behind it.
         highest = tl.maximum(maximum, tl.max(score, 1))
         p = tl.exp2(score - (highest - P_LOG2)[:, None])
@@ -262,19 +261,33 @@ def _tail(
     return accumulator, total
 
 
-@triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "q_blocks", "k_blocks", "k_blocks_grid", "pools"])
+@triton.jit(
+    do_not_specialize=[
+        "heads",
+        "group",
+        "grid_tokens",
+        "prefix",
+        "length",
+        "q_blocks",
+        "q_blocks_grid",
+        "k_blocks",
+        "k_blocks_grid",
+        "pools",
+    ]
+)
 def attention_forward(
-    Q, OUT, q_staged, q_scales, K, V, k_scales, v_scales, key_bias,
-    pooled_k, pooled_v, pooled_scales, tail_bias, kept_words,
-    tables, order_of_head, rotation, head_order, row_order, list_start, list_full, list_all, block_list,
-    stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol, stride_od,
+    Q, OUT, nonfinite, q_scales, K, V, k_scales, v_scales, key_bias,
+    pooled_k, pooled_v, pooled_scales, tail_bias,
+    tables, order_of_head, rotation, kept_words, head_order, row_order, list_start, list_full, list_all, block_list,
+    stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol,
     heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
     POOL: tl.constexpr, BIASED: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr,
     SEPARATE_TAIL: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
+    TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS query rows of one (batch, head). See `attention.launch_attention` for every argument.
+    """One tile of ROWS query rows of one (batch, head). See `attention.forward` for every argument.
 
     Grid: (batch * heads * q_blocks * (BLOCK_Q / ROWS),). The programs of a head run together, so that its K and V
     stay in the L2 cache: densest heads first, and in a head the longest rows first.
@@ -301,14 +314,20 @@ def attention_forward(
     q, q_scale = quantized_queries(q_head, rows, stride_ql, stride_qd, rotation, scale_log2, D, PADDED_D, QK, ROTATE)
 
     # Through memory and back: a loaded tile goes to the tensor cores from shared memory, and a loaded scale is laid out
-    # as the scores are; as computed values both would be converted in every step.
-    staged = ((batch * heads + head) * q_blocks * TILES + q_block * TILES + tile).to(tl.int64) * ROWS
-    tile_offsets = (staged + tl.arange(0, ROWS))[:, None] * PADDED_D + tl.arange(0, PADDED_D)[None, :]
-    tl.store(q_staged + tile_offsets, q)
-    tl.store(q_scales + staged + tl.arange(0, ROWS), q_scale)
+    # as the scores are; as computed values both would be converted in every step. The tile waits in the rows of the
+    # output that this program overwrites at the end.
+    out_head = OUT + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    waiting = out_head.to(tl.pointer_type(q.dtype), bitcast=True)
+    PER_ELEMENT: tl.constexpr = OUT.dtype.element_ty.primitive_bitwidth // q.dtype.primitive_bitwidth
+    channels = tl.arange(0, PADDED_D)
+    waiting += rows[:, None].to(tl.int64) * (stride_ol * PER_ELEMENT) + channels[None, :]
+    real = (rows[:, None] >= 0) & (channels[None, :] < D)
+    scales = q_scales + ((batch * heads + head) * q_blocks + q_block).to(tl.int64) * BLOCK_Q + tile * ROWS
+    tl.store(waiting, q, real)
+    tl.store(scales + tl.arange(0, ROWS), q_scale)
     tl.debug_barrier()
-    q = tl.load(q_staged + tile_offsets)
-    q_scale = tl.load(q_scales + staged + tl.arange(0, ROWS))
+    q = tl.load(waiting, real, other=0)
+    q_scale = tl.load(scales + tl.arange(0, ROWS))
 
     K += kv_head.to(tl.int64) * k_blocks * (BLOCK * PADDED_D)
     V += kv_head.to(tl.int64) * k_blocks * (BLOCK * PADDED_D)
@@ -400,9 +419,9 @@ def attention_forward(
                 accumulator, total, maximum, q, q_scale,
                 kept_words + (head * q_blocks_grid + q_block) * ((k_blocks_grid + 63) // 64 + 1),
                 tl.load(tail_bias + head) * 1.4426950408889634,
-                pooled_k + pool_block * (BLOCK * PADDED_D), pooled_scales + pool_block,
+                pooled_k + pool_block * (BLOCK * PADDED_D), pooled_scales + pool_block * BLOCK,
                 pooled_v + pool_block * (BLOCK * PADDED_D), grid_tokens, pools, columns,
-                PADDED_D, QK, P_LOG2, POOL, SEPARATE_TAIL, HALVES,
+                PADDED_D, QK, P_LOG2, POOL, SEPARATE_TAIL, HALVES, TAIL_STAGES,
             )  # fmt: skip
 
     # Looked up again rather than kept in registers across the loops.
@@ -413,6 +432,11 @@ def attention_forward(
     result = accumulator / total[:, None]
     if VALUES_SCALED:
         result *= tl.load(v_scales + kv_head * PADDED_D + channels)[None, :]
-    target = OUT + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    target += rows[:, None].to(tl.int64) * stride_ol + channels[None, :] * stride_od
-    tl.store(target, result.to(OUT.dtype.element_ty), mask=(rows[:, None] >= 0) & (channels[None, :] < D))
+    result = result.to(OUT.dtype.element_ty)
+    real = (rows[:, None] >= 0) & (channels[None, :] < D)
+    target = out_head + rows[:, None].to(tl.int64) * stride_ol + channels[None, :]
+    tl.store(target, result, real)
+    if nonfinite is not None:
+        # Zero, or NaN where a channel is NaN or infinite. Row by row: one answer for the tile would cost registers.
+        broken = tl.sum(result.to(tl.float32) * 0.0, 1) != 0.0
+        tl.store(nonfinite + tl.zeros([ROWS], tl.int32), 1, broken)

@@ -10,10 +10,11 @@ import triton.language as tl
 from .triton_common import power_of_two_at_least, round_to_int8, source_rows
 
 BLOCK = tl.constexpr(64)
+CHUNKS_AT_ONCE = tl.constexpr(16)
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
-@triton.jit(do_not_specialize=["length"])
+@triton.jit(do_not_specialize=["length", "kv_heads"])
 def channel_statistics(
     K, V, sums, largest,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, length, kv_heads,
@@ -48,25 +49,88 @@ def channel_statistics(
 
 
 @triton.jit
+def _mean_key(sums, head, chunks, sampled_rows, PADDED_D: tl.constexpr):
+    """Mean key of a head, float32 `[PADDED_D]`, from what `channel_statistics` left."""
+    channels = tl.arange(0, PADDED_D)
+    total = tl.zeros([CHUNKS_AT_ONCE, PADDED_D], tl.float32)
+    for start in range(0, chunks, CHUNKS_AT_ONCE):
+        chunk = start + tl.arange(0, CHUNKS_AT_ONCE)
+        offsets = (head.to(tl.int64) * chunks + chunk)[:, None] * PADDED_D + channels[None, :]
+        total += tl.load(sums + offsets, (chunk < chunks)[:, None], other=0.0)
+    return tl.sum(total, 0) / sampled_rows
+
+
+@triton.jit
+def _value_scales(largest, head, chunks, PADDED_D: tl.constexpr, PV: tl.constexpr, V_LEVELS: tl.constexpr):
+    """What one unit of stored V stands for, per channel of a head, float32 `[PADDED_D]`."""
+    channels = tl.arange(0, PADDED_D)
+    most = tl.zeros([CHUNKS_AT_ONCE, PADDED_D], tl.float32)
+    for start in range(0, chunks, CHUNKS_AT_ONCE):
+        chunk = start + tl.arange(0, CHUNKS_AT_ONCE)
+        offsets = (head.to(tl.int64) * chunks + chunk)[:, None] * PADDED_D + channels[None, :]
+        most = tl.maximum(most, tl.load(largest + offsets, (chunk < chunks)[:, None], other=0.0))
+    scale = tl.maximum(tl.max(most, 0), 1e-12)
+    if PV == "16":
+        scale = power_of_two_at_least(scale)
+    else:
+        scale = scale / V_LEVELS
+    return scale
+
+
+@triton.jit(do_not_specialize=["chunks", "sampled_rows"])
+def finish_statistics(
+    sums, largest, rotation, k_means, v_scales, chunks, sampled_rows, rotation_scale,
+    PADDED_D: tl.constexpr, PV: tl.constexpr, SMOOTH: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr,
+    V_LEVELS: tl.constexpr,
+):  # fmt: skip
+    """Mean key (rotated where the keys are) and value scales, float32 `[B*Hkv, PADDED_D]`. Grid: (B * Hkv,)."""
+    head = tl.program_id(0)
+    channels = tl.arange(0, PADDED_D)
+    if SMOOTH:
+        mean = _mean_key(sums, head, chunks, sampled_rows, PADDED_D)
+        if ROTATE:
+            # Column by column of the symmetric matrix, in float32: the mean is no 16-bit number.
+            matrix = tl.load(rotation + channels[:, None] * PADDED_D + channels[None, :]).to(tl.float32)
+            mean = tl.sum(matrix * mean[None, :], 1) * rotation_scale
+        tl.store(k_means + head * PADDED_D + channels, mean)
+    if VALUES_SCALED:
+        scale = _value_scales(largest, head, chunks, PADDED_D, PV, V_LEVELS)
+        tl.store(v_scales + head * PADDED_D + channels, scale)
+
+
+@triton.jit
 def _pool_means(x, counts, POOL: tl.constexpr, PADDED_D: tl.constexpr):
     """Means over each POOL consecutive rows of x `[64, D]` (padding rows are zero), `[64 / POOL, D]`."""
     return tl.sum(tl.reshape(x, [BLOCK // POOL, POOL, PADDED_D]), 1) / counts[:, None]
 
 
-@triton.jit(do_not_specialize=["grid_tokens", "prefix", "length", "k_blocks", "k_blocks_grid", "pools"])
+@triton.jit(
+    do_not_specialize=[
+        "kv_heads",
+        "grid_tokens",
+        "prefix",
+        "length",
+        "k_blocks",
+        "k_blocks_grid",
+        "pools",
+        "chunks",
+        "sampled_rows",
+    ]
+)
 def prepare_keys_values(
-    K, V, key_bias, k_out, v_out, bias_out, k_scales, k_means, v_scales, pooled_k, pooled_v,
-    tables, order_of_head, rotation,
+    K, V, key_bias, k_out, v_out, bias_out, k_scales, sums, largest, k_means, v_scales, pooled_k, pooled_v,
+    pooled_scales, tables, order_of_head, rotation,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias,
-    kv_heads, grid_tokens, prefix, length, k_blocks, k_blocks_grid, pools, rotation_scale,
+    kv_heads, grid_tokens, prefix, length, k_blocks, k_blocks_grid, pools, chunks, sampled_rows, rotation_scale,
     D: tl.constexpr, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, V_LEVELS: tl.constexpr,
-    SMOOTH: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr, BIASED: tl.constexpr,
-    TAIL: tl.constexpr, POOL: tl.constexpr,
+    SMOOTH: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr, FINISH: tl.constexpr,
+    BIASED: tl.constexpr, TAIL: tl.constexpr, POOL: tl.constexpr,
 ):  # fmt: skip
     """One block of 64 keys and values of one head. Grid: (k_blocks, Hkv, B).
 
-    k_means float32 `[B*Hkv, PADDED_D]`: mean key, already rotated. v_scales float32 `[B*Hkv, PADDED_D]`.
-    pooled_k float32 and pooled_v (16 bits, in units of v_scales) `[B*Hkv, pools rounded up to 64, PADDED_D]`.
+    FINISH: no `finish_statistics` ran; the chunks are few and every program adds them up, the first one of a head
+    leaving v_scales to the attention kernel. Pools `[B*Hkv, pools rounded up to 64, PADDED_D]`: pooled_k in the
+    attention's Q K^T type with one float32 scale each, pooled_v in 16 bits, in units of v_scales; zero behind the last.
     """
     block = tl.program_id(0)
     head = tl.program_id(2) * kv_heads + tl.program_id(1)
@@ -82,32 +146,28 @@ def prepare_keys_values(
     V += tl.program_id(2).to(tl.int64) * stride_vb + tl.program_id(1).to(tl.int64) * stride_vh
     block_base = (head.to(tl.int64) * k_blocks + block) * (BLOCK * PADDED_D)
     row_major = slots[:, None] * PADDED_D + channels[None, :]
-    if TAIL:
-        PER_BLOCK: tl.constexpr = BLOCK // POOL
-        pool_rows = (pools + BLOCK - 1) // BLOCK * BLOCK
-        pool = block * PER_BLOCK + tl.arange(0, PER_BLOCK)
-        counts = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1).to(tl.float32)
-        pool_offsets = (head.to(tl.int64) * pool_rows + pool)[:, None] * PADDED_D + channels[None, :]
-        pool_mask = (pool < pools)[:, None] & (block < k_blocks_grid)
 
     keys = tl.load(K + rows[:, None].to(tl.int64) * stride_kl + channels[None, :] * stride_kd, mask, other=0.0)
     if ROTATE:
         matrix = tl.load(rotation + channels[:, None] * PADDED_D + channels[None, :])
+        # Exact in 16 bits: a number times +-1, summed in float32. "ieee" is for float32 keys.
         k = tl.dot(keys, matrix, input_precision="ieee") * rotation_scale
     else:
         k = keys.to(tl.float32)
     if SMOOTH:
-        k = tl.where(real[:, None], k - tl.load(k_means + head * PADDED_D + channels)[None, :], 0.0)
-    if TAIL:
-        tl.store(pooled_k + pool_offsets, _pool_means(k, counts, POOL, PADDED_D), pool_mask)
-    largest = tl.maximum(tl.max(tl.abs(k)), 1e-12)
+        if FINISH:
+            mean = _mean_key(sums, head, chunks, sampled_rows, PADDED_D)
+        else:
+            mean = tl.load(k_means + head * PADDED_D + channels)
+        k = tl.where(real[:, None], k - mean[None, :], 0.0)
+    largest_key = tl.maximum(tl.max(tl.abs(k)), 1e-12)
     if QK == "16":
-        scale = power_of_two_at_least(largest)
+        scale = power_of_two_at_least(largest_key)
         k_quantized = k / scale
     else:
         K_LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
-        scale = largest / K_LEVELS
-        k_quantized = round_to_int8(k * (K_LEVELS / largest))
+        scale = largest_key / K_LEVELS
+        k_quantized = round_to_int8(k * (K_LEVELS / largest_key))
     tl.store(k_out + block_base + row_major, k_quantized.to(k_out.dtype.element_ty))
     tl.store(k_scales + head * k_blocks + block, scale)
 
@@ -127,10 +187,13 @@ def prepare_keys_values(
         mask = (rows >= 0)[:, None] & (channels[None, :] < D)
     v = tl.load(V + rows[:, None].to(tl.int64) * stride_vl + channels[None, :] * stride_vd, mask, other=0.0)
     if VALUES_SCALED:
-        v = v.to(tl.float32) / tl.load(v_scales + head * PADDED_D + channels)[None, :]
-    if TAIL:
-        means = _pool_means(v.to(tl.float32), counts, POOL, PADDED_D)
-        tl.store(pooled_v + pool_offsets, means.to(pooled_v.dtype.element_ty), pool_mask)
+        if FINISH:
+            v_scale = _value_scales(largest, head, chunks, PADDED_D, PV, V_LEVELS)
+            if block == 0:
+                tl.store(v_scales + head * PADDED_D + channels, v_scale)
+        else:
+            v_scale = tl.load(v_scales + head * PADDED_D + channels)
+        v = v.to(tl.float32) / v_scale[None, :]
     if PV == "16":
         tl.store(v_out + block_base + row_major, v.to(v_out.dtype.element_ty))
     else:
@@ -141,29 +204,44 @@ def prepare_keys_values(
         transposed = channels[:, None] * BLOCK + slots[None, :]
         tl.store(v_out + block_base + transposed, tl.trans(v_quantized))
 
+    if TAIL:
+        if block < k_blocks_grid:
+            _store_pools(
+                k, v, pooled_k, pooled_v, pooled_scales, head, block, k_blocks_grid, grid_tokens, pools,
+                PADDED_D, QK, POOL,
+            )  # fmt: skip
 
-@triton.jit(do_not_specialize=["pools"])
-def quantize_pools(pooled, out, pooled_v, scales, pools, PADDED_D: tl.constexpr, QK: tl.constexpr):
-    """Pooled keys float32 to the attention's Q K^T type, one scale per 64 pools; padding of keys and values to zero.
 
-    All `[B*Hkv, pools rounded up to 64, PADDED_D]`. Grid: (ceil(pools / 64), B*Hkv). Scales of their own: means are
-    smaller than the keys they stand for.
-    """
+@triton.jit
+def _store_pools(
+    k, v, pooled_k, pooled_v, pooled_scales, head, block, k_blocks_grid, grid_tokens, pools,
+    PADDED_D: tl.constexpr, QK: tl.constexpr, POOL: tl.constexpr,
+):  # fmt: skip
+    """Mean key and value of each POOL rows of a block of the grid; the last block also clears what is behind them."""
+    PER_BLOCK: tl.constexpr = BLOCK // POOL
     channels = tl.arange(0, PADDED_D)
-    pool = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    block = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-    offsets = (block * BLOCK + tl.arange(0, BLOCK))[:, None] * PADDED_D + channels[None, :]
-    real = (pool < pools)[:, None]
-    x = tl.load(pooled + offsets, real, other=0.0)
-    largest = tl.maximum(tl.max(tl.abs(x)), 1e-12)
+    first = head.to(tl.int64) * ((pools + BLOCK - 1) // BLOCK * BLOCK)
+    pool = block * PER_BLOCK + tl.arange(0, PER_BLOCK)
+    counts = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1).to(tl.float32)
+    offsets = (first + pool)[:, None] * PADDED_D + channels[None, :]
+    keys = _pool_means(k, counts, POOL, PADDED_D)
+    # Scales of their own: means are smaller than the keys they stand for.
+    largest = tl.maximum(tl.max(tl.abs(keys), 1), 1e-12)
     if QK == "16":
         scale = power_of_two_at_least(largest)
-        quantized = x / scale
+        quantized = keys / scale[:, None]
     else:
         LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
         scale = largest / LEVELS
-        quantized = round_to_int8(x * (LEVELS / largest))
-    tl.store(out + offsets, quantized.to(out.dtype.element_ty))
-    zeros = tl.zeros([BLOCK, PADDED_D], tl.float32).to(pooled_v.dtype.element_ty)
-    tl.store(pooled_v + offsets, zeros, real == 0)
-    tl.store(scales + block, scale)
+        quantized = round_to_int8(keys * (LEVELS / largest)[:, None])
+    values = _pool_means(v.to(tl.float32), counts, POOL, PADDED_D)
+    tl.store(pooled_k + offsets, quantized.to(pooled_k.dtype.element_ty), (pool < pools)[:, None])
+    tl.store(pooled_scales + first + pool, scale, pool < pools)
+    tl.store(pooled_v + offsets, values.to(pooled_v.dtype.element_ty), (pool < pools)[:, None])
+    if block == k_blocks_grid - 1:
+        behind = (pools - 1) // BLOCK * BLOCK + tl.arange(0, BLOCK)
+        cleared = (first + behind)[:, None] * PADDED_D + channels[None, :]
+        zeros = tl.zeros([BLOCK, PADDED_D], tl.float32)
+        tl.store(pooled_k + cleared, zeros.to(pooled_k.dtype.element_ty), (behind >= pools)[:, None])
+        tl.store(pooled_scales + first + behind, tl.zeros([BLOCK], tl.float32), behind >= pools)
+        tl.store(pooled_v + cleared, zeros.to(pooled_v.dtype.element_ty), (behind >= pools)[:, None])

@@ -29,7 +29,7 @@ EXPECTED_PV = {
     "int8": {90: {"IGMMA"}, 100: {"IMMA", "UTCIMMA"}},
 }
 # Issue slots per softmax element of INT8 Q K^T at D = 128, whatever the mask's rows.
-SLOT_LIMITS = {90: {"16": 10.0, "fp8": 10.0}, **dict.fromkeys((80, 86, 89, 120), {"16": 15.0, "fp8": 15.0})}
+SLOT_LIMITS = {90: {"16": 10.0, "fp8": 10.0}, **{sm: {"16": 15.0, "fp8": 15.0} for sm in (80, 86, 89, 120)}}
 DEFAULT_MMA = {"16": {"HMMA"}, "fp8": {"QMMA"}, "int8": {"IMMA"}}
 
 
@@ -70,7 +70,7 @@ def compile_row(row: Row) -> dict:
 
     _checkout.register()
     from comfyui_paro.kernels import triton_attention
-    from comfyui_paro.kernels.configs import in_channel_halves, needs_separate_tail, tile_for
+    from comfyui_paro.kernels.configs import in_channel_halves, needs_separate_tail, tail_stages, tile_for
 
     qk, pv = PRECISIONS[row.precision]
     listed = row.block_q > 0
@@ -79,7 +79,7 @@ def compile_row(row: Row) -> dict:
     pointers = {
         "Q": "*bf16",
         "OUT": "*bf16",
-        "q_staged": "*bf16" if qk == "16" else "*i8",
+        "nonfinite": "*i32",
         "K": "*bf16" if qk == "16" else "*i8",
         "V": {"16": "*bf16", "fp8": "*fp8e4nv", "int8": "*i8"}[pv],
         **dict.fromkeys(("q_scales", "k_scales", "key_bias"), "*fp32"),
@@ -100,8 +100,9 @@ def compile_row(row: Row) -> dict:
         "D": row.dim, "PADDED_D": row.dim, "ROWS": tile.rows, "BLOCK_Q": row.block_q or tile.rows, "PAIRS": tile.pairs,
         "QK": qk, "PV": pv, "P_LOG2": {"16": 0.0, "fp8": math.log2(448), "int8": math.log2(127)}[pv],
         "LISTED": listed, "TAIL": listed, "POOL": 64, "BIASED": False, "ROTATE": False, "VALUES_SCALED": pv != "16",
-        "SEPARATE_TAIL": needs_separate_tail(capability, pv), "HALVES": in_channel_halves(capability, tile, row.dim),
-        "STAGES": tile.stages, "stride_qd": 1, "stride_od": 1,
+        "SEPARATE_TAIL": needs_separate_tail(capability, pv, row.dim),
+        "HALVES": in_channel_halves(capability, tile, row.dim),
+        "STAGES": tile.stages, "TAIL_STAGES": tail_stages(capability, tile), "stride_qd": 1,
         "rotation": None,
     }  # fmt: skip
     pointers.update(optional if listed else {})
