@@ -4,8 +4,8 @@ python bench/attention.py [--shapes wan720p,flux] [--heads 8] [--precisions fp8,
                           [--densities 1,0.5,0.3,0.2,0.1] [--masks structured] [--rivals all] [--json FILE]
 
 Times are medians in milliseconds: `kernel` alone, `prepass` (reorder, smooth, quantise, pool), `total` as a caller sees
-it. TFLOPS are effective: dense operations x kept blocks / time. Densities below 0.25 carry the tail. On the CPU, in
-Triton's interpreter, only the errors mean something.
+it. TFLOPS are effective: dense operations x kept blocks / time. Densities below 0.25 carry the tail. peak: MiB of one
+call beyond its inputs, output included. On the CPU, in Triton's interpreter, only the errors mean something.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from comfyui_paro.bench.problems import SHAPES, Shape, exact_rows, inputs, patte
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
 from comfyui_paro.kernels.api import sparse_attention  # noqa: E402
 from comfyui_paro.kernels.problem import PRECISIONS, SparsePattern  # noqa: E402
-from comfyui_paro.kernels.scratch import scratch_bytes  # noqa: E402
+from comfyui_paro.kernels.scratch import release_scratch  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import query_block  # noqa: E402
 
 TAIL_BELOW = 0.25
@@ -62,24 +62,38 @@ def dense_flops(shape: Shape, heads: int) -> float:
     return 4.0 * heads * shape.length**2 * shape.dim
 
 
+def peak_mib(run, device: torch.device) -> float | None:
+    """MiB that one run takes beyond its inputs: output, scratch and whatever else; None on the CPU."""
+    if device.type == "cpu":
+        return None
+    release_scratch()
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
 def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
-    """One row: error, kernel, pre-pass and total time, scratch memory."""
-    from comfyui_paro.kernels.attention import _capability, forward, padded_dim, prepare, tile_for
-    from comfyui_paro.kernels.block_list import block_list
+    """One row: error, kernel, pre-pass and total time, peak memory."""
+    from comfyui_paro.kernels.attention import forward, pieces_of, prepare
 
     precision = PRECISIONS[name]
     out = torch.full_like(q, float("nan"))
     sparse_attention(q, k, v, p, precision, out=out, backend="triton")
     error = relative_error(out, q, k, v, p)
-    lists = None if p.mask is None else block_list(p)
-    tile = tile_for(
-        _capability(q.device), padded_dim(shape.dim), precision.qk, precision.pv, p.geometry.block_q, lists is not None
-    )
     scale = shape.dim**-0.5
-    prepared = prepare(q, k, v, p, precision)
     total = median_ms(lambda: sparse_attention(q, k, v, p, precision, out=out, backend="triton"), q.device)
-    kernel = median_ms(lambda: forward(q, prepared, p, lists, precision, scale, out, tile), q.device)
-    prepass = median_ms(lambda: prepare(q, k, v, p, precision), q.device)
+    kernel = prepass = 0.0
+    pieces = pieces_of(q, k, v, out, p, precision)
+    for piece in pieces:
+        prepared = prepare(piece, p)
+        kernel += median_ms(lambda piece=piece, prepared=prepared: forward(piece, prepared, p, scale), q.device)
+        prepass += median_ms(lambda piece=piece: prepare(piece, p), q.device)
+    del out
+    tile = pieces[0].call.tile
+    del pieces, piece, prepared
     return {
         "name": f"paro {name}",
         "tail": p.tail_bias is not None,
@@ -88,7 +102,7 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
         "prepass_ms": prepass,
         "total_ms": total,
         "tflops": dense_flops(shape, heads) * p.density / total / 1e9,
-        "peak_mb": scratch_bytes() / 2**20,
+        "peak_mb": peak_mib(lambda: sparse_attention(q, k, v, p, precision, backend="triton"), q.device),
         "tile": f"{tile.rows} rows, {'pairs' if tile.pairs else 'single'}, w{tile.warps} st{tile.stages}",
     }
 
@@ -109,14 +123,11 @@ def time_rivals(shape, heads, q, k, v, p: SparsePattern, names: list[str]) -> li
             del out
             row["total_ms"] = median_ms(run, q.device)
             row["tflops"] = dense_flops(shape, heads) * p.density / row["total_ms"] / 1e9
+            row["peak_mb"] = peak_mib(run, q.device)
         except Exception as error:  # a rival that is not installed, or does not take this shape, is named
             row["reason"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
         rows.append(row)
     return rows
-
-
-def _short(value):
-    return round(value, 4) if isinstance(value, float) else value
 
 
 def commit() -> str:
