@@ -80,6 +80,7 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
     from comfyui_paro.kernels.attention import forward, pieces_of, prepare
 
     precision = PRECISIONS[name]
+    peak = peak_mib(lambda: sparse_attention(q, k, v, p, precision, backend="triton"), q.device)
     out = torch.full_like(q, float("nan"))
     sparse_attention(q, k, v, p, precision, out=out, backend="triton")
     error = relative_error(out, q, k, v, p)
@@ -91,9 +92,7 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
         prepared = prepare(piece, p)
         kernel += median_ms(lambda piece=piece, prepared=prepared: forward(piece, prepared, p, scale), q.device)
         prepass += median_ms(lambda piece=piece: prepare(piece, p), q.device)
-    del out
     tile = pieces[0].call.tile
-    del pieces, piece, prepared
     return {
         "name": f"paro {name}",
         "tail": p.tail_bias is not None,
@@ -102,7 +101,7 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
         "prepass_ms": prepass,
         "total_ms": total,
         "tflops": dense_flops(shape, heads) * p.density / total / 1e9,
-        "peak_mb": peak_mib(lambda: sparse_attention(q, k, v, p, precision, backend="triton"), q.device),
+        "peak_mb": peak,
         "tile": f"{tile.rows} rows, {'pairs' if tile.pairs else 'single'}, w{tile.warps} st{tile.stages}",
     }
 
