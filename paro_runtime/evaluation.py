@@ -25,7 +25,9 @@ class Evaluation:
         self.layout = layout
         self.step = step
         self._grid = grid
+        # Results that nobody has looked at yet, each with the flag that its kernel raises if it is not finite.
         self._unproven: list[tuple[Site | None, torch.Tensor]] = []
+        self._flags: dict[torch.device, list[torch.Tensor]] = {}
 
     def attend(
         self,
@@ -105,8 +107,8 @@ class Evaluation:
         unproven, self._unproven = self._unproven, []
         if not unproven:
             return False
-        finite = torch.stack([flag for _, flag in unproven]).tolist()
-        at_fault = [site for (site, _), good in zip(unproven, finite, strict=True) if not good]
+        raised = torch.stack([flag for _, flag in unproven])[:, 0].tolist()
+        at_fault = [site for (site, _), bad in zip(unproven, raised, strict=True) if bad]
         for site in at_fault if attempt else at_fault[:1]:
             reason = _not_finite(site)
             if self.session.settings.strict:
@@ -118,6 +120,13 @@ class Evaluation:
             else:
                 self.session.off_sites[site] = reason
         return bool(at_fault)
+
+    def _flag(self, device: torch.device) -> torch.Tensor:
+        """int32 `[4]`, zero: 16 bytes, as the kernels want their pointers. Many are made at once."""
+        free = self._flags.setdefault(device, [])
+        if not free:
+            free.extend(torch.zeros(64, 4, dtype=torch.int32, device=device).unbind())
+        return free.pop()
 
     def _calibrates(self) -> bool:
         session, grid = self.session, self._grid
@@ -207,13 +216,15 @@ class Evaluation:
                 pattern = session.patterns.get(site, self._grid.plan, self.layout, k.shape[1], q.device, bias)
             rotate = site is not None and self._grid.plan.sites[site].rotate
             precision = site_precision(session.precision, rotate, q, session.backend)
-            out = run_kernel(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=session.backend)
-            finite = torch.isfinite(torch.linalg.vector_norm(out, torch.inf, dtype=torch.float32))
+            flag = self._flag(q.device)
+            out = run_kernel(
+                q, k, v, pattern, precision, scale=scale, key_bias=key_bias, nonfinite=flag, backend=session.backend
+            )
             if session.can_redo and out.is_cuda:
                 # Asking now would make the host wait for the device in every call.
-                self._unproven.append((site, finite))
+                self._unproven.append((site, flag))
                 return out
-            if finite:
+            if not flag[0]:
                 return out
             reason = _not_finite(site)
             if session.settings.strict:

@@ -164,17 +164,28 @@ def test_a_result_that_is_not_finite_is_redone_dense_and_the_site_stays_dense(ca
     assert sum("not finite" in r.message for r in caplog.records) == 1  # said once, counted twice
 
 
+def flag(value: int) -> torch.Tensor:
+    return torch.tensor([value, 0, 0, 0], dtype=torch.int32)
+
+
+def test_every_call_has_a_flag_of_its_own():
+    evaluation = Session(policy(), sigmas=SIGMAS).begin(layout=LAYOUT, sigma=SIGMAS[3])
+    flags = [evaluation._flag(torch.device("cpu")) for _ in range(150)]
+    assert len({f.data_ptr() for f in flags}) == 150 and not any(f.any() for f in flags)
+    assert all(f.data_ptr() % 16 == 0 for f in flags)  # or Triton would compile a second kernel
+
+
 def test_results_looked_at_in_the_end_turn_the_first_site_at_fault_dense():
     """On a GPU the calls of an evaluation are judged together; what is not finite spreads, so the first is at fault."""
     session = Session(policy(), sigmas=SIGMAS, can_redo=True)
     sample(session)
     evaluation = session.begin(layout=LAYOUT, sigma=SIGMAS[3])
-    evaluation._unproven = [(site, torch.tensor(good)) for site, good in zip(SITES, (True, False, False), strict=True)]
+    evaluation._unproven = [(site, flag(bad)) for site, bad in zip(SITES, (0, 1, 1), strict=True)]
     assert evaluation.end(0) and list(session.off_sites) == [SITES[1]]
     assert not evaluation.end(1)  # nothing is left to look at
-    evaluation._unproven = [(SITES[0], torch.tensor(False)), (SITES[2], torch.tensor(False))]
+    evaluation._unproven = [(SITES[0], flag(1)), (SITES[2], flag(1))]
     assert evaluation.end(1) and set(session.off_sites) == set(SITES)
-    evaluation._unproven = [(SITES[0], torch.tensor(True))]
+    evaluation._unproven = [(SITES[0], flag(0))]
     assert not evaluation.end(0)
 
 
