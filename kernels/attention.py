@@ -115,7 +115,7 @@ def forward(
         lists.kept_words, lists.head_order, lists.row_order, lists.start, lists.full, lists.count, lists.blocks,
     )  # fmt: skip
     attention_forward[call.attention_grid](
-        q, out, nonfinite, s["q_scales"], s["k"], s["v"], s["k_scales"], s["v_scales"], s["key_bias"],
+        q, out, nonfinite, s["q_scales"], s["q_excess"], s["k"], s["v"], s["k_scales"], s["v_scales"], s["key_bias"],
         s["pooled_k"], s["pooled_v"], s["pooled_scales"], piece.tail_bias, pattern.tables, piece.order_of_head,
         rotation, *listed, *q.stride(), *out.stride()[:3],
         heads, heads // piece.k.shape[1], g.grid_tokens, g.prefix, g.length, call.q_blocks, call.q_blocks_grid,

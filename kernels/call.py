@@ -113,6 +113,11 @@ def _storage_types(key: CallKey) -> tuple[torch.dtype, torch.dtype, torch.dtype]
     return k_type, v_type, wide if key.precision.pv == "16" else torch.float16
 
 
+def packs(precision: Precision, padded: int) -> bool:
+    """Whether K is stored two 4-bit values a byte: half a key must fill a tensor product's 32 bytes."""
+    return precision.qk == "int4" and padded >= 64
+
+
 def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: int) -> ScratchLayout:
     """Everything the kernels hand on to each other; absent parts have one element. Q is staged in the output."""
     g = key.geometry
@@ -122,8 +127,9 @@ def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: 
         -(-tokens // LARGEST_TILE) * LARGEST_TILE for tokens in (g.grid_tokens, g.context_tokens)
     )  # fmt: skip
     pool_rows = -(-pools // 64) * 64
+    key_row = padded // 2 if packs(key.precision, padded) else padded
     shapes = {
-        "k": ((heads, blocks, 64, padded), k_type),
+        "k": ((heads, blocks, 64, key_row), k_type),
         "v": ((heads, blocks, 64, padded), v_type),
         "k_scales": ((heads, blocks), torch.float32),
         "sums": ((heads, chunks, padded), torch.float32),
@@ -131,10 +137,11 @@ def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: 
         "k_means": ((heads, padded), torch.float32),
         "v_scales": ((heads, padded), torch.float32),
         "key_bias": ((heads, blocks * 64) if key.biased else (1,), torch.float32),
-        "pooled_k": ((heads, pool_rows, padded) if key.tail else (1,), k_type),
+        "pooled_k": ((heads, pool_rows, key_row) if key.tail else (1,), k_type),
         "pooled_v": ((heads, pool_rows, padded) if key.tail else (1,), pooled_v_type),
         "pooled_scales": ((heads, pool_rows) if key.tail else (1,), torch.float32),
         "q_scales": ((q_rows,), torch.float32),
+        "q_excess": ((q_rows,) if packs(key.precision, padded) else (1,), torch.int32),
     }
     return ScratchLayout(shapes)
 
@@ -145,7 +152,7 @@ def _sampled_rows(length: int, every: int) -> int:
     return last * 64 + min(64, length - last * 64 * every)
 
 
-def _kernel_pv(precision: Precision) -> str:
+def kernel_pv(precision: Precision) -> str:
     """INT4 values are computed on the INT8 path: 4-bit accuracy, 8-bit speed."""
     return "int8" if precision.pv == "int4" else precision.pv
 
@@ -170,7 +177,7 @@ def call_of(key: CallKey) -> Call:
     every = KEY_SAMPLE if g.length >= KEY_SAMPLE_FROM else 1
     # Rotating the mean takes a whole matrix: not for every program.
     few_chunks = chunks <= FEW_CHUNKS and not rotate
-    pv, levels = _kernel_pv(precision), VALUE_LEVELS.get(precision.pv, 0.0)
+    pv, levels = kernel_pv(precision), VALUE_LEVELS.get(precision.pv, 0.0)
     statistics_options = {
         "D": key.dim, "PADDED_D": padded, "CHUNK": STATISTICS_CHUNK, "SUM_EVERY": every if smooth else 0,
         "NEED_MAX": values_scaled, **LAUNCH,
@@ -179,14 +186,16 @@ def call_of(key: CallKey) -> Call:
         "PADDED_D": padded, "PV": pv, "V_LEVELS": levels, "SMOOTH": smooth, "ROTATE": rotate,
         "VALUES_SCALED": values_scaled, **LAUNCH,
     }  # fmt: skip
+    packed = packs(precision, padded)
     prepare_options = {
         **finish_options, "D": key.dim, "QK": precision.qk, "FINISH": few_chunks, "BIASED": key.biased,
-        "TAIL": key.tail, "POOL": key.pool,
+        "TAIL": key.tail, "POOL": key.pool, "PACKED": packed,
     }  # fmt: skip
     attention_options = {
         "D": key.dim, "PADDED_D": padded, "ROWS": tile.rows, "BLOCK_Q": block_q, "PAIRS": tile.pairs,
         "QK": precision.qk, "PV": pv, "P_LOG2": P_LOG2[precision.pv], "LISTED": key.listed, "TAIL": key.tail,
         "POOL": key.pool, "BIASED": key.biased, "ROTATE": rotate, "VALUES_SCALED": values_scaled,
+        "PACKED": packed,
         "SEPARATE_TAIL": needs_separate_tail(capability, precision.pv, padded),
         "HALVES": in_channel_halves(capability, tile, padded), "STAGES": tile.stages,
         "TAIL_STAGES": tail_stages(capability, tile),

@@ -8,257 +8,8 @@ scatters the result to the rows where the tokens came from. K and V come reorder
 import triton
 import triton.language as tl
 
-from .triton_common import MAGIC, MAGIC_BITS, quantized_queries, round_to_int8, source_rows
-
-BLOCK = tl.constexpr(64)
-# INT8 P is scaled to 127 at the row's maximum; the rounding of the folded constant can push it past 127.5, which
-# wraps to -128. Lowering everything by four units of the integer score costs nothing and rules that out.
-WRAP_MARGIN = tl.constexpr(4.0)
-
-
-@triton.jit
-def _scores(q, k_block, k_scale, q_scale, key_bias, columns, valid, PADDED_D, QK, BIASED, MASKED):
-    """(raw, scale, base) of one block: the score in log2 units is (raw - base) * scale, [rows, 64]."""
-    offsets = columns[:, None] * PADDED_D + tl.arange(0, PADDED_D)[None, :]
-    product = tl.dot(q, tl.trans(tl.load(k_block + offsets)))
-    if QK == "16":
-        raw = product
-    else:
-        raw = (product + MAGIC_BITS).to(tl.float32, bitcast=True)
-    scale = q_scale * tl.load(k_scale)
-    if BIASED:
-        base = 0.0 if QK == "16" else MAGIC
-        raw = (raw - base) * scale[:, None] + tl.load(key_bias + columns)[None, :]
-    if MASKED:
-        raw = tl.where(columns[None, :] < valid, raw, float("-inf"))
-    return raw, scale
-
-
-@triton.jit
-def _row_maximum(raw, scale, QK, BIASED):
-    highest = tl.max(raw, 1)
-    if not BIASED:
-        if QK == "16":
-            highest = highest * scale
-        else:
-            highest = (highest - MAGIC) * scale
-    return highest
-
-
-@triton.jit
-def _weights(raw, scale, maximum, P_LOG2: tl.constexpr, QK, BIASED, MARGIN: tl.constexpr):
-    """exp2(score - maximum) * 2^P_LOG2: one fused multiply-add and one exponential per element."""
-    if BIASED:
-        exponent = raw - (maximum - P_LOG2)[:, None]
-    elif QK == "16":
-        exponent = raw * scale[:, None] - (maximum - P_LOG2)[:, None]
-    else:
-        exponent = raw * scale[:, None] - (maximum + ((MAGIC + MARGIN) * scale - P_LOG2))[:, None]
-    return tl.exp2(exponent)
-
-
-@triton.jit
-def _product(p, v_block, columns, total, first_channel, PADDED_D: tl.constexpr, PV):
-    """P V of one block on top of `total`, for as many channels as `total` has from `first_channel` on.
-
-    8-bit V is stored transposed, with the rows of each 16 shuffled.
-    """
-    channels = first_channel + tl.arange(0, total.shape[1])
-    if PV == "16":
-        v = tl.load(v_block + columns[:, None] * PADDED_D + channels[None, :])
-        result = tl.dot(p.to(v.dtype), v, total)
-    else:
-        v = tl.trans(tl.load(v_block + channels[:, None] * BLOCK + columns[None, :]))
-        # A thread holds score columns {2t, 2t+1, 8+2t, 9+2t} but feeds four consecutive ones to an 8-bit product. V's
-        # rows are shuffled to match, so this relabelling moves no data.
-        p = tl.reshape(p, [p.shape[0], BLOCK // 16, 2, 4, 2])
-        p = tl.reshape(tl.permute(p, [0, 1, 3, 2, 4]), [p.shape[0], BLOCK])
-        if PV == "fp8":
-            result = tl.dot(p.to(tl.float8e4nv), v, total)
-        else:
-            result = tl.dot(round_to_int8(p), v, total, out_dtype=tl.int32)
-    return result
-
-
-@triton.jit
-def _empty_product(accumulator, PV):
-    """8-bit products are added up in a block of their own and then joined in fp32, two-level accumulation: the tensor
-    cores' own fp8 accumulator is too short, and the joining multiply-add replaces the rescaling multiply."""
-    return tl.zeros_like(accumulator) if PV == "fp8" else tl.zeros(accumulator.shape, tl.int32)
-
-
-@triton.jit
-def _join(accumulator, rescale, product, share, PV):
-    """accumulator * rescale + product * share, rows apart; share is 1 in FP8.
-
-    Integer weights are 127 at the maximum of their own block, not of the row so far: over a long row of even scores
-    most blocks lie far below the row's maximum and would be left with one or two levels.
-    """
-    if PV == "fp8":
-        return tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
-    else:
-        wide = tl.zeros_like(accumulator) + share[:, None]
-        return tl.fma(product.to(tl.float32), wide, accumulator * rescale[:, None])
-
-
-@triton.jit
-def _accumulate(accumulator, rescale, share, p, v_block, columns, first_channel, PADDED_D: tl.constexpr, PV):
-    """accumulator * rescale + P V of one block, for the accumulator's channels."""
-    if PV == "16":
-        return _product(p, v_block, columns, accumulator * rescale[:, None], first_channel, PADDED_D, PV)
-    else:
-        product = _product(p, v_block, columns, _empty_product(accumulator, PV), first_channel, PADDED_D, PV)
-        return _join(accumulator, rescale, product, share, PV)
-
-
-@triton.jit
-def _channel_halves(x):
-    """Channels 0..D/2 and D/2..D of `[rows, D]`: registers are relabelled, nothing moves."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
-
-
-@triton.jit
-def _whole(x0, x1):
-    """The inverse of `_channel_halves`."""
-    return tl.reshape(tl.permute(tl.join(x0, x1), [0, 2, 1]), [x0.shape[0], 2 * x0.shape[1]])
-
-
-@triton.jit
-def _one_block(
-    accumulator, total, maximum, q, q_scale, block, valid, K, k_scales, V, key_bias, columns,
-    PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, MARGIN: tl.constexpr,
-    BIASED: tl.constexpr, MASKED: tl.constexpr, HALVES: tl.constexpr,
-):  # fmt: skip
-    """One step of online softmax over one key block."""
-    raw, scale = _scores(
-        q, K + block * (BLOCK * PADDED_D), k_scales + block, q_scale, key_bias + block * BLOCK, columns, valid,
-        PADDED_D, QK, BIASED, MASKED,
-    )  # fmt: skip
-    own = _row_maximum(raw, scale, QK, BIASED)
-    highest = tl.maximum(maximum, own)
-    rescale = tl.exp2(maximum - highest)
-    v_block = V + block * (BLOCK * PADDED_D)
-    # Integer weights count from the maximum of their own block; see `_join`.
-    top = own if PV == "int8" else highest
-    p = _weights(raw, scale, top, P_LOG2, QK, BIASED, MARGIN)
-    share = tl.exp2(top - highest)
-    if HALVES:
-        # mma.sync with fewer rows than channels: Triton would lay the warps side by side over the channels and pass all
-        # weights through shared memory (22 issue slots instead of 15). Square products keep each warp on its own rows.
-        low, high = _channel_halves(accumulator)
-        low = _accumulate(low, rescale, share, p, v_block, columns, 0, PADDED_D, PV)
-        high = _accumulate(high, rescale, share, p, v_block, columns, PADDED_D // 2, PADDED_D, PV)
-        accumulator = _whole(low, high)
-    else:
-        accumulator = _accumulate(accumulator, rescale, share, p, v_block, columns, 0, PADDED_D, PV)
-    added = tl.sum(p, 1)
-    if PV == "int8":
-        added *= share
-    return accumulator, total * rescale + added, highest
-
-
-@triton.jit
-def _halves(x):
-    """Columns 0..63 and 64..127 of `[rows, 128]`: registers are relabelled, nothing moves."""
-    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, BLOCK]), [0, 2, 1]))
-
-
-@triton.jit
-def _two_blocks(
-    accumulator, total, maximum, q, q_scale, first, second, K, k_scales, V, key_bias, columns,
-    PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, MARGIN: tl.constexpr,
-    BIASED: tl.constexpr,
-):  # fmt: skip
-    """As `_one_block` for two key blocks at once: one maximum and one rescaling per 128 keys, scales stay scalars."""
-    both = tl.arange(0, 2 * BLOCK)
-    # The part that does not change stays apart from the part that does, so that it is computed once.
-    inside = (both % BLOCK)[:, None] * PADDED_D + tl.arange(0, PADDED_D)[None, :]
-    offsets = tl.where(both < BLOCK, first * (BLOCK * PADDED_D), second * (BLOCK * PADDED_D))[:, None] + inside
-    product = tl.dot(q, tl.trans(tl.load(K + offsets)))
-    if QK == "16":
-        raw = product
-    else:
-        raw = (product + MAGIC_BITS).to(tl.float32, bitcast=True)
-    raw0, raw1 = _halves(raw)
-    scale0 = q_scale * tl.load(k_scales + first)
-    scale1 = q_scale * tl.load(k_scales + second)
-    if BIASED:
-        base = 0.0 if QK == "16" else MAGIC
-        raw0 = (raw0 - base) * scale0[:, None] + tl.load(key_bias + first * BLOCK + columns)[None, :]
-        raw1 = (raw1 - base) * scale1[:, None] + tl.load(key_bias + second * BLOCK + columns)[None, :]
-    pair_maximum = tl.maximum(_row_maximum(raw0, scale0, QK, BIASED), _row_maximum(raw1, scale1, QK, BIASED))
-    highest = tl.maximum(maximum, pair_maximum)
-    # Integer weights count from the maximum of their own 128 keys; see `_join`.
-    top = pair_maximum if PV == "int8" else highest
-    rescale = tl.exp2(maximum - highest)
-    v0 = V + first * (BLOCK * PADDED_D)
-    v1 = V + second * (BLOCK * PADDED_D)
-    p0 = _weights(raw0, scale0, top, P_LOG2, QK, BIASED, MARGIN)
-    # The second block's exponentials come after the first block's product is issued and run beside it.
-    if PV == "16":
-        accumulator = _product(p0, v0, columns, accumulator * rescale[:, None], 0, PADDED_D, PV)
-        p1 = _weights(raw1, scale1, top, P_LOG2, QK, BIASED, MARGIN)
-        accumulator = _product(p1, v1, columns, accumulator, 0, PADDED_D, PV)
-    else:
-        product = _product(p0, v0, columns, _empty_product(accumulator, PV), 0, PADDED_D, PV)
-        p1 = _weights(raw1, scale1, top, P_LOG2, QK, BIASED, MARGIN)
-        product = _product(p1, v1, columns, product, 0, PADDED_D, PV)
-    added = tl.sum(p0 + p1, 1)
-    share = tl.exp2(top - highest)
-    if PV != "16":
-        accumulator = _join(accumulator, rescale, product, share, PV)
-    if PV == "int8":
-        added *= share
-    return accumulator, total * rescale + added, highest
-
-
-@triton.jit
-def _tail(
-    accumulator, total, maximum, q, q_scale, kept_words, bias, pooled_k, pooled_scales, pooled_v, grid_tokens, pools,
-    columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
-    SEPARATE: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
-
-    kept_words: this row's mask as int64 words, bit b of word w for key block 64 w + b.
-    """
-    channels = tl.arange(0, PADDED_D)
-    PER_BLOCK: tl.constexpr = BLOCK // POOL
-    last_bias = bias + tl.log2((grid_tokens - (pools - 1) * POOL).to(tl.float32))
-    bias += tl.log2(POOL * 1.0)
-    word = tl.load(kept_words)
-    for start in tl.range(0, pools, BLOCK, num_stages=STAGES):
-        next_word = tl.load(kept_words + (start + BLOCK) // (PER_BLOCK * 64))
-        # A column's bit by 32-bit shifts: 64-bit ones would cost more than the exponential.
-        bits = word >> (start // PER_BLOCK % 64)
-        bit = columns // PER_BLOCK
-        kept = (tl.where(bit < 32, bits.to(tl.int32), (bits >> 32).to(tl.int32)) >> (bit % 32)) & 1
-        pool = start + columns
-        pool_bias = tl.where(pool < pools - 1, bias, last_bias)
-        pool_bias = tl.where((pool < pools) & (kept == 0), pool_bias, float("-inf"))
-        offsets = pool[:, None] * PADDED_D + channels[None, :]
-        product = tl.dot(q, tl.trans(tl.load(pooled_k + offsets))).to(tl.float32)
-        score = product * tl.load(pooled_scales + pool)[None, :] * q_scale[:, None] + pool_bias[None, :]
-        # `maximum` is finite here: every row has at least one real key behind it.
-        highest = tl.maximum(maximum, tl.max(score, 1))
-        p = tl.exp2(score - (highest - P_LOG2)[:, None])
-        rescale = tl.exp2(maximum - highest)
-        total = total * rescale + tl.sum(p, 1)
-        if SEPARATE:
-            # Beside an 8-bit main loop on sm_90 the other form makes ptxas wait after every single wgmma of the whole
-            # kernel (its message C7515).
-            product = _product(p, pooled_v, pool, tl.zeros_like(accumulator), 0, PADDED_D, "16")
-            accumulator = tl.fma(accumulator, tl.zeros_like(accumulator) + rescale[:, None], product)
-        elif HALVES:
-            low, high = _channel_halves(accumulator)
-            low = _accumulate(low, rescale, rescale, p, pooled_v, pool, 0, PADDED_D, "16")
-            high = _accumulate(high, rescale, rescale, p, pooled_v, pool, PADDED_D // 2, PADDED_D, "16")
-            accumulator = _whole(low, high)
-        else:
-            accumulator = _accumulate(accumulator, rescale, rescale, p, pooled_v, pool, 0, PADDED_D, "16")
-        maximum = highest
-        word = next_word
-    return accumulator, total
+from .triton_common import MAGIC, for_packed_keys, quantized_queries, source_rows
+from .triton_steps import BLOCK, one_block, pooled_tail, two_blocks
 
 
 @triton.jit(
@@ -276,7 +27,7 @@ def _tail(
     ]
 )
 def attention_forward(
-    Q, OUT, nonfinite, q_scales, K, V, k_scales, v_scales, key_bias,
+    Q, OUT, nonfinite, q_scales, q_excess, K, V, k_scales, v_scales, key_bias,
     pooled_k, pooled_v, pooled_scales, tail_bias,
     tables, order_of_head, rotation, kept_words, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol,
@@ -284,8 +35,8 @@ def attention_forward(
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
     POOL: tl.constexpr, BIASED: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr,
-    SEPARATE_TAIL: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
-    TAIL_STAGES: tl.constexpr,
+    PACKED: tl.constexpr, SEPARATE_TAIL: tl.constexpr, HALVES: tl.constexpr,
+    STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
     """One tile of ROWS query rows of one (batch, head). See `attention.forward` for every argument.
 
@@ -317,24 +68,39 @@ def attention_forward(
     # as the scores are; as computed values both would be converted in every step. The tile waits in the rows of the
     # output that this program overwrites at the end.
     out_head = OUT + batch.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
-    waiting = out_head.to(tl.pointer_type(q.dtype), bitcast=True)
     PER_ELEMENT: tl.constexpr = OUT.dtype.element_ty.primitive_bitwidth // q.dtype.primitive_bitwidth
-    channels = tl.arange(0, PADDED_D)
-    waiting += rows[:, None].to(tl.int64) * (stride_ol * PER_ELEMENT) + channels[None, :]
-    real = (rows[:, None] >= 0) & (channels[None, :] < D)
-    scales = q_scales + ((batch * heads + head) * q_blocks + q_block).to(tl.int64) * BLOCK_Q + tile * ROWS
-    tl.store(waiting, q, real)
-    tl.store(scales + tl.arange(0, ROWS), q_scale)
-    tl.debug_barrier()
-    q = tl.load(waiting, real, other=0)
-    q_scale = tl.load(scales + tl.arange(0, ROWS))
+    waiting = out_head.to(tl.pointer_type(q.dtype), bitcast=True)
+    waiting += rows[:, None].to(tl.int64) * (stride_ol * PER_ELEMENT)
+    real = rows[:, None] >= 0
+    staged = ((batch * heads + head) * q_blocks + q_block).to(tl.int64) * BLOCK_Q + tile * ROWS + tl.arange(0, ROWS)
+    tl.store(q_scales + staged, q_scale)
+    if PACKED:
+        # The upper half ends where the output's row may: what lies behind its D channels is zero.
+        half = tl.arange(0, PADDED_D // 2)[None, :]
+        upper = half + PADDED_D // 2
+        q, q_high, excess = for_packed_keys(q)
+        tl.store(q_excess + staged, excess)
+        tl.store(waiting + half, q, real)
+        tl.store(waiting + upper, q_high, real & (upper < D))
+        tl.debug_barrier()
+        q = tl.load(waiting + half, real, other=0)
+        q_high = tl.load(waiting + upper, real & (upper < D), other=0)
+    else:
+        whole = tl.arange(0, PADDED_D)[None, :]
+        tl.store(waiting + whole, q, real & (whole < D))
+        tl.debug_barrier()
+        q = tl.load(waiting + whole, real & (whole < D), other=0)
+        q_high = q
+    q_scale = tl.load(q_scales + staged)
+    q_base = tl.full([ROWS], 0.0 if QK == "16" else MAGIC, tl.float32)
+    if PACKED:
+        q_base += tl.load(q_excess + staged).to(tl.float32)
 
-    K += kv_head.to(tl.int64) * k_blocks * (BLOCK * PADDED_D)
+    K += kv_head.to(tl.int64) * k_blocks * (BLOCK * PADDED_D // 2 if PACKED else BLOCK * PADDED_D)
     V += kv_head.to(tl.int64) * k_blocks * (BLOCK * PADDED_D)
     k_scales += kv_head * k_blocks
     key_bias += kv_head.to(tl.int64) * k_blocks * BLOCK
     columns = tl.arange(0, BLOCK)
-    MARGIN: tl.constexpr = WRAP_MARGIN if PV == "int8" else 0.0
 
     # Keys that fill their block only in part: the last block of the grid and the last of the context.
     grid_valid = grid_tokens - (k_blocks_grid - 1) * BLOCK
@@ -373,9 +139,9 @@ def attention_forward(
             else:
                 next_first = i + 2 + tl.where(i + 2 >= full_grid, ragged_grid, 0)
                 next_second = i + 3 + tl.where(i + 3 >= full_grid, ragged_grid, 0)
-            accumulator, total, maximum = _two_blocks(
-                accumulator, total, maximum, q, q_scale, first, second, K, k_scales, V, key_bias, columns,
-                PADDED_D, QK, PV, P_LOG2, MARGIN, BIASED,
+            accumulator, total, maximum = two_blocks(
+                accumulator, total, maximum, q, q_high, q_scale, q_base, first, second, K, k_scales, V, key_bias,
+                columns, PADDED_D, QK, PV, P_LOG2, PACKED, BIASED,
             )  # fmt: skip
             first = next_first
             second = next_second
@@ -390,9 +156,9 @@ def attention_forward(
                 next_block = tl.load(blocks + i + 1).to(tl.int32)
             else:
                 next_block = i + 1 + tl.where(i + 1 >= full_grid, ragged_grid, 0)
-            accumulator, total, maximum = _one_block(
-                accumulator, total, maximum, q, q_scale, block, BLOCK, K, k_scales, V, key_bias, columns,
-                PADDED_D, QK, PV, P_LOG2, MARGIN, BIASED, False, HALVES,
+            accumulator, total, maximum = one_block(
+                accumulator, total, maximum, q, q_high, q_scale, q_base, block, BLOCK, K, k_scales, V, key_bias,
+                columns, PADDED_D, QK, PV, P_LOG2, PACKED, BIASED, False, HALVES,
             )  # fmt: skip
             block = next_block
 
@@ -407,21 +173,22 @@ def attention_forward(
                 i >= full, tl.where((i == full) & (ragged_grid > 0), k_blocks_grid - 1, k_blocks - 1), block
             )
         valid = tl.where(block == k_blocks_grid - 1, grid_valid, tl.where(block == k_blocks - 1, context_valid, BLOCK))
-        accumulator, total, maximum = _one_block(
-            accumulator, total, maximum, q, q_scale, block, valid, K, k_scales, V, key_bias, columns,
-            PADDED_D, QK, PV, P_LOG2, MARGIN, BIASED, True, HALVES,
+        accumulator, total, maximum = one_block(
+            accumulator, total, maximum, q, q_high, q_scale, q_base, block, valid, K, k_scales, V, key_bias, columns,
+            PADDED_D, QK, PV, P_LOG2, PACKED, BIASED, True, HALVES,
         )  # fmt: skip
 
     if TAIL:
         if q_block < q_blocks_grid:
             pool_block = kv_head.to(tl.int64) * ((pools + BLOCK - 1) // BLOCK)
-            accumulator, total = _tail(
-                accumulator, total, maximum, q, q_scale,
+            accumulator, total = pooled_tail(
+                accumulator, total, maximum, q, q_high, q_scale, q_base,
                 kept_words + (head * q_blocks_grid + q_block) * ((k_blocks_grid + 63) // 64 + 1),
                 tl.load(tail_bias + head) * 1.4426950408889634,
-                pooled_k + pool_block * (BLOCK * PADDED_D), pooled_scales + pool_block * BLOCK,
+                pooled_k + pool_block * (BLOCK * PADDED_D // 2 if PACKED else BLOCK * PADDED_D),
+                pooled_scales + pool_block * BLOCK,
                 pooled_v + pool_block * (BLOCK * PADDED_D), grid_tokens, pools, columns,
-                PADDED_D, QK, P_LOG2, POOL, SEPARATE_TAIL, HALVES, TAIL_STAGES,
+                PADDED_D, QK, P_LOG2, POOL, PACKED, SEPARATE_TAIL, HALVES, TAIL_STAGES,
             )  # fmt: skip
 
     # Looked up again rather than kept in registers across the loops.

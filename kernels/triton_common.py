@@ -25,6 +25,12 @@ def source_rows(table, positions, grid_tokens, grid_padded, prefix, length):
 
 
 @triton.jit
+def halves(x):
+    """The left and the right half of the columns of `[rows, n]`; of a product's result no register moves."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
 def round_to_int8(x):
     """Nearest integer, ties to even; |x| must stay below 127.5 (a value that reaches 128 would wrap)."""
     return (x + MAGIC).to(tl.int32, bitcast=True).to(tl.int8)
@@ -35,6 +41,25 @@ def power_of_two_at_least(x):
     """Smallest power of two >= x for normal x > 0 (at most twice x): scaling by it is exact in any float format."""
     bits = x.to(tl.int32, bitcast=True)
     return ((bits + 0x007FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def packed(x):
+    """4-bit values `[n, m]` of -7..7 two a byte, int8 `[n, m / 2]`: x[j] + 8 in the low bits, above it x[j + m/2]."""
+    low, high = halves(x)
+    return ((high << 4) | (low + 8)).to(tl.int8)
+
+
+@triton.jit
+def for_packed_keys(q):
+    """What multiplies packed keys in place of 4-bit queries int8 `[n, D]`, and what is then taken from each row.
+
+    A byte is x = 16 high + u with u = low + 8, and x & 15 is u. GPUs mask four bytes in one instruction but cannot
+    shift them, so nothing is shifted:
+        16 (q_low low + q_high high) = q_high x + (16 q_low - q_high) u - 128 sum(q_low)
+    """
+    low, high = halves(q)
+    return ((low << 4) - high).to(tl.int8), high, 128 * tl.sum(low.to(tl.int32), 1)
 
 
 @triton.jit

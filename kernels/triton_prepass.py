@@ -1,13 +1,14 @@
 """The pre-pass: channel statistics of K and V, then reorder, smooth, rotate, quantise and pool them in one read each.
 
 K becomes `[B, Hkv, blocks, 64, D]`, one scale per block; V becomes the same in 16 bits, or `[B, Hkv, blocks, D, 64]`
-with shuffled rows in 8 bits (see `triton_attention._product`), one scale per channel. Padding is zero.
+with shuffled rows in 8 bits (see `triton_steps._product`), one scale per channel. Padding is zero. PACKED: 4-bit
+keys are two values a byte, `[..., D / 2]`, in units of a sixteenth (see `triton_common.for_packed_keys`).
 """
 
 import triton
 import triton.language as tl
 
-from .triton_common import power_of_two_at_least, round_to_int8, source_rows
+from .triton_common import packed, power_of_two_at_least, round_to_int8, source_rows
 
 BLOCK = tl.constexpr(64)
 CHUNKS_AT_ONCE = tl.constexpr(16)
@@ -124,7 +125,7 @@ def prepare_keys_values(
     kv_heads, grid_tokens, prefix, length, k_blocks, k_blocks_grid, pools, chunks, sampled_rows, rotation_scale,
     D: tl.constexpr, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, V_LEVELS: tl.constexpr,
     SMOOTH: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr, FINISH: tl.constexpr,
-    BIASED: tl.constexpr, TAIL: tl.constexpr, POOL: tl.constexpr,
+    BIASED: tl.constexpr, TAIL: tl.constexpr, POOL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One block of 64 keys and values of one head. Grid: (k_blocks, Hkv, B).
 
@@ -132,6 +133,7 @@ def prepare_keys_values(
     leaving v_scales to the attention kernel. Pools `[B*Hkv, pools rounded up to 64, PADDED_D]`: pooled_k in the
     attention's Q K^T type with one float32 scale each, pooled_v in 16 bits, in units of v_scales; zero behind the last.
     """
+    UNIT: tl.constexpr = 16.0 if PACKED else 1.0
     block = tl.program_id(0)
     head = tl.program_id(2) * kv_heads + tl.program_id(1)
     channels = tl.arange(0, PADDED_D)
@@ -166,9 +168,13 @@ def prepare_keys_values(
         k_quantized = k / scale
     else:
         K_LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
-        scale = largest_key / K_LEVELS
+        scale = largest_key / (K_LEVELS * UNIT)
         k_quantized = round_to_int8(k * (K_LEVELS / largest_key))
-    tl.store(k_out + block_base + row_major, k_quantized.to(k_out.dtype.element_ty))
+    if PACKED:
+        half = slots[:, None] * (PADDED_D // 2) + tl.arange(0, PADDED_D // 2)[None, :]
+        tl.store(k_out + block_base // 2 + half, packed(k_quantized))
+    else:
+        tl.store(k_out + block_base + row_major, k_quantized.to(k_out.dtype.element_ty))
     tl.store(k_scales + head * k_blocks + block, scale)
 
     if BIASED:
@@ -197,29 +203,32 @@ def prepare_keys_values(
     if PV == "16":
         tl.store(v_out + block_base + row_major, v.to(v_out.dtype.element_ty))
     else:
+        transposed = channels[:, None] * BLOCK + slots[None, :]
         if PV == "fp8":
             v_quantized = v.to(tl.float8e4nv)
         else:
             v_quantized = round_to_int8(tl.clamp(v, -V_LEVELS, V_LEVELS))
-        transposed = channels[:, None] * BLOCK + slots[None, :]
         tl.store(v_out + block_base + transposed, tl.trans(v_quantized))
 
     if TAIL:
         if block < k_blocks_grid:
             _store_pools(
                 k, v, pooled_k, pooled_v, pooled_scales, head, block, k_blocks_grid, grid_tokens, pools,
-                PADDED_D, QK, POOL,
+                PADDED_D, QK, POOL, PACKED,
             )  # fmt: skip
 
 
 @triton.jit
 def _store_pools(
     k, v, pooled_k, pooled_v, pooled_scales, head, block, k_blocks_grid, grid_tokens, pools,
-    PADDED_D: tl.constexpr, QK: tl.constexpr, POOL: tl.constexpr,
+    PADDED_D: tl.constexpr, QK: tl.constexpr, POOL: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """Mean key and value of each POOL rows of a block of the grid; the last block also clears what is behind them."""
     PER_BLOCK: tl.constexpr = BLOCK // POOL
+    K_ROW: tl.constexpr = PADDED_D // 2 if PACKED else PADDED_D
+    UNIT: tl.constexpr = 16.0 if PACKED else 1.0
     channels = tl.arange(0, PADDED_D)
+    key_bytes = tl.arange(0, K_ROW)
     first = head.to(tl.int64) * ((pools + BLOCK - 1) // BLOCK * BLOCK)
     pool = block * PER_BLOCK + tl.arange(0, PER_BLOCK)
     counts = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1).to(tl.float32)
@@ -232,16 +241,21 @@ def _store_pools(
         quantized = keys / scale[:, None]
     else:
         LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
-        scale = largest / LEVELS
+        scale = largest / (LEVELS * UNIT)
         quantized = round_to_int8(keys * (LEVELS / largest)[:, None])
+    if PACKED:
+        quantized = packed(quantized)
     values = _pool_means(v.to(tl.float32), counts, POOL, PADDED_D)
-    tl.store(pooled_k + offsets, quantized.to(pooled_k.dtype.element_ty), (pool < pools)[:, None])
+    key_offsets = (first + pool)[:, None] * K_ROW + key_bytes[None, :]
+    tl.store(pooled_k + key_offsets, quantized.to(pooled_k.dtype.element_ty), (pool < pools)[:, None])
     tl.store(pooled_scales + first + pool, scale, pool < pools)
     tl.store(pooled_v + offsets, values.to(pooled_v.dtype.element_ty), (pool < pools)[:, None])
     if block == k_blocks_grid - 1:
         behind = (pools - 1) // BLOCK * BLOCK + tl.arange(0, BLOCK)
         cleared = (first + behind)[:, None] * PADDED_D + channels[None, :]
+        key_cleared = (first + behind)[:, None] * K_ROW + key_bytes[None, :]
+        no_keys = tl.zeros([BLOCK, K_ROW], tl.float32).to(pooled_k.dtype.element_ty)
         zeros = tl.zeros([BLOCK, PADDED_D], tl.float32)
-        tl.store(pooled_k + cleared, zeros.to(pooled_k.dtype.element_ty), (behind >= pools)[:, None])
+        tl.store(pooled_k + key_cleared, no_keys, (behind >= pools)[:, None])
         tl.store(pooled_scales + first + behind, tl.zeros([BLOCK], tl.float32), behind >= pools)
         tl.store(pooled_v + cleared, zeros.to(pooled_v.dtype.element_ty), (behind >= pools)[:, None])

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,6 @@ from dataclasses import asdict, dataclass
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 LOWEST_FP8 = 89
-PRECISIONS = {"int8": ("int8", "16"), "int8_pv8": ("int8", "int8"), "fp8": ("int8", "fp8"), "16bit": ("16", "16")}
 # What the two products must compile to. On sm_100 INT8 is mma.sync before Triton 3.9 and tcgen05 after.
 EXPECTED_QK = {90: {"IGMMA"}, 100: {"IMMA", "UTCIMMA"}}
 EXPECTED_PV = {
@@ -46,20 +44,22 @@ class Row:
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
     """Every distinct tile of the table; quick: D = 128 with a list and the tail only."""
     from comfyui_paro.kernels.configs import tile_for
+    from comfyui_paro.kernels.problem import PRECISIONS
 
     result, seen = [], set()
     for capability in capabilities:
         for dim in (128,) if quick else (128, 64, 256):
-            for precision, (qk, pv) in PRECISIONS.items():
-                if (pv == "fp8" and capability < LOWEST_FP8) or (quick and precision == "16bit"):
+            for name, precision in PRECISIONS.items():
+                qk, pv = precision.qk, precision.pv
+                if (pv == "fp8" and capability < LOWEST_FP8) or (quick and name == "16bit"):
                     continue
                 for block_q in (128,) if dim == 256 else (64, 128) if quick else (64, 128, 0):
                     tile = tile_for((capability // 10, capability % 10), dim, qk, pv, block_q, block_q > 0)
                     # Wide masks over narrow tiles compile to the same loop as narrow masks.
-                    key = (capability, dim, precision, tile, block_q > 0)
+                    key = (capability, dim, name, tile, block_q > 0)
                     if key not in seen:
                         seen.add(key)
-                        result.append(Row(capability, dim, precision, block_q))
+                        result.append(Row(capability, dim, name, block_q))
     return result
 
 
@@ -70,9 +70,12 @@ def compile_row(row: Row) -> dict:
 
     _checkout.register()
     from comfyui_paro.kernels import triton_attention
+    from comfyui_paro.kernels.call import P_LOG2, kernel_pv, packs
     from comfyui_paro.kernels.configs import in_channel_halves, needs_separate_tail, tail_stages, tile_for
+    from comfyui_paro.kernels.problem import PRECISIONS
 
-    qk, pv = PRECISIONS[row.precision]
+    precision = PRECISIONS[row.precision]
+    qk, pv = precision.qk, kernel_pv(precision)
     listed = row.block_q > 0
     capability = (row.capability // 10, row.capability % 10)
     tile = tile_for(capability, row.dim, qk, pv, row.block_q, listed)
@@ -80,6 +83,7 @@ def compile_row(row: Row) -> dict:
         "Q": "*bf16",
         "OUT": "*bf16",
         "nonfinite": "*i32",
+        "q_excess": "*i32",
         "K": "*bf16" if qk == "16" else "*i8",
         "V": {"16": "*bf16", "fp8": "*fp8e4nv", "int8": "*i8"}[pv],
         **dict.fromkeys(("q_scales", "k_scales", "key_bias"), "*fp32"),
@@ -98,8 +102,9 @@ def compile_row(row: Row) -> dict:
     }
     constants = {
         "D": row.dim, "PADDED_D": row.dim, "ROWS": tile.rows, "BLOCK_Q": row.block_q or tile.rows, "PAIRS": tile.pairs,
-        "QK": qk, "PV": pv, "P_LOG2": {"16": 0.0, "fp8": math.log2(448), "int8": math.log2(127)}[pv],
+        "QK": qk, "PV": pv, "P_LOG2": P_LOG2[precision.pv],
         "LISTED": listed, "TAIL": listed, "POOL": 64, "BIASED": False, "ROTATE": False, "VALUES_SCALED": pv != "16",
+        "PACKED": packs(precision, row.dim),
         "SEPARATE_TAIL": needs_separate_tail(capability, pv, row.dim),
         "HALVES": in_channel_halves(capability, tile, row.dim),
         "STAGES": tile.stages, "TAIL_STAGES": tail_stages(capability, tile), "stride_qd": 1,
