@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from .block_list import BlockList, block_list
-from .call import Call, CallKey, parts_of, rotation_matrix
+from .call import Call, CallKey, capability_of, parts_of, rotation_matrix
 from .configs import Tile
 from .problem import Precision, SparsePattern, empty_output
 from .scratch import ScratchOutOfMemory, allocate, release_scratch
@@ -52,7 +52,8 @@ def pieces_of(
     lists = None if pattern.mask is None else block_list(pattern)
     bias = None if lists is None else pattern.tail_bias
     key = CallKey(
-        batch, kv_heads, q.shape[1] // kv_heads, dim, q.dtype, q.device, pattern.geometry, precision, pattern.pool,
+        batch, kv_heads, q.shape[1] // kv_heads, dim, q.dtype, capability_of(q.device), pattern.geometry, precision,
+        pattern.pool,
         bias is not None, biased, lists is not None, tile,
     )  # fmt: skip
     parts = parts_of(key, most or kv_heads)

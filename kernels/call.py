@@ -36,14 +36,18 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class CallKey:
-    """All that decides how a call is done. kv_heads may be fewer than the tensors have: see `parts_of`."""
+    """All that decides how a call is done. kv_heads may be fewer than the tensors have: see `parts_of`.
+
+    capability: of the GPU, None on AMD; see `capability_of`. tail: there is a bias for the pooled tail. biased: with a
+    bias per key. listed: with a mask. tile: another one than the table's.
+    """
 
     batch: int
     kv_heads: int
     group: int
     dim: int
     dtype: torch.dtype
-    device: torch.device
+    capability: tuple[int, int] | None
     geometry: Geometry
     precision: Precision
     pool: int
@@ -105,7 +109,7 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
     return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
-def _storage_types(key: CallKey) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+def storage_types(key: CallKey) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Of K (and staged Q), V and pooled V. bf16 keeps bf16's range; float32 becomes scaled fp16, which is finer."""
     wide = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
     k_type = wide if key.precision.qk == "16" else torch.int8
@@ -121,7 +125,7 @@ def packs(precision: Precision, padded: int) -> bool:
 def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: int) -> ScratchLayout:
     """Everything the kernels hand on to each other; absent parts have one element. Q is staged in the output."""
     g = key.geometry
-    k_type, v_type, pooled_v_type = _storage_types(key)
+    k_type, v_type, pooled_v_type = storage_types(key)
     heads = key.batch * key.kv_heads
     q_rows = heads * key.group * sum(
         -(-tokens // LARGEST_TILE) * LARGEST_TILE for tokens in (g.grid_tokens, g.context_tokens)
@@ -161,7 +165,7 @@ def kernel_pv(precision: Precision) -> str:
 def call_of(key: CallKey) -> Call:
     """The plan of a call."""
     g, precision = key.geometry, key.precision
-    capability = capability_of(key.device)
+    capability = key.capability
     padded = padded_dim(key.dim)
     tile = key.tile or tile_for(capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
     block_q = g.block_q if key.listed else tile.rows

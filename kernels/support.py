@@ -50,8 +50,8 @@ def int4_is_native(capability: tuple[int, int]) -> bool:
     """Whether INT4 products run faster than INT8 ones with these kernels on this GPU: nowhere yet.
 
     sm_80/86/89 have 4-bit integer tensor cores and Blackwell has block-scaled FP4, but Triton reaches neither in a
-    form these kernels use; elsewhere 4-bit integer instructions are emulated. INT4 means 4-bit values, keys stored two a
-    byte, at 8-bit speed: half the memory for K, and some 5 % more instructions in the loop.
+    form these kernels use; elsewhere 4-bit integer instructions are emulated. INT4 means 4-bit values at 8-bit speed:
+    keys are stored two a byte, which halves their memory and takes some 5 % more instructions in the loop.
     """
     return False
 

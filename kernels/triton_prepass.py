@@ -199,7 +199,7 @@ def prepare_keys_values(
                 tl.store(v_scales + head * PADDED_D + channels, v_scale)
         else:
             v_scale = tl.load(v_scales + head * PADDED_D + channels)
-        v = v.to(tl.float32) / v_scale[None, :]
+        v = v.to(tl.float32) * (1.0 / v_scale)[None, :]
     if PV == "16":
         tl.store(v_out + block_base + row_major, v.to(v_out.dtype.element_ty))
     else:

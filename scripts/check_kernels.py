@@ -2,9 +2,9 @@
 
     python scripts/check_kernels.py [--json] [--quick] [--capability 90 ...]
 
-Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element. Exits 1 where a
-loop spills, the expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the
-loop at D = 128 needs more issue slots than stated here.
+Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element, and compiles the
+pre-pass too. Exits 1 where a loop (or the pre-pass) spills, the expected tensor instruction is missing, wgmma is
+serialised, shared memory exceeds the GPU's or the loop at D = 128 needs more issue slots than stated here.
 """
 
 from __future__ import annotations
@@ -31,9 +31,13 @@ SLOT_LIMITS = {90: {"16": 10.0, "fp8": 10.0}, **{sm: {"16": 15.0, "fp8": 15.0} f
 DEFAULT_MMA = {"16": {"HMMA"}, "fp8": {"QMMA"}, "int8": {"IMMA"}}
 
 
+LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+PREPARE = -1
+
+
 @dataclass(frozen=True)
 class Row:
-    """One configuration to compile: block_q 64 or 128 with a list and the tail, 0 for the dense call."""
+    """One kernel to compile: attention with a list and the tail for block_q 64 or 128, without for 0; PREPARE: K and V."""
 
     capability: int
     dim: int
@@ -41,19 +45,33 @@ class Row:
     block_q: int
 
 
+def precisions() -> dict:
+    """What a user may choose, and 8-bit Q K^T with rotation, which the runtime may."""
+    from comfyui_paro.kernels.problem import PRECISIONS, Precision
+
+    rotated = {
+        f"{name}+rot": Precision(p.qk, p.pv, True) for name, p in PRECISIONS.items() if p.qk == "int8"
+    }  # fmt: skip
+    return {**PRECISIONS, **rotated}
+
+
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
-    """Every distinct tile of the table; quick: D = 128 with a list and the tail only."""
+    """Every distinct tile of the table and the pre-pass; quick: attention for D = 128 with a list and the tail only."""
     from comfyui_paro.kernels.configs import tile_for
-    from comfyui_paro.kernels.problem import PRECISIONS
 
     result, seen = [], set()
     for capability in capabilities:
         for dim in (128,) if quick else (128, 64, 256):
-            for name, precision in PRECISIONS.items():
+            for name, precision in precisions().items():
                 qk, pv = precision.qk, precision.pv
-                if (pv == "fp8" and capability < LOWEST_FP8) or (quick and name == "16bit"):
+                rotated = precision.hadamard and qk == "int8"
+                if (pv == "fp8" and capability < LOWEST_FP8) or (quick and (name == "16bit" or rotated)):
                     continue
-                for block_q in (128,) if dim == 256 else (64, 128) if quick else (64, 128, 0):
+                if not quick and dim == 128:
+                    result.append(Row(capability, dim, name, PREPARE))
+                if rotated and dim != 128:
+                    continue
+                for block_q in (128,) if dim == 256 or rotated else (64, 128) if quick else (64, 128, 0):
                     tile = tile_for((capability // 10, capability % 10), dim, qk, pv, block_q, block_q > 0)
                     # Wide masks over narrow tiles compile to the same loop as narrow masks.
                     key = (capability, dim, name, tile, block_q > 0)
@@ -63,66 +81,91 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
     return result
 
 
+def call_for(row: Row):
+    """The plan of such a call with bf16 inputs, as it would be launched, and what K, V and pooled V are stored in."""
+    import torch
+    from comfyui_paro.kernels.call import CallKey, call_of, storage_types
+    from comfyui_paro.kernels.problem import Geometry
+
+    listed = row.block_q != 0
+    capability = (row.capability // 10, row.capability % 10)
+    geometry = Geometry(0, (21, 45, 80), 0, max(row.block_q, 64))
+    precision = precisions()[row.precision]
+    key = CallKey(1, 8, 1, row.dim, torch.bfloat16, capability, geometry, precision, 64, listed, False, listed)
+    names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
+    return call_of(key), [names[dtype] for dtype in storage_types(key)]
+
+
+def arguments_of(options: dict, types: list[str]) -> tuple[dict, dict]:
+    """Pointer types and constants that the attention kernel and the pre-pass have in common."""
+    keys, values, pooled_values = types
+    pointers = {"pooled_k": keys, "pooled_v": pooled_values, "tables": "*i32", "order_of_head": "*i32"}
+    pointers.update(dict.fromkeys(("k_scales", "v_scales", "pooled_scales"), "*fp32"))
+    constants = {name: value for name, value in options.items() if name not in LAUNCH_OPTIONS}
+    if options["ROTATE"]:
+        pointers["rotation"] = "*bf16"
+    else:
+        constants["rotation"] = None
+    return pointers, constants
+
+
 def compile_row(row: Row) -> dict:
-    """Compile one configuration with bf16 inputs; the figures, and under `problems` what is wrong."""
+    """Compile one kernel; the figures, and under `problems` what is wrong."""
     import _checkout
-    import _compile
 
     _checkout.register()
-    from comfyui_paro.kernels import triton_attention
-    from comfyui_paro.kernels.call import P_LOG2, kernel_pv, packs
-    from comfyui_paro.kernels.configs import in_channel_halves, needs_separate_tail, tail_stages, tile_for
-    from comfyui_paro.kernels.problem import PRECISIONS
+    return compile_prepass(row) if row.block_q == PREPARE else compile_attention(row)
 
-    precision = PRECISIONS[row.precision]
-    qk, pv = precision.qk, kernel_pv(precision)
-    listed = row.block_q > 0
-    capability = (row.capability // 10, row.capability % 10)
-    tile = tile_for(capability, row.dim, qk, pv, row.block_q, listed)
-    pointers = {
-        "Q": "*bf16",
-        "OUT": "*bf16",
-        "nonfinite": "*i32",
-        "q_excess": "*i32",
-        "K": "*bf16" if qk == "16" else "*i8",
-        "V": {"16": "*bf16", "fp8": "*fp8e4nv", "int8": "*i8"}[pv],
-        **dict.fromkeys(("q_scales", "k_scales", "key_bias"), "*fp32"),
-        **dict.fromkeys(("tables", "order_of_head"), "*i32"),
-        "scale_log2": "fp32",
+
+def compile_prepass(row: Row) -> dict:
+    """`prepare_keys_values` with the tail."""
+    import _compile
+    from comfyui_paro.kernels import triton_prepass
+
+    call, types = call_for(row)
+    options = call.prepare_options
+    pointers, constants = arguments_of(options, types)
+    pointers |= {"K": "*bf16", "V": "*bf16", "k_out": types[0], "v_out": types[1], "rotation_scale": "fp32"}
+    pointers |= dict.fromkeys(("bias_out", "sums", "largest", "k_means"), "*fp32")
+    constants |= {"key_bias": None, "stride_kd": 1, "stride_vd": 1}
+    kernel = _compile.compile_kernel(
+        triton_prepass.prepare_keys_values, pointers, constants, row.capability, options["num_warps"], 3
+    )
+    code, registers = _compile.disassemble(kernel)
+    spills = len(_compile.SPILL.findall(code))
+    problems = [f"{spills} spills"] if spills else []
+    if kernel.metadata.shared > SHARED_LIMIT[row.capability] * 1024:
+        problems.append(f"shared memory over {SHARED_LIMIT[row.capability]} KiB")
+    return {
+        **asdict(row),
+        "registers": registers,
+        "spills": spills,
+        "shared": kernel.metadata.shared,
+        "problems": problems,
     }
+
+
+def compile_attention(row: Row) -> dict:
+    """`attention_forward`."""
+    import _compile
+    from comfyui_paro.kernels import triton_attention
+
+    call, types = call_for(row)
+    options, tile = call.attention_options, call.tile
+    qk, pv, listed = options["QK"], options["PV"], options["LISTED"]
+    pointers, constants = arguments_of(options, types)
+    pointers |= {"Q": "*bf16", "OUT": "*bf16", "K": types[0], "V": types[1], "scale_log2": "fp32"}
+    pointers |= {"q_scales": "*fp32", "key_bias": "*fp32", "q_excess": "*i32", "nonfinite": "*i32"}
     lists = dict.fromkeys(("head_order", "row_order", "list_start", "list_full", "list_all"), "*i32")
-    optional = {
-        **lists,
-        "block_list": "*i16",
-        "kept_words": "*i64",
-        "pooled_k": pointers["K"],
-        "pooled_v": "*bf16" if pv == "16" else "*fp16",
-        "pooled_scales": "*fp32",
-        "tail_bias": "*fp32",
-    }
-    constants = {
-        "D": row.dim, "PADDED_D": row.dim, "ROWS": tile.rows, "BLOCK_Q": row.block_q or tile.rows, "PAIRS": tile.pairs,
-        "QK": qk, "PV": pv, "P_LOG2": P_LOG2[precision.pv],
-        "LISTED": listed, "TAIL": listed, "POOL": 64, "BIASED": False, "ROTATE": False, "VALUES_SCALED": pv != "16",
-        "PACKED": packs(precision, row.dim),
-        "SEPARATE_TAIL": needs_separate_tail(capability, pv, row.dim),
-        "HALVES": in_channel_halves(capability, tile, row.dim),
-        "STAGES": tile.stages, "TAIL_STAGES": tail_stages(capability, tile), "stride_qd": 1,
-        "rotation": None,
-    }  # fmt: skip
-    pointers.update(optional if listed else {})
-    constants.update({} if listed else dict.fromkeys(optional))
-    pointers.update({"v_scales": "*fp32"} if pv != "16" else {})
-    constants.update({} if pv != "16" else {"v_scales": None})
+    lists |= {"block_list": "*i16", "kept_words": "*i64", "tail_bias": "*fp32"}
+    pointers |= lists if listed else {}
+    constants |= {"stride_qd": 1, **({} if listed else dict.fromkeys(lists))}
     kernel = _compile.compile_kernel(
         triton_attention.attention_forward, pointers, constants, row.capability, tile.warps, tile.stages
     )
     found = _compile.inspect(kernel, tile.warps, tile.rows * (128 if tile.pairs else 64))
     expected = [DEFAULT_MMA[pv] if row.capability not in EXPECTED_PV[pv] else EXPECTED_PV[pv][row.capability]]
-    if qk == "16":
-        expected.append(expected[0])
-    else:
-        expected.append(EXPECTED_QK.get(row.capability, {"IMMA"}))
+    expected.append(expected[0] if qk == "16" else EXPECTED_QK.get(row.capability, {"IMMA"}))
     names = {name.split(".")[0] for name in found.mma}
     problems = [f"no {' or '.join(sorted(wanted))}" for wanted in expected if not names & wanted]
     if found.loop_spills:
@@ -139,15 +182,19 @@ def compile_row(row: Row) -> dict:
 
 def line_of(result: dict) -> str:
     """One line of the table."""
+    problems = "".join(f"  PROBLEM: {problem}" for problem in result["problems"])
+    start = f"{result['capability']:<4} {result['dim']:<4} {result['precision']:<12} "
+    shared = f"{result['shared'] // 1024:<4} "
+    if result["block_q"] == PREPARE:
+        return f"{start}prepass {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
     tile = result["tile"]
     name = f"{tile['rows']}x{'2x64' if tile['pairs'] else '64'} w{tile['warps']} st{tile['stages']}"
     call = f"q{result['block_q']}" if result["block_q"] else "dense"
     spills = f"{result['loop_spills']}+{result['spills'] - result['loop_spills']}"
     return (
-        f"{result['capability']:<4} {result['dim']:<4} {result['precision']:<10} {call:<7} {name:<15} "
-        f"{result['registers']:<5} {spills:<7} {result['shared'] // 1024:<4} {result['slots']:<6.1f} "
+        f"{start}{call:<7} {name:<15} {result['registers']:<5} {spills:<7} {shared}{result['slots']:<6.1f} "
         + ", ".join(result["mma"])
-        + "".join(f"  PROBLEM: {problem}" for problem in result["problems"])
+        + problems
     )
 
 
@@ -167,7 +214,7 @@ def main() -> int:
     rows = rows_to_check(arguments.quick, arguments.capability)
     results = []
     if not arguments.json:
-        print("sm   D    precision  call    tile            regs  spills  KiB  slots  tensor instructions")
+        print("sm   D    precision    call    tile            regs  spills  KiB  slots  tensor instructions")
     others = _calibration_kernels.rows_to_check(arguments.quick, arguments.capability)
     limits = [SHARED_LIMIT[row.capability] for row in others]
     with ProcessPoolExecutor(arguments.jobs) as pool:

@@ -22,7 +22,7 @@ from comfyui_paro.kernels import attention
 
 KERNELS = ("channel_statistics", "finish_statistics", "prepare_keys_values", "attention_forward")
 WAN_720P = call.CallKey(
-    1, 40, 1, 128, torch.bfloat16, torch.device("cpu"), Geometry(0, (21, 45, 80), 0, 128), PRECISIONS["fp8"], 64,
+    1, 40, 1, 128, torch.bfloat16, (9, 0), Geometry(0, (21, 45, 80), 0, 128), PRECISIONS["fp8"], 64,
     True, False, True,
 )  # fmt: skip
 
