@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 
@@ -179,6 +180,7 @@ def resolve_backend(
     return "triton", triton_reason(device, dtype, head_dim, precision)
 
 
+@lru_cache(maxsize=8)
 def dense_pattern(layout: TokenLayout, heads: int, kv_heads: int, device: torch.device) -> SparsePattern:
-    """Every block, the model's own order."""
+    """Every block, the model's own order. Kept: making it copies a table to the device and waits for that."""
     return build_pattern(layout, (ORIGINAL,) * heads, None, None, kv_heads=kv_heads, device=device)

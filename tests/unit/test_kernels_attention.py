@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_paro.kernels.api import sparse_attention
-from comfyui_paro.kernels.problem import PRECISIONS
+from comfyui_paro.kernels.problem import PRECISIONS, Precision
+from comfyui_paro.kernels.reference import sparse_attention_reference
 from comfyui_paro.kernels.support import interpreted
 
 from .kernel_cases import CASES, Case, make, oracle, relative_error
@@ -50,6 +51,23 @@ def test_precision(precision: str, dim: int):
 def test_single_blocks_in_other_precisions(precision: str):
     out, expected = run(Case("", prefix=3, tail=True), precision, SINGLE)
     assert relative_error(out, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("pv", ["16", "int8", "fp8"])
+@pytest.mark.parametrize("dim", [64, 72, 128])
+def test_rotation_tames_channels_that_differ_from_token_to_token(dim: int, pv: str):
+    """Smooth-K cannot: it takes away what all tokens share."""
+    q, k, v, pattern, _ = make(Case("", grid=(2, 8, 13), suffix=5, tail=True, dim=dim, heads=1, kv_heads=1))
+    k[..., ::20] *= 8
+    exact = oracle(q, k, v, pattern)
+    errors = [
+        relative_error(launch_attention(q, k, v, pattern, Precision("int8", pv, rotate), tile=PAIRS), exact)
+        for rotate in (False, True)
+    ]
+    reference = sparse_attention_reference(q, k, v, pattern, Precision("int8", pv, True))
+    # The interpreter casts to FP8 worse than rotation can make good; see BOUNDS.
+    assert errors[1] < (0.7 * errors[0] if pv != "fp8" else BOUNDS["fp8"])
+    assert errors[1] < relative_error(reference, exact) + (5e-3 if pv != "fp8" else BOUNDS["fp8"])
 
 
 @pytest.mark.parametrize("precision", ["16bit", "int8", "int8_pv8", "fp8"])
