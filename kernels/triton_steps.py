@@ -43,7 +43,9 @@ def _scores(
     q_base: what every raw score of a row has too much, MAGIC or nothing and what packed keys add.
     """
     K_ROW: tl.constexpr = PADDED_D // 2 if PACKED else PADDED_D
-    keys = tl.load(k_block + columns[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :])
+    # First the offsets, in 32 bits; as 64-bit pointers to each row they would cost registers.
+    offsets = columns[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :]
+    keys = tl.load(k_block + offsets)
     raw = _quick_float(_products_with_keys(q, q_high, keys, PACKED), QK)
     scale = q_scale * tl.load(k_scale)
     if BIASED:
@@ -54,18 +56,24 @@ def _scores(
 
 
 @triton.jit
-def _row_maximum(raw, scale, q_base, BIASED):
+def _row_maximum(raw, scale, q_base, QK, BIASED):
     highest = tl.max(raw, 1)
     if not BIASED:
-        highest = (highest - q_base) * scale
+        if QK == "16":
+            highest = highest * scale
+        else:
+            highest = (highest - q_base) * scale
     return highest
 
 
 @triton.jit
-def _weights(raw, scale, q_base, maximum, P_LOG2: tl.constexpr, BIASED, MARGIN: tl.constexpr):
+def _weights(raw, scale, q_base, maximum, P_LOG2: tl.constexpr, QK, BIASED, MARGIN: tl.constexpr):
     """exp2(score - maximum) * 2^P_LOG2: one fused multiply-add and one exponential per element."""
     if BIASED:
         exponent = raw - (maximum - P_LOG2)[:, None]
+    elif QK == "16":
+        # q_base is zero, but a compiler may not drop zero times something.
+        exponent = raw * scale[:, None] - (maximum - P_LOG2)[:, None]
     else:
         exponent = raw * scale[:, None] - (maximum + ((q_base + MARGIN) * scale - P_LOG2))[:, None]
     return tl.exp2(exponent)
@@ -152,13 +160,13 @@ def one_block(
         q, q_high, K + block * K_BLOCK, k_scales + block, q_scale, q_base, key_bias + block * BLOCK, columns, valid,
         PADDED_D, QK, PACKED, BIASED, MASKED,
     )  # fmt: skip
-    own = _row_maximum(raw, scale, q_base, BIASED)
+    own = _row_maximum(raw, scale, q_base, QK, BIASED)
     highest = tl.maximum(maximum, own)
     rescale = tl.exp2(maximum - highest)
     v_block = V + block * (BLOCK * PADDED_D)
     # Integer weights count from the maximum of their own block; see `_join`.
     top = own if PV == "int8" else highest
-    p = _weights(raw, scale, q_base, top, P_LOG2, BIASED, MARGIN)
+    p = _weights(raw, scale, q_base, top, P_LOG2, QK, BIASED, MARGIN)
     share = tl.exp2(top - highest)
     if HALVES:
         # mma.sync with fewer rows than channels: Triton would lay the warps side by side over the channels and pass all
@@ -195,22 +203,23 @@ def two_blocks(
     if BIASED:
         raw0 = (raw0 - q_base[:, None]) * scale0[:, None] + tl.load(key_bias + first * BLOCK + columns)[None, :]
         raw1 = (raw1 - q_base[:, None]) * scale1[:, None] + tl.load(key_bias + second * BLOCK + columns)[None, :]
-    pair_maximum = tl.maximum(_row_maximum(raw0, scale0, q_base, BIASED), _row_maximum(raw1, scale1, q_base, BIASED))
+    maximum0 = _row_maximum(raw0, scale0, q_base, QK, BIASED)
+    pair_maximum = tl.maximum(maximum0, _row_maximum(raw1, scale1, q_base, QK, BIASED))
     highest = tl.maximum(maximum, pair_maximum)
     # Integer weights count from the maximum of their own 128 keys; see `_join`.
     top = pair_maximum if PV == "int8" else highest
     rescale = tl.exp2(maximum - highest)
     v0 = V + first * (BLOCK * PADDED_D)
     v1 = V + second * (BLOCK * PADDED_D)
-    p0 = _weights(raw0, scale0, q_base, top, P_LOG2, BIASED, MARGIN)
+    p0 = _weights(raw0, scale0, q_base, top, P_LOG2, QK, BIASED, MARGIN)
     # The second block's exponentials come after the first block's product is issued and run beside it.
     if PV == "16":
         accumulator = _product(p0, v0, columns, accumulator * rescale[:, None], 0, PADDED_D, PV)
-        p1 = _weights(raw1, scale1, q_base, top, P_LOG2, BIASED, MARGIN)
+        p1 = _weights(raw1, scale1, q_base, top, P_LOG2, QK, BIASED, MARGIN)
         accumulator = _product(p1, v1, columns, accumulator, 0, PADDED_D, PV)
     else:
         product = _product(p0, v0, columns, _empty_product(accumulator, PV), 0, PADDED_D, PV)
-        p1 = _weights(raw1, scale1, q_base, top, P_LOG2, BIASED, MARGIN)
+        p1 = _weights(raw1, scale1, q_base, top, P_LOG2, QK, BIASED, MARGIN)
         product = _product(p1, v1, columns, product, 0, PADDED_D, PV)
     added = tl.sum(p0 + p1, 1)
     share = tl.exp2(top - highest)
@@ -245,7 +254,8 @@ def pooled_tail(
         pool = start + columns
         pool_bias = tl.where(pool < pools - 1, bias, last_bias)
         pool_bias = tl.where((pool < pools) & (kept == 0), pool_bias, float("-inf"))
-        keys = tl.load(pooled_k + pool[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :])
+        offsets = pool[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :]
+        keys = tl.load(pooled_k + offsets)
         product = _products_with_keys(q, q_high, keys, PACKED).to(tl.float32)
         if PACKED:
             product -= (q_base - MAGIC)[:, None]
