@@ -200,8 +200,8 @@ def call_of(key: CallKey) -> Call:
         "QK": precision.qk, "PV": pv, "P_LOG2": P_LOG2[precision.pv], "LISTED": key.listed, "TAIL": key.tail,
         "POOL": key.pool, "BIASED": key.biased, "ROTATE": rotate, "VALUES_SCALED": values_scaled,
         "PACKED": packed,
-        "SEPARATE_TAIL": needs_separate_tail(capability, precision.pv, padded),
-        "HALVES": in_channel_halves(capability, tile, padded), "STAGES": tile.stages,
+        "SEPARATE_TAIL": needs_separate_tail(capability, tile, padded, precision.qk, precision.pv),
+        "HALVES": in_channel_halves(capability, tile, padded, precision.qk), "STAGES": tile.stages,
         "TAIL_STAGES": tail_stages(capability, tile),
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip

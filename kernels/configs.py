@@ -113,12 +113,16 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
     return entry.narrow if listed and block_q == 64 else entry.wide
 
 
-def needs_separate_tail(capability: tuple[int, int] | None, pv: str, padded_dim: int) -> bool:
-    """Whether the tail's product must not run into the accumulator (see `triton_attention._tail`).
+def needs_separate_tail(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, qk: str, pv: str) -> bool:
+    """Whether the tail's product must not run into the accumulator (see `triton_steps.pooled_tail`).
 
-    In 16 bits only D = 256, which would spill otherwise.
+    In 16 bits only where it would spill otherwise: D = 256 on Hopper, tall tiles on sm_120.
     """
-    return (pv != "16" or padded_dim > 128) and capability is not None and generation(capability) == "hopper"
+    if capability is None:
+        return False
+    if generation(capability) == "hopper":
+        return pv != "16" or padded_dim > 128
+    return capability[0] == 12 and qk == "16" and padded_dim == tile.rows == 128
 
 
 def tail_stages(capability: tuple[int, int] | None, tile: Tile) -> int:
@@ -127,7 +131,11 @@ def tail_stages(capability: tuple[int, int] | None, tile: Tile) -> int:
     return min(tile.stages, 2) if mma else tile.stages
 
 
-def in_channel_halves(capability: tuple[int, int] | None, tile: Tile, padded_dim: int) -> bool:
-    """Whether P V is done in two square products, on GPUs with mma.sync (see `triton_attention._one_block`)."""
-    mma = capability is not None and generation(capability) == "mma"
-    return mma and not tile.pairs and padded_dim == 2 * tile.rows
+def in_channel_halves(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, qk: str) -> bool:
+    """Whether P V is done in two square products, on GPUs with mma.sync (see `triton_steps.one_block`).
+
+    Not in 16 bits on sm_120, which would spill.
+    """
+    if capability is None or generation(capability) != "mma" or (capability[0] == 12 and qk == "16"):
+        return False
+    return not tile.pairs and padded_dim == 2 * tile.rows

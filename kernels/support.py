@@ -13,6 +13,9 @@ HEAD_DIMS = (32, 256)
 # Below sm_80 there is no 16-bit tensor product with fp32 accumulation that Triton compiles well.
 LOWEST_CAPABILITY = (8, 0)
 LOWEST_FP8_CAPABILITY = (8, 9)
+# Rotation holds a D x D matrix of 16 bits in shared memory: beyond this D only data-centre GPUs have room.
+WIDEST_ROTATION = 128
+ROOMY_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
 def interpreted() -> bool:
@@ -43,6 +46,8 @@ def triton_reason(device: torch.device, dtype: torch.dtype, head_dim: int, preci
         return f"compute capability {_version(capability)} is below {_version(LOWEST_CAPABILITY)}"
     if precision.pv == "fp8" and capability < LOWEST_FP8_CAPABILITY:
         return f"fp8 needs compute capability {_version(LOWEST_FP8_CAPABILITY)}, this GPU has {_version(capability)}"
+    if precision.hadamard and head_dim > WIDEST_ROTATION and capability not in ROOMY_CAPABILITIES:
+        return f"rotation at head dimension {head_dim} does not fit into this GPU's shared memory"
     return None
 
 

@@ -58,21 +58,25 @@ def precisions() -> dict:
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
     """Every distinct tile of the table and the pre-pass; quick: attention for D = 128 with a list and the tail only."""
     from comfyui_paro.kernels.configs import tile_for
+    from comfyui_paro.kernels.support import ROOMY_CAPABILITIES, WIDEST_ROTATION
 
     result, seen = [], set()
     for capability in capabilities:
+        pair = (capability // 10, capability % 10)
         for dim in (128,) if quick else (128, 64, 256):
             for name, precision in precisions().items():
                 qk, pv = precision.qk, precision.pv
                 rotated = precision.hadamard and qk == "int8"
                 if (pv == "fp8" and capability < LOWEST_FP8) or (quick and (name == "16bit" or rotated)):
                     continue
+                if precision.hadamard and dim > WIDEST_ROTATION and pair not in ROOMY_CAPABILITIES:
+                    continue
                 if not quick and dim == 128:
                     result.append(Row(capability, dim, name, PREPARE))
                 if rotated and dim != 128:
                     continue
                 for block_q in (128,) if dim == 256 or rotated else (64, 128) if quick else (64, 128, 0):
-                    tile = tile_for((capability // 10, capability % 10), dim, qk, pv, block_q, block_q > 0)
+                    tile = tile_for(pair, dim, qk, pv, block_q, block_q > 0)
                     # Wide masks over narrow tiles compile to the same loop as narrow masks.
                     key = (capability, dim, name, tile, block_q > 0)
                     if key not in seen:

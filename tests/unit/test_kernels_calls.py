@@ -91,6 +91,8 @@ def test_reasons_why_triton_does_not_serve(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     assert triton_reason(torch.device("cuda"), torch.float16, 64, INT8) is None
     assert "fp8" in triton_reason(torch.device("cuda"), torch.float16, 64, PRECISIONS["fp8"])
+    assert "rotation" in triton_reason(torch.device("cuda"), torch.float16, 256, PRECISIONS["int4"])
+    assert triton_reason(torch.device("cuda"), torch.float16, 128, PRECISIONS["int4"]) is None
 
 
 def test_auto_is_the_reference_on_a_cpu():
