@@ -118,8 +118,8 @@ def storage_types(key: CallKey) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
 
 
 def packs(precision: Precision, padded: int) -> bool:
-    """Whether K is stored two 4-bit values a byte: half a key must fill a tensor product's 32 bytes."""
-    return precision.qk == "int4" and padded >= 64
+    """Whether K is stored two 4-bit values a byte: half a key must fill a tensor product's 32 bytes; D = 256 spills."""
+    return precision.qk == "int4" and padded in (64, 128)
 
 
 def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: int) -> ScratchLayout:

@@ -74,5 +74,5 @@ def test_attention_multiplies_the_values(tile: Tile, dim: int, bias: bool):
     assert relative_error(out, expected) < 2e-3
 
 
-def test_small_heads_stay_one_a_byte():
-    assert not call.packs(INT4, 32) and call.packs(INT4, 64) and not call.packs(PRECISIONS["int8"], 64)
+def test_small_and_large_heads_stay_one_a_byte():
+    assert not call.packs(INT4, 32) and not call.packs(INT4, 256) and call.packs(INT4, 64) and not call.packs(PRECISIONS["int8"], 64)
