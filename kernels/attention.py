@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from . import gluon_launch
 from .block_list import BlockList, block_list
-from .call import Call, CallKey, capability_of, parts_of, rotation_matrix
+from .call import Call, CallKey, call_of, capability_of, parts_of, rotation_matrix
 from .configs import Tile
 from .problem import Precision, SparsePattern, empty_output
 from .scratch import ScratchOutOfMemory, allocate, release_scratch
@@ -53,8 +54,7 @@ def pieces_of(
     bias = None if lists is None else pattern.tail_bias
     key = CallKey(
         batch, kv_heads, q.shape[1] // kv_heads, dim, q.dtype, capability_of(q.device), pattern.geometry, precision,
-        pattern.pool,
-        bias is not None, biased, lists is not None, tile,
+        pattern.pool, bias is not None, biased, lists is not None, tile, gluon_launch.allowed() and q.stride(3) == 1,
     )  # fmt: skip
     parts = parts_of(key, most or kv_heads)
     if len(parts) == 1:
@@ -109,6 +109,11 @@ def forward(
     nonfinite: torch.Tensor | None = None,
 ) -> None:
     """The attention kernel alone, on what `prepare` left; writes `piece.out`, whose channels must be contiguous."""
+    scale_log2 = scale * LOG2E * piece.call.rotation_scale
+    if piece.call.gluon:
+        if gluon_launch.launch(piece, prepared, pattern, scale_log2, nonfinite):
+            return
+        piece = replace(piece, call=call_of(replace(piece.call.key, gluon=False)))
     call, q, out, s, lists, g = piece.call, piece.q, piece.out, prepared, piece.lists, pattern.geometry
     heads = q.shape[1]
     rotation = rotation_matrix(q.shape[3], q.device, q.dtype) if call.rotate else None
@@ -120,7 +125,7 @@ def forward(
         s["pooled_k"], s["pooled_v"], s["pooled_scales"], piece.tail_bias, pattern.tables, piece.order_of_head,
         rotation, *listed, *q.stride(), *out.stride()[:3],
         heads, heads // piece.k.shape[1], g.grid_tokens, g.prefix, g.length, call.q_blocks, call.q_blocks_grid,
-        call.blocks, g.k_blocks, call.pools, scale * LOG2E * call.rotation_scale, **call.attention_options,
+        call.blocks, g.k_blocks, call.pools, scale_log2, **call.attention_options,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 import torch
 
-from . import scratch
+from . import gluon_launch, scratch
 from .block_list import context_blocks
 from .configs import Tile, in_channel_halves, needs_separate_tail, tail_stages, tile_for
 from .problem import Geometry, Precision
@@ -39,7 +39,8 @@ class CallKey:
     """All that decides how a call is done. kv_heads may be fewer than the tensors have: see `parts_of`.
 
     capability: of the GPU, None on AMD; see `capability_of`. tail: there is a bias for the pooled tail. biased: with a
-    bias per key. listed: with a mask. tile: another one than the table's.
+    bias per key. listed: with a mask. tile: another one of the Triton kernel than the table's. gluon: the Gluon kernel
+    may do it.
     """
 
     batch: int
@@ -55,6 +56,7 @@ class CallKey:
     biased: bool
     listed: bool
     tile: Tile | None = None
+    gluon: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,9 +64,11 @@ class Call:
     """Sizes, memory and launch options of one call. See `attention` for what is launched with them.
 
     values_scaled, smooth, rotate: what the pre-pass does to V and K. few_chunks: no kernel finishes the statistics.
-    rotation_scale makes the rotation by +-1 orthonormal.
+    rotation_scale makes the rotation by +-1 orthonormal. gluon: which kernel `attention_options` are for.
     """
 
+    key: CallKey
+    gluon: bool
     tile: Tile
     scratch: ScratchLayout
     smooth: bool
@@ -167,7 +171,13 @@ def call_of(key: CallKey) -> Call:
     g, precision = key.geometry, key.precision
     capability = key.capability
     padded = padded_dim(key.dim)
-    tile = key.tile or tile_for(capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
+    gluon = key.gluon and key.tile is None and gluon_launch.serves(
+        capability, key.dim, key.dtype, precision, g.block_q, key.listed, key.biased, key.pool if key.tail else None
+    )  # fmt: skip
+    if gluon:
+        tile = gluon_launch.TILE
+    else:
+        tile = key.tile or tile_for(capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
     block_q = g.block_q if key.listed else tile.rows
     blocks = g.k_blocks + context_blocks(g.context_tokens, g.block_k)
     pools = -(-g.grid_tokens // key.pool)
@@ -205,7 +215,11 @@ def call_of(key: CallKey) -> Call:
         "TAIL_STAGES": tail_stages(capability, tile),
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
+    if gluon:
+        attention_options = gluon_launch.options(key.dim, precision.pv, P_LOG2[precision.pv], key.listed, key.tail)
     return Call(
+        key=key,
+        gluon=gluon,
         tile=tile,
         scratch=_scratch_layout(key, padded, blocks, pools, chunks),
         smooth=smooth,

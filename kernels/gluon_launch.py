@@ -1,0 +1,142 @@
+"""Which calls the Gluon kernel does, and its launch. Importing this module needs neither Triton nor Gluon.
+
+Gluon is an experimental part of Triton and its names move. Whatever goes wrong before the kernel runs, the Triton
+kernel does the call, and all that follow: one line in the log, no exception.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .configs import Tile
+from .problem import BLOCK_K, Precision
+
+log = logging.getLogger("paro")
+
+CAPABILITY = (9, 0)
+# Where it has been compiled and read: names and register allocation differ between versions.
+TRITON_VERSIONS = ("3.6.0", "3.7.1")
+STAGES = 3
+# 128 rows in two warpgroups; with the loading warp's and the idle default ones twelve warps and more.
+TILE = Tile(128, True, 12, STAGES)
+HEAD_DIMS = (64, 128)
+VALUES = ("16", "fp8")
+# See `gluon_attention._steps`: 0 plain, 1 marked, 2 ahead. Ahead would spill with (128, FP8).
+SCHEDULES = {(128, "fp8"): 1, (128, "16"): 2, (64, "fp8"): 2, (64, "16"): 2}
+# Before setmaxnreg: 168 x 384 threads fill the register file. The consumers then get 240 each.
+REGISTERS = 168
+
+_forbidden: str | None = None
+
+
+def forbid(reason: str | None) -> None:
+    """Keep to the Triton kernel from now on, in this process; None takes it back."""
+    global _forbidden
+    _forbidden = reason
+
+
+def allowed() -> bool:
+    """Whether a call may be planned for the Gluon kernel at all."""
+    return _forbidden is None
+
+
+def serves(
+    capability: tuple[int, int] | None, dim: int, dtype: torch.dtype, precision: Precision, block_q: int, listed: bool,
+    biased: bool, pool: int | None,
+) -> bool:  # fmt: skip
+    """Whether the Gluon kernel does this call. pool: tokens per pooled key, None without a tail."""
+    return (
+        capability == CAPABILITY
+        and dim in HEAD_DIMS
+        and dtype != torch.float32
+        and precision.qk == "int8"
+        and precision.pv in VALUES
+        and not precision.hadamard
+        and (block_q == TILE.rows or not listed)
+        and not biased
+        and pool in (None, BLOCK_K)
+        and _importable()
+    )
+
+
+@cache
+def _importable() -> bool:
+    import triton
+
+    version = triton.__version__.split("+")[0]
+    if version not in TRITON_VERSIONS:
+        log.info("attention: the kernel for sm_90 is not verified with Triton %s, the general one is used", version)
+        return False
+    return True
+
+
+# Tensor descriptors, by the scratch tensor of K: making them takes longer than a launch.
+_sources = WeakTensorKeyDictionary()
+
+
+def _sources_of(s: dict[str, torch.Tensor], dim: int, tail: bool) -> tuple:
+    """Descriptors of K, V, pooled K and pooled V, block by block; the pools None without a tail."""
+    found = _sources.get(s["k"])
+    if found is None:
+        from triton.experimental.gluon import language as gl
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+        types = {
+            torch.int8: gl.int8, torch.float8_e4m3fn: gl.float8e4nv, torch.float16: gl.float16,
+            torch.bfloat16: gl.bfloat16,
+        }  # fmt: skip
+
+        def source(name, block):
+            layout = gl.NVMMASharedLayout.get_default_for(block, types[s[name].dtype])
+            return TensorDescriptor.from_tensor(s[name].view(-1, block[1]), block, layout)
+
+        rows = [BLOCK_K, dim]
+        values = source("v", rows if s["v"].dtype.itemsize == 2 else rows[::-1])
+        pools = (source("pooled_k", rows), source("pooled_v", rows)) if tail else (None, None)
+        found = _sources[s["k"]] = (source("k", rows), values, *pools)
+    return found
+
+
+def launch(piece, s: dict[str, torch.Tensor], pattern, scale_log2: float, nonfinite: torch.Tensor | None) -> bool:
+    """`attention.forward` for a piece that is planned for Gluon. False, and never again, if it cannot be launched."""
+    try:
+        _launch(piece, s, pattern, scale_log2, nonfinite)
+        return True
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
+        log.warning("attention: the kernel for sm_90 cannot be launched, the general one is used (%s)", reason)
+        forbid(reason)
+        return False
+
+
+def _launch(piece, s, pattern, scale_log2, nonfinite) -> None:
+    from .gluon_attention import gluon_forward
+
+    call, q, out, lists, g = piece.call, piece.q, piece.out, piece.lists, pattern.geometry
+    heads, tail = q.shape[1], piece.tail_bias is not None
+    keys, values, pooled_k, pooled_v = _sources_of(s, q.shape[3], tail)
+    listed = (None,) * 6 if lists is None else (
+        lists.head_order, lists.row_order, lists.start, lists.full, lists.count, lists.blocks,
+    )  # fmt: skip
+    gluon_forward[call.attention_grid](
+        q, out, nonfinite, keys, values, s["k_scales"], s["v_scales"] if call.values_scaled else None,
+        pooled_k, pooled_v, s["pooled_scales"] if tail else None, piece.tail_bias,
+        pattern.tables, piece.order_of_head, lists.kept_words if tail else None, *listed,
+        *q.stride()[:3], *out.stride()[:3],
+        heads, heads // piece.k.shape[1], g.grid_tokens, g.prefix, g.length, call.q_blocks, call.q_blocks_grid,
+        call.blocks, g.k_blocks, call.pools, scale_log2, **call.attention_options,
+    )  # fmt: skip
+
+
+def options(dim: int, pv: str, p_log2: float, listed: bool, tail: bool) -> dict:
+    """Constants and launch options of the kernel."""
+    return {
+        "D": dim, "P_LOG2": p_log2, "LISTED": listed, "TAIL": tail, "STAGES": STAGES,
+        "SCHEDULE": SCHEDULES[dim, pv], "num_warps": 4, "maxnreg": REGISTERS, "enable_fp_fusion": True,
+    }  # fmt: skip
