@@ -1,7 +1,8 @@
 """Attention kernels at real shapes: correctness first, then time against the rivals in the same process.
 
 python bench/attention.py [--shapes wan720p,flux] [--heads 8] [--precisions fp8,int8_pv8,int8,16bit]
-                          [--densities 1,0.5,0.3,0.2,0.1] [--masks structured] [--rivals all] [--json FILE]
+                          [--densities 1,0.5,0.3,0.2,0.1] [--masks structured] [--rivals all] [--kernels triton]
+                          [--json FILE]
 
 Times are medians in milliseconds: `kernel` alone, `prepass` (reorder, smooth, quantise, pool), `total` as a caller sees
 it. TFLOPS are effective: dense operations x kept blocks / time. Densities below 0.25 carry the tail. peak: MiB of one
@@ -26,6 +27,7 @@ _checkout.register()
 import torch  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, exact_rows, inputs, pattern  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
+from comfyui_paro.kernels import gluon_launch  # noqa: E402
 from comfyui_paro.kernels.api import sparse_attention  # noqa: E402
 from comfyui_paro.kernels.problem import PRECISIONS, SparsePattern  # noqa: E402
 from comfyui_paro.kernels.scratch import release_scratch  # noqa: E402
@@ -92,7 +94,9 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
         prepared = prepare(piece, p)
         kernel += median_ms(lambda piece=piece, prepared=prepared: forward(piece, prepared, p, scale), q.device)
         prepass += median_ms(lambda piece=piece: prepare(piece, p), q.device)
-    tile = pieces[0].call.tile
+    call = pieces[0].call
+    tile = call.tile
+    steps = f"{'pairs' if tile.pairs else 'single'}, w{tile.warps} st{tile.stages}"
     return {
         "name": f"paro {name}",
         "tail": p.tail_bias is not None,
@@ -102,7 +106,7 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
         "total_ms": total,
         "tflops": dense_flops(shape, heads) * p.density / total / 1e9,
         "peak_mb": peak,
-        "tile": f"{tile.rows} rows, {'pairs' if tile.pairs else 'single'}, w{tile.warps} st{tile.stages}",
+        "tile": f"gluon, {tile.rows} rows" if call.gluon else f"{tile.rows} rows, {steps}",
     }
 
 
@@ -149,11 +153,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--masks", default="structured", help="structured, random")
     parser.add_argument("--rivals", default="all")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to try the script in Triton's interpreter")
+    parser.add_argument("--kernels", default="auto", choices=["auto", "triton"], help="triton: no Gluon on sm_90")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing is measured")
+    if args.kernels == "triton":
+        gluon_launch.forbid("--kernels triton")
     import triton
 
     rivals = list(RIVALS) if args.rivals == "all" else [r for r in args.rivals.split(",") if r]
