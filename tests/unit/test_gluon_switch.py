@@ -1,0 +1,200 @@
+"""Which calls go to the Gluon kernel, and what happens when it cannot be launched. The kernel itself needs a GPU."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from comfyui_paro.kernels import call, gluon_launch
+from comfyui_paro.kernels.problem import PRECISIONS, Geometry, Precision
+from comfyui_paro.kernels.support import interpreted
+
+from .kernel_cases import Case, make
+
+pytest.importorskip("triton")
+
+SERVED = {
+    "capability": (9, 0), "dim": 128, "dtype": torch.bfloat16, "precision": PRECISIONS["fp8"], "block_q": 128,
+    "listed": True, "biased": False, "pool": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def verified(monkeypatch):
+    """A verified Triton, nothing forbidden, no plan left over."""
+    monkeypatch.setattr(gluon_launch, "_importable", lambda: True)
+    monkeypatch.setattr(gluon_launch, "_forbidden", None)
+    yield
+    call.call_of.cache_clear()
+    call.parts_of.cache_clear()
+
+
+@pytest.mark.parametrize("other", [
+    {}, {"dim": 64}, {"dtype": torch.float16}, {"precision": PRECISIONS["int8"]}, {"pool": None},
+    {"listed": False, "block_q": 64},
+])  # fmt: skip
+def test_served(other: dict):
+    assert gluon_launch.serves(**SERVED | other)
+
+
+@pytest.mark.parametrize("other", [
+    {"capability": (8, 9)}, {"capability": (10, 0)}, {"capability": None}, {"dim": 96}, {"dim": 256},
+    {"dtype": torch.float32}, {"precision": PRECISIONS["16bit"]}, {"precision": PRECISIONS["int8_pv8"]},
+    {"precision": PRECISIONS["int4"]}, {"precision": Precision("int8", "fp8", hadamard=True)}, {"block_q": 64},
+    {"biased": True}, {"pool": 32},
+])  # fmt: skip
+def test_left_to_triton(other: dict):
+    assert not gluon_launch.serves(**SERVED | other)
+
+
+@pytest.mark.parametrize(
+    "version, verified", [("3.6.0", True), ("3.7.1+git1234", True), ("3.6.1", False), ("4.0.0", False)]
+)
+def test_only_verified_versions(monkeypatch, caplog, version: str, verified: bool):
+    import triton
+
+    monkeypatch.undo()
+    monkeypatch.setattr(triton, "__version__", version)
+    gluon_launch._importable.cache_clear()
+    with caplog.at_level(logging.INFO):
+        assert gluon_launch.serves(**SERVED) is verified
+        gluon_launch.serves(**SERVED)
+    gluon_launch._importable.cache_clear()
+    assert len(caplog.records) == (not verified)
+
+
+def test_the_plan_is_for_tiles_of_128_rows():
+    key = call.CallKey(
+        1, 2, 2, 128, torch.bfloat16, (9, 0), Geometry(70, (2, 8, 13), 0, 64), PRECISIONS["fp8"], 64,
+        False, False, False, gluon=True,
+    )  # fmt: skip
+    plan = call.call_of(key)
+    # Two tiles of the grid's 208 tokens and one of the context's 70, for each of four heads.
+    assert plan.gluon and plan.attention_grid == (4 * 3,)
+    assert "PADDED_D" not in plan.attention_options and plan.attention_options["num_warps"] == 4
+
+
+triton_launches = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
+
+
+class Recorder:
+    """In place of a kernel: notes its arguments, or fails."""
+
+    def __init__(self, error: Exception | None = None):
+        self.calls, self.error = [], error
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.calls.append((grid, arguments, options))
+            if self.error:
+                raise self.error
+
+        return run
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """(Gluon, Triton) attention kernels that run nothing, on a GPU of sm_90 that is none."""
+    from comfyui_paro.kernels import attention, gluon_attention
+
+    gluon, triton = Recorder(), Recorder()
+    monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(attention, "attention_forward", triton)
+    for name in ("channel_statistics", "finish_statistics", "prepare_keys_values"):
+        monkeypatch.setattr(attention, name, Recorder())
+    names = gluon_attention.gluon_forward.arg_names
+    monkeypatch.setattr(gluon_attention, "gluon_forward", gluon)
+    gluon.names = names
+    return gluon, triton
+
+
+def attend(case: Case, precision: str = "fp8", **options):
+    from comfyui_paro.kernels.attention import launch_attention
+
+    q, k, v, pattern, bias = make(case)
+    return launch_attention(q, k, v, pattern, PRECISIONS[precision], key_bias=bias, **options)
+
+
+SPARSE = Case("", dim=128, block_q=128, grid=(2, 10, 11), prefix=5, tail=True, heads=4, kv_heads=2)
+
+
+@triton_launches
+@pytest.mark.parametrize("mask, tail", [(0.5, True), (0.5, False), (None, False)])
+@pytest.mark.parametrize("precision", ["fp8", "int8"])
+def test_every_argument_of_the_kernel_is_passed(kernels, mask, tail: bool, precision: str):
+    gluon, triton = kernels
+    attend(
+        Case("", dim=128, block_q=128, grid=(2, 10, 11), prefix=5, mask=mask, tail=tail, heads=4, kv_heads=2), precision
+    )
+    assert not triton.calls
+    ((_, arguments, options),) = gluon.calls
+    given = dict(zip(gluon.names, arguments, strict=False))
+    assert gluon.names == [*given, *(name for name in gluon.names if name in options)]
+    listed = mask is not None
+    assert (options["LISTED"], options["TAIL"]) == (listed, listed and tail)
+    assert (given["block_list"] is not None, given["pooled_v"] is not None) == (listed, listed and tail)
+    assert given["K"].block_shape == [64, 128] and given["K"].shape[0] == 2 * 5 * 64
+    assert given["V"].block_shape == ([128, 64] if precision == "fp8" else [64, 128])
+    assert (given["v_scales"] is not None) == (precision == "fp8")
+    assert (given["group"], given["k_blocks"], given["k_blocks_grid"], given["pools"]) == (2, 5, 4, 4)
+
+
+@triton_launches
+@pytest.mark.parametrize("other", ["bias", "tile", "pool"])
+def test_other_calls_go_to_triton(kernels, other: str):
+    from comfyui_paro.kernels.configs import Tile
+
+    gluon, triton = kernels
+    case = Case(
+        "", dim=128, block_q=128, grid=(2, 10, 11), tail=True, bias=other == "bias", pool=32 if other == "pool" else 64
+    )
+    attend(case, tile=Tile(64, True, 4, 2) if other == "tile" else None)
+    assert len(triton.calls) == 1 and not gluon.calls
+
+
+@triton_launches
+def test_queries_whose_channels_are_apart_go_to_triton(kernels):
+    from comfyui_paro.kernels.attention import launch_attention
+
+    gluon, triton = kernels
+    q, k, v, pattern, _ = make(SPARSE)
+    q = torch.stack([q, q], 4)[..., 0]
+    launch_attention(q, k, v, pattern, PRECISIONS["fp8"])
+    assert len(triton.calls) == 1 and not gluon.calls
+
+
+@triton_launches
+def test_a_failing_kernel_is_replaced_for_good(kernels, caplog):
+    gluon, triton = kernels
+    gluon.error = RuntimeError("PassManager::run failed\nand much more")
+    with caplog.at_level(logging.WARNING):
+        attend(SPARSE)
+        attend(SPARSE)
+    assert len(gluon.calls) == 1 and len(triton.calls) == 2
+    (record,) = caplog.records
+    assert "RuntimeError: PassManager::run failed" in record.getMessage() and "much more" not in record.getMessage()
+    # The replacement is launched as Triton's own plan says, not with what Gluon was given.
+    assert triton.calls[0][2]["PADDED_D"] == 128 and triton.calls[0][2] == triton.calls[1][2]
+    assert triton.calls[0][0] == triton.calls[1][0] == (4 * 3 * 2,)
+
+
+@triton_launches
+def test_missing_memory_is_no_failure_of_the_kernel(kernels):
+    gluon, triton = kernels
+    gluon.error = torch.OutOfMemoryError("no memory")
+    from comfyui_paro.kernels.scratch import ScratchOutOfMemory
+
+    with pytest.raises(ScratchOutOfMemory):
+        attend(SPARSE)
+    assert gluon_launch.allowed() and not triton.calls
+
+
+@triton_launches
+def test_forbidden_by_hand_and_allowed_again(kernels):
+    gluon, triton = kernels
+    gluon_launch.forbid("a comparison")
+    attend(SPARSE)
+    gluon_launch.forbid(None)
+    attend(SPARSE)
+    assert len(triton.calls) == len(gluon.calls) == 1
