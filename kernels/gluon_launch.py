@@ -25,8 +25,6 @@ STAGES = 3
 TILE = Tile(128, True, 12, STAGES)
 HEAD_DIMS = (64, 128)
 VALUES = ("16", "fp8")
-# See `gluon_attention._steps`: 0 plain, 1 marked, 2 ahead. Ahead would spill with (128, FP8).
-SCHEDULES = {(128, "fp8"): 1, (128, "16"): 2, (64, "fp8"): 2, (64, "16"): 2}
 # Before setmaxnreg: 168 x 384 threads fill the register file. The consumers then get 240 each.
 REGISTERS = 168
 
@@ -134,9 +132,17 @@ def _launch(piece, s, pattern, scale_log2, nonfinite) -> None:
     )  # fmt: skip
 
 
+def schedule_of(dim: int, pv: str, listed: bool) -> int:
+    """How firmly a step is held in order (`gluon_attention._steps`): as far as registers allow without many spills."""
+    plain, marked, ahead = range(3)
+    if (dim, pv) != (128, "fp8"):
+        return ahead
+    return plain if listed else marked
+
+
 def options(dim: int, pv: str, p_log2: float, listed: bool, tail: bool) -> dict:
     """Constants and launch options of the kernel."""
     return {
         "D": dim, "P_LOG2": p_log2, "LISTED": listed, "TAIL": tail, "STAGES": STAGES,
-        "SCHEDULE": SCHEDULES[dim, pv], "num_warps": 4, "maxnreg": REGISTERS, "enable_fp_fusion": True,
+        "SCHEDULE": schedule_of(dim, pv, listed), "num_warps": 4, "maxnreg": REGISTERS, "enable_fp_fusion": True,
     }  # fmt: skip

@@ -15,7 +15,7 @@ SHARED_LIMIT = 227 * 1024
 SLOT_LIMIT = 10.0
 # In one warpgroup's loop over listed blocks ptxas parks addresses in local memory: one of the two has fewer registers
 # to spare. The dense loop and the other warpgroup's have none.
-SPILL_LIMIT = 16
+SPILL_LIMIT = 10
 # Of one warpgroup in one step.
 WARPS, ELEMENTS = 4, 64 * 128
 PRODUCTS = {"fp8": {"IGMMA", "QGMMA"}, "int8": {"IGMMA", "HGMMA"}}
