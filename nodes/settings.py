@@ -141,6 +141,16 @@ class PAROSettings(io.ComfyNode):
                     "Whose densities, dense steps and token floors to use. auto takes those of the model's own family.",
                     rare=True,
                 ),
+                advanced(
+                    io.Float.Input,
+                    "mass_target",
+                    default=_DEFAULT.mass_target,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the attention to keep, such as 0.97. Each plan then keeps as few blocks as that "
+                    "takes; the preset's density, or the custom one, becomes the most it may keep. 0: off.",
+                ),
             ],
             outputs=[
                 SettingsType.Output(
@@ -150,13 +160,16 @@ class PAROSettings(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, density: float | None = None, dense_blocks: str | None = None) -> bool | str:
-        # A named input loses the host's own checks; these two need more than the host checks (NaN, the grammar).
+    def validate_inputs(
+        cls, density: float | None = None, dense_blocks: str | None = None, mass_target: float | None = None
+    ) -> bool | str:
+        # A named input loses the host's own checks; these need more than the host checks (NaN, the grammar).
         try:
             Settings(
                 preset="custom" if density is not None else _DEFAULT.preset,
                 density=density,
                 dense_blocks=dense_blocks or "",
+                mass_target=_DEFAULT.mass_target if mass_target is None else mass_target,
             ).validated()
         except SettingsError as error:
             return str(error)

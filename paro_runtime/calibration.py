@@ -7,7 +7,9 @@ Sums live on the CPU; the GPU holds one site at a time.
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .recipes import MaskOptions, query_block
 from .rotation import CASES, root_mean, rotates
-from .selection import mass_kept, per_head_masks, shared_masks, tail_bias
+from .selection import density_for, mass_kept, per_head_masks, shared_masks, tail_bias
 from .stability import Glimpse, Stability, compare, glimpse
 from .statistics import Observation, StatisticsOptions, observe
 from .sums import SiteSums, stored
@@ -115,7 +117,7 @@ class Calibrator:
             raise PlanError(f"calibration: began on the grid {self.layout.grid}, now sees {layout.grid}")
         method, options = self.method, self.options
         wanted = StatisticsOptions(
-            options.density,
+            options.compared_density,
             options.order,
             options.pool,
             method.tiles,
@@ -141,7 +143,7 @@ class Calibrator:
         self._add(site, step, seen)
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
-        look = glimpse(seen, self.options.density)
+        look = glimpse(seen, self.options.compared_density)
         fresh = stored(seen, with_error=self.method.criterion == "error")
         with self._lock:
             label = (self.prompt, step)
@@ -187,8 +189,9 @@ class Calibrator:
 
     def _entries(self, sites: tuple[Site, ...], sums: list[SiteSums], device: torch.device) -> dict[Site, SitePlan]:
         """Masks, orders and biases, worked out on `device`: a GPU takes seconds where a CPU takes a minute."""
-        choose = shared_masks if self.options.budget == "shared" else per_head_masks
-        masks = choose([self._criterion(s) for s in sums], self.options.density, device)
+        choose = functools.partial(shared_masks if self.options.budget == "shared" else per_head_masks, device=device)
+        worths = [self._criterion(s) for s in sums]
+        masks = choose(worths, self._density(sums, worths, choose))
         entries = {}
         for site, s, mask in zip(sites, sums, masks, strict=True):
             orders = [s.candidates[i] for i in s.choice.tolist()]
@@ -198,6 +201,14 @@ class Calibrator:
             falloff = pack_falloff(s.falloff, s.received, orders, self.layout.grid)
             entries[site] = SitePlan.create(orders, its, self._bias(s, its), kept, falloff, rotate)
         return entries
+
+    def _density(self, sums: list[SiteSums], worths: list[torch.Tensor], choose: Callable) -> float:
+        """The density that was asked for, or what the share of the attention that was asked for takes."""
+        density, target = self.options.density, self.options.mass_target
+        if not target:
+            return density
+        judged = [s.mask_of_mass(worth) for s, worth in zip(sums, worths, strict=True)]
+        return density_for([s.mass for s in sums], judged, target, density, choose)
 
     def _logit_error(self, sums: list[SiteSums]) -> dict[str, float]:
         """Relative error that INT8 makes in the attention weights, by how it quantises: worst site."""

@@ -20,6 +20,10 @@ WIDE_QUERY_TOKENS = 8192
 PREPARING_COST = 0.05
 
 
+# Where the density follows from a target, orders are compared at this one or at the most allowed, if that is less.
+COMPARED_DENSITY = 0.2
+
+
 class RecipeError(ValueError):
     """A recipe that does not exist or does not follow the schema."""
 
@@ -88,24 +92,37 @@ def recipe_for(family: str) -> Recipe:
 class MaskOptions:
     """What shapes a plan's masks: two plans with equal options for one model and grid are interchangeable.
 
-    pool: tokens per pooled key of the tail, or None to drop what is not kept.
+    pool: tokens per pooled key of the tail, or None to drop what is not kept. mass_target: share of the attention to
+    keep with as few blocks as that takes, `density` being the most; 0 takes `density` as it is.
     """
 
     density: float
     order: str
     budget: str
     pool: int | None
+    mass_target: float = 0.0
+
+    @property
+    def compared_density(self) -> float:
+        """Density at which orders are compared: with a target it is not known yet, and at most it says little."""
+        return min(self.density, COMPARED_DENSITY) if self.mass_target else self.density
 
     def as_dict(self) -> dict:
         """Flat, for the plan's metadata."""
-        return {"density": self.density, "order": self.order, "budget": self.budget, "pool": self.pool or 0}
+        return {
+            "density": self.density,
+            "order": self.order,
+            "budget": self.budget,
+            "pool": self.pool or 0,
+            "mass_target": self.mass_target,
+        }
 
 
 def mask_options(settings: Settings, recipe: Recipe) -> MaskOptions:
     """Settings where the user chose, the recipe elsewhere."""
     density = settings.density if settings.density is not None else recipe.densities[settings.preset]
     pool = None if settings.tail == "off" else BLOCK_K
-    return MaskOptions(float(density), settings.order, settings.budget, pool)
+    return MaskOptions(float(density), settings.order, settings.budget, pool, float(settings.mass_target))
 
 
 def query_block(grid_tokens: int) -> int:

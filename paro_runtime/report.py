@@ -136,7 +136,7 @@ class Report:
             self.status(),
             f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
             f"kernels: {self.backend}, {self.precision}",
-            f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self.mass_kept:.1%}",
+            f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self._kept()}",
             f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
             f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
@@ -152,6 +152,11 @@ class Report:
         lines += [f"fell back {count} times: {reason}" for reason, count in self.fallbacks]
         lines += [f"passed through {count} times: {reason}" for reason, count in self.passed]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _kept(self) -> str:
+        target = self.plan.settings.get("mass_target", 0) if self.plan else 0
+        missed = f" ({target:.1%} were wanted, the density allows no more)" if self.mass_kept < target else ""
+        return f"{self.mass_kept:.1%}{missed}"
 
     def picture(self) -> torch.Tensor | None:
         """Order and density of every head: float32 `[1, height, width, 3]` in 0..1, or None without a plan."""

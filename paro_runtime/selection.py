@@ -7,7 +7,7 @@ must stay (the best of every row, a floor per head) are set aside.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,6 +17,9 @@ from ..kernels.statistics_reference import BlockStatistics
 HEAD_FLOOR = 0.25
 # Threshold search looks at no more values than this; beyond it a regular subsample decides.
 THRESHOLD_VALUES = 1 << 24
+# The density that keeps a wanted share of the attention is sought to this precision, on at most about so many blocks.
+DENSITY_STEP = 1 / 512
+TARGET_VALUES = 1 << 22
 
 
 def mass_kept_scores(seen: Sequence[BlockStatistics], density: float) -> torch.Tensor:
@@ -111,6 +114,32 @@ def per_head_masks(
         best = ranked.topk(min(count, ranked.shape[1]), 1).indices
         result.append(torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True).view_as(mass).cpu())
     return result
+
+
+def density_for(
+    masses: Sequence[torch.Tensor],
+    worths: Sequence[torch.Tensor],
+    target: float,
+    most: float,
+    choose: Callable[[Sequence[torch.Tensor], float], list[torch.Tensor]],
+) -> float:
+    """The least density, at most `most`, whose masks keep `target` of the attention, mean over heads and sites.
+
+    masses, worths: attention of each block and what blocks are kept by, both `[H, q_blocks, k_blocks]` per site; choose
+    makes masks of worths and a density. Large tables are judged by every n-th row of blocks.
+    """
+    stride = max(1, math.ceil(sum(mass.numel() for mass in masses) / TARGET_VALUES))
+    masses, worths = ([table[:, ::stride].float() for table in tables] for tables in (masses, worths))
+
+    def kept(density: float) -> float:
+        masks = choose(worths, density)
+        return torch.cat([mass_kept(mass, mask) for mass, mask in zip(masses, masks, strict=True)]).mean().item()
+
+    low, high = 0.0, most
+    while high - low > DENSITY_STEP:
+        middle = (low + high) / 2
+        low, high = (low, middle) if kept(middle) >= target else (middle, high)
+    return high
 
 
 def tail_bias(mass: torch.Tensor, pooled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,8 @@ class Settings:
     strict          every fallback is an error: for benchmarks.
     verbose         log each reason every time, not once.
     recipe          a family whose recipe to use, or `auto` for the model's own.
+    mass_target     share of the attention to keep, 0 to 1: the density is then what that takes, and `density` or the
+                    preset's is the most it may be. 0 takes that density as it is.
     """
 
     preset: str = "balanced"
@@ -56,6 +58,7 @@ class Settings:
     strict: bool = False
     verbose: bool = False
     recipe: str = "auto"
+    mass_target: float = 0.0
 
     def validated(self) -> Settings:
         """Return self, or raise SettingsError naming the first field that cannot be used."""
@@ -77,6 +80,8 @@ class Settings:
             isinstance(self.density, (int, float)) and math.isfinite(self.density) and 0 < self.density <= 1
         ):
             raise SettingsError(f"density: {self.density} is not in the range above 0 up to 1")
+        if not (isinstance(self.mass_target, (int, float)) and 0 <= self.mass_target <= 1):
+            raise SettingsError(f"mass_target: {self.mass_target!r} is not in the range 0 to 1")
         for name in ("dense_steps", "min_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):

@@ -1,6 +1,7 @@
 """The method on attention with a known answer: orders, masks, the tail's bias and its cost."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from comfyui_paro.paro_runtime.orders import TILED_ORDERS, order_table, tiled_or
 from comfyui_paro.paro_runtime.plan import ModelIdentity
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.selection import best_of_rows, mass_kept, per_head_masks, shared_masks
+from comfyui_paro.paro_runtime.selection import best_of_rows, density_for, mass_kept, per_head_masks, shared_masks
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, masses_by_membership, observe
 from comfyui_paro.paro_runtime.tail import BIASES, NO_TAIL, best_bias, bias_at, kept_on_rows, observe_bias, observe_tail
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -240,6 +241,32 @@ def test_the_mass_of_some_query_blocks_tells_what_a_mask_keeps(planted, monkeypa
     assert torch.equal(few.packed, every.packed) and torch.equal(few.falloff, every.falloff)
     assert not torch.equal(few.mass_kept, every.mass_kept)
     torch.testing.assert_close(few.mass_kept, every.mass_kept, atol=0.15, rtol=0)
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+@pytest.mark.parametrize("target", [0.7, 0.9])
+def test_a_mass_target_keeps_as_few_blocks_as_it_takes(planted, budget, target):
+    calibrator = Calibrator(IDENTITY, MaskOptions(1.0, "mass", budget, 64, target))
+    calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+
+    def plan_with(**change):
+        calibrator.options = replace(calibrator.options, **change)
+        return calibrator.plan({})
+
+    found = plan_with()
+    assert target <= found.mass_kept <= target + 0.03
+    assert set(found.sites[SITE].orders) != {"FHW"}  # compared at a density that tells orders apart
+    assert plan_with(density=found.density - 0.02, mass_target=0.0).mass_kept < target
+    # The density is the most it may be, whatever the target.
+    least = plan_with(density=0.13, mass_target=target)
+    assert least.density == pytest.approx(0.13, abs=0.03) and least.mass_kept < target
+
+
+def test_the_density_of_a_target_can_be_judged_by_some_rows(monkeypatch):
+    masses = [torch.rand(2, 64, 64) ** 6, torch.rand(3, 64, 64) ** 2]
+    every = density_for(masses, masses, 0.8, 1.0, shared_masks)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.TARGET_VALUES", 5 * 64 * 16)
+    assert density_for(masses, masses, 0.8, 1.0, shared_masks) == pytest.approx(every, abs=0.03)
 
 
 def test_fixed_masks_have_the_density_and_the_diagonal():

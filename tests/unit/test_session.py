@@ -91,11 +91,12 @@ def test_a_second_run_finds_its_plan_and_calibrates_nothing(tmp_path):
     [
         {"layout": TokenLayout(3, (4, 10, 8), 2)},
         {"settings": Settings(dense_steps=2, preset="fast")},
+        {"settings": Settings(dense_steps=2, mass_target=0.5)},
         {"identity": ModelIdentity("wan", "c" * 16, "b" * 16)},
     ],
-    ids=["grid", "density", "model"],
+    ids=["grid", "density", "target", "model"],
 )
-def test_another_grid_density_or_model_calibrates_anew(tmp_path, other):
+def test_another_grid_density_target_or_model_calibrates_anew(tmp_path, other):
     store = PlanStore([], tmp_path)
     sample(first := Session(policy(store=store), sigmas=SIGMAS))
     first.finish()
@@ -104,6 +105,15 @@ def test_another_grid_density_or_model_calibrates_anew(tmp_path, other):
     sample(session, layout=layout)
     assert session.finish().plan_source == "calibrated on the way"
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("target, said", [(0.5, False), (0.999, True)])
+def test_a_mass_target_out_of_reach_is_told(target, said):
+    settings = Settings(preset="custom", density=0.6, dense_steps=1, mass_target=target)
+    sample(session := Session(policy(settings), sigmas=SIGMAS))
+    report = session.finish()
+    assert report.density <= 0.62 and (report.mass_kept < target) == said
+    assert ("were wanted" in report.text()) == said
 
 
 def test_a_plan_serves_another_text_length():

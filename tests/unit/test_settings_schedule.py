@@ -23,6 +23,9 @@ WRONG = [
     ({"dense_steps": -2}, "dense_steps"),
     ({"dense_steps": 1.5}, "dense_steps"),
     ({"min_tokens": -1}, "min_tokens"),
+    ({"mass_target": -0.1}, "mass_target"),
+    ({"mass_target": 97}, "mass_target"),
+    ({"mass_target": math.nan}, "mass_target"),
     ({"dense_blocks": "0, x"}, "dense_blocks"),
     ({"dense_blocks": "9-3"}, "dense_blocks"),
 ]
