@@ -55,14 +55,14 @@ def build_pattern(
 
 
 def pattern_of(
-    entry: SitePlan, layout: TokenLayout, *, block_q: int, pool: int, kv_heads: int, device: torch.device
+    entry: SitePlan, layout: TokenLayout, *, group: int, block_q: int, pool: int, kv_heads: int, device: torch.device
 ) -> SparsePattern:
     """The kernels' pattern of a planned site, on `device`."""
     return build_pattern(
         layout,
         entry.orders,
-        entry.mask(device),
-        entry.tail_bias,
+        entry.mask(device, group),
+        None if entry.tail_bias is None else entry.tail_bias[group],
         block_q=block_q,
         pool=pool,
         kv_heads=kv_heads,

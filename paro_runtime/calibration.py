@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -191,15 +191,20 @@ class Calibrator:
         """Masks, orders and biases, worked out on `device`: a GPU takes seconds where a CPU takes a minute."""
         choose = functools.partial(shared_masks if self.options.budget == "shared" else per_head_masks, device=device)
         worths = [self._criterion(s) for s in sums]
-        masks = choose(worths, self._density(sums, worths, choose))
+        groups: dict[Site, list[SitePlan]] = {site: [] for site in sites}
+        # The masks of one group at a time: as bools they are eight times what a plan holds.
+        for density in self.options.densities(self._density(sums, worths, choose)):
+            for site, s, mask in zip(sites, sums, choose(worths, density), strict=True):
+                orders = [s.candidates[i] for i in s.choice.tolist()]
+                its = mask.to(device)
+                kept = mass_kept(s.mass.to(device), s.mask_of_mass(its))
+                groups[site].append(SitePlan.create(orders, its, self._bias(s, its), kept))
         entries = {}
-        for site, s, mask in zip(sites, sums, masks, strict=True):
-            orders = [s.candidates[i] for i in s.choice.tolist()]
-            its = mask.to(device)
-            kept = mass_kept(s.mass.to(device), s.mask_of_mass(its))
+        for site, s in zip(sites, sums, strict=True):
+            entry = SitePlan.joined(groups[site])
             rotate = s.logit_errors is not None and rotates(s.logit_errors, s.weight)
-            falloff = pack_falloff(s.falloff, s.received, orders, self.layout.grid)
-            entries[site] = SitePlan.create(orders, its, self._bias(s, its), kept, falloff, rotate)
+            falloff = pack_falloff(s.falloff, s.received, entry.orders, self.layout.grid)
+            entries[site] = replace(entry, falloff=falloff, rotate=rotate)
         return entries
 
     def _density(self, sums: list[SiteSums], worths: list[torch.Tensor], choose: Callable) -> float:
@@ -208,7 +213,7 @@ class Calibrator:
         if not target:
             return density
         judged = [s.mask_of_mass(worth) for s, worth in zip(sums, worths, strict=True)]
-        return density_for([s.mass for s in sums], judged, target, density, choose)
+        return density_for([s.mass for s in sums], judged, target, density, choose, self.options.densities)
 
     def _logit_error(self, sums: list[SiteSums]) -> dict[str, float]:
         """Relative error that INT8 makes in the attention weights, by how it quantises: worst site."""

@@ -128,6 +128,11 @@ class Evaluation:
             free.extend(torch.zeros(64, 4, dtype=torch.int32, device=device).unbind())
         return free.pop()
 
+    @property
+    def _group(self) -> int:
+        """The group of sparse steps, of those its grid's plan has, that this step belongs to."""
+        return self.session.schedule.group(self.step, self._grid.plan.groups)
+
     def _calibrates(self) -> bool:
         session, grid = self.session, self._grid
         if session.calibrator is not None:
@@ -197,9 +202,9 @@ class Evaluation:
         if session.refresh is None or plan.sites[site].tail_bias is None:
             return None
         key = (site, self.layout.grid)
-        if session.refresh.due(key, self.step):
+        if session.refresh.due(key, self.step, self._group):
             began = time.perf_counter()
-            pattern = session.patterns.get(site, plan, self.layout, k.shape[1], q.device)
+            pattern = session.patterns.get(site, plan, self._group, self.layout, k.shape[1], q.device)
             rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
             session.refresh.measure(key, self.step, q, k, v, pattern, **rest)
             session.tail_seconds += time.perf_counter() - began
@@ -213,7 +218,8 @@ class Evaluation:
                 pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
             else:
                 bias = self._measured_bias(site, q, k, v, scale, key_bias)
-                pattern = session.patterns.get(site, self._grid.plan, self.layout, k.shape[1], q.device, bias)
+                where = (self._group, self.layout, k.shape[1], q.device)
+                pattern = session.patterns.get(site, self._grid.plan, *where, bias)
             rotate = site is not None and self._grid.plan.sites[site].rotate
             precision = site_precision(session.precision, rotate, q, session.backend)
             flag = self._flag(q.device)

@@ -1,4 +1,7 @@
-"""The kernels' patterns of planned sites, kept on the device for the length of a run as far as memory allows."""
+"""The kernels' patterns of planned sites, kept on the device while they are in use, as far as memory allows.
+
+In use are those of one group of steps: a run moves from group to group and hardly ever back.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +24,10 @@ BYTES_PER_BLOCK = 2
 
 
 class PatternCache:
-    """Patterns by site, layout and device. Safe to call from several threads."""
+    """Patterns of one group of steps by site, layout and device. Safe to call from several threads."""
 
     def __init__(self) -> None:
+        self._groups: dict[TokenLayout, int] = {}
         self._patterns: dict[tuple, SparsePattern] = {}
         self._bytes = 0
         self._lock = threading.Lock()
@@ -35,19 +39,26 @@ class PatternCache:
         self,
         site: Site,
         plan: Plan,
+        group: int,
         layout: TokenLayout,
         kv_heads: int,
         device: torch.device,
         bias: torch.Tensor | None = None,
     ) -> SparsePattern:
-        """The site's pattern on `device`, with `bias` `[heads]` in place of the plan's where there is one."""
+        """The site's pattern in a group of steps, with `bias` `[heads]` in place of the plan's where there is one.
+
+        Asking for another group of a layout drops the patterns of the one before.
+        """
         key = (site, layout, device)
         with self._lock:
+            if self._groups.get(layout) != group:
+                self._drop(layout)
+                self._groups[layout] = group
             pattern = self._patterns.get(key)
         if pattern is None:
-            entry = plan.sites[site]
-            pattern = pattern_of(entry, layout, block_q=plan.block_q, pool=plan.pool, kv_heads=kv_heads, device=device)
-            self._keep(key, pattern)
+            sizes = {"block_q": plan.block_q, "pool": plan.pool, "kv_heads": kv_heads}
+            pattern = pattern_of(plan.sites[site], layout, group=group, device=device, **sizes)
+            self._keep(key, group, pattern)
         # The lists that the kernels derive from the mask travel along in `cache`.
         return pattern if bias is None or pattern.tail_bias is None else replace(pattern, tail_bias=bias.to(device))
 
@@ -55,16 +66,27 @@ class PatternCache:
         """Drop everything."""
         with self._lock:
             self._patterns.clear()
+            self._groups.clear()
             self._bytes = 0
 
-    def _keep(self, key: tuple, pattern: SparsePattern) -> None:
-        size = pattern.mask.numel() * BYTES_PER_BLOCK
+    def _drop(self, layout: TokenLayout) -> None:
+        for key in [key for key in self._patterns if key[1] == layout]:
+            self._bytes -= _size(self._patterns.pop(key))
+
+    def _keep(self, key: tuple, group: int, pattern: SparsePattern) -> None:
+        size = _size(pattern)
         with self._lock:
+            if self._groups.get(key[1]) != group:  # another thread has gone on to the next group
+                return
             # Sites come round in the same order in every evaluation: dropping the oldest would drop each just before
             # it is wanted again, so what does not fit is made anew every time instead.
             if self._bytes + size <= _cache_bytes(pattern.mask.device):
                 self._patterns[key] = pattern
                 self._bytes += size
+
+
+def _size(pattern: SparsePattern) -> int:
+    return pattern.mask.numel() * BYTES_PER_BLOCK
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,8 +22,15 @@ from .falloff import packed_width
 from .orders import ALL_ORDERS
 from .tokens import TokenLayout
 
-FORMAT = 2
-LIMITS = {"metadata_bytes": 4 << 20, "sites": 4096, "heads": 1024, "grid_tokens": 1 << 24, "mask_bytes": 1 << 30}
+FORMAT = 3
+LIMITS = {
+    "metadata_bytes": 4 << 20,
+    "sites": 4096,
+    "heads": 1024,
+    "groups": 8,
+    "grid_tokens": 1 << 24,
+    "mask_bytes": 1 << 30,
+}
 
 
 class PlanError(ValueError):
@@ -68,12 +76,17 @@ def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return bits.flatten()[: math.prod(shape)].view(shape).bool()
 
 
+# What a site has for each group of sparse steps.
+PER_GROUP = ("packed", "tail_bias", "density", "mass_kept")
+
+
 @dataclass(frozen=True, eq=False)
 class SitePlan:
-    """Heads of one site. orders: name per head. packed: bits of the mask `[heads, q_blocks, k_blocks]`.
+    """Heads of one site. orders: name per head. packed uint8 [groups, bytes]: for each group of sparse steps the bits
+    of its mask `[heads, q_blocks, k_blocks]`, which is `shape`.
 
-    tail_bias float32 [heads] or None; density and mass_kept float32 [heads], as calibrated. falloff uint8
-    [heads, packed_width(grid)] as `falloff.pack_falloff` makes it, or None: then the plan serves its own grid only.
+    tail_bias float32 [groups, heads] or None; density and mass_kept float32 [groups, heads], as calibrated. falloff
+    uint8 [heads, packed_width(grid)] as `falloff.pack_falloff` makes it, or None: the plan then serves its grid only.
     rotate: INT8 queries and keys are rotated by a Hadamard matrix first.
     """
 
@@ -90,21 +103,37 @@ class SitePlan:
     def create(
         cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor, falloff=None, rotate: bool = False
     ) -> SitePlan:
-        """From a bool mask `[heads, q_blocks, k_blocks]` on any device."""
+        """One group of steps, from a bool mask `[heads, q_blocks, k_blocks]` on any device; tail_bias and mass_kept
+        are [heads]."""
         return cls(
             tuple(orders),
-            pack_bits(mask).cpu(),
+            pack_bits(mask).cpu()[None],
             tuple(mask.shape),
-            None if tail_bias is None else tail_bias.float().cpu(),
-            mask.float().mean((1, 2)).cpu(),
-            mass_kept.float().cpu(),
+            None if tail_bias is None else tail_bias.float().cpu()[None],
+            mask.float().mean((1, 2)).cpu()[None],
+            mass_kept.float().cpu()[None],
             falloff,
             rotate,
         )
 
-    def mask(self, device: torch.device | str = "cpu") -> torch.Tensor:
+    @classmethod
+    def joined(cls, groups: Sequence[SitePlan]) -> SitePlan:
+        """One site of several groups of steps, from one of each: they differ in masks and what follows from them."""
+        first, *others = groups
+        if not others:
+            return first
+        columns = {name: [getattr(group, name) for group in groups] for name in PER_GROUP}
+        whole = {name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()}
+        return replace(first, **whole)
+
+    @property
+    def groups(self) -> int:
+        """Groups of sparse steps, each with a mask of its own."""
+        return self.packed.shape[0]
+
+    def mask(self, device: torch.device | str = "cpu", group: int = 0) -> torch.Tensor:
         """bool `[heads, q_blocks, k_blocks]` on `device`."""
-        return unpack_bits(self.packed.to(device), self.shape)
+        return unpack_bits(self.packed[group].to(device), self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,15 +154,28 @@ class Plan:
 
     @property
     def density(self) -> float:
-        """Kept blocks / all blocks, mean over heads and sites."""
-        densities = [site.density for site in self.sites.values()]
-        return torch.cat(densities).mean().item() if densities else 1.0
+        """Kept blocks / all blocks, mean over groups, heads and sites."""
+        return sum(self.densities) / len(self.densities)
 
     @property
     def mass_kept(self) -> float:
-        """Attention kept, mean over heads and sites."""
-        kept = [site.mass_kept for site in self.sites.values()]
-        return torch.cat(kept).mean().item() if kept else 1.0
+        """Attention kept, mean over groups, heads and sites."""
+        kept = self._by_group("mass_kept")
+        return sum(kept) / len(kept)
+
+    @property
+    def groups(self) -> int:
+        """Groups of sparse steps: the same for every site."""
+        return next(iter(self.sites.values())).groups if self.sites else 1
+
+    @property
+    def densities(self) -> list[float]:
+        """Density of each group of sparse steps, mean over heads and sites."""
+        return self._by_group("density")
+
+    def _by_group(self, name: str) -> list[float]:
+        values = [getattr(site, name) for site in self.sites.values()]
+        return torch.cat(values, 1).mean(1).tolist() if values else [1.0]
 
     def orders_histogram(self) -> dict[str, int]:
         """Heads per order, in the order of `ALL_ORDERS`."""
@@ -183,6 +225,7 @@ def save_plan(plan: Plan, path: Path) -> None:
         "block_q": plan.block_q,
         "block_k": BLOCK_K,
         "pool": plan.pool,
+        "groups": plan.groups,
         "order_names": ALL_ORDERS,
         "sites": sites,
         "settings": plan.settings,
@@ -234,9 +277,12 @@ def _read(file, name: str) -> Plan:
     if header["format"] != FORMAT:
         raise PlanError(f"plan {name}: format {header['format']!r}, this version reads {FORMAT}")
     prefix, grid, suffix = header["layout"]
-    numbers = [prefix, suffix, *grid, header["block_q"], header["block_k"], header["pool"]]
+    groups = header["groups"]
+    numbers = [prefix, suffix, *grid, header["block_q"], header["block_k"], header["pool"], groups]
     if not all(type(n) is int for n in numbers):
         raise PlanError(f"plan {name}: the layout's numbers must be whole, found {numbers}")
+    if not 0 < groups <= LIMITS["groups"]:
+        raise PlanError(f"plan {name}: {groups} groups of steps, expected 1 to {LIMITS['groups']}")
     layout = TokenLayout(prefix, tuple(grid), suffix)
     if layout.length > LIMITS["grid_tokens"]:
         raise PlanError(f"plan {name}: {layout.length} tokens, at most {LIMITS['grid_tokens']} are read")
@@ -255,7 +301,7 @@ def _read(file, name: str) -> Plan:
         if type(heads) is not int or not 0 < heads <= LIMITS["heads"] or tuple(found) != blocks:
             raise PlanError(f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}")
         width = packed_width(layout.grid) if entry["falloff"] else 0
-        budget -= heads * (math.prod(blocks) // 8 + width)
+        budget -= heads * (groups * math.prod(blocks) // 8 + width)
         if budget < 0:
             raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
         # Absent from plans made before it could be chosen.
@@ -263,7 +309,7 @@ def _read(file, name: str) -> Plan:
         if type(rotate) is not bool:
             raise PlanError(f"plan {name}: rotate of {entry['name']!r} is {rotate!r}, expected true or false")
         key = f"{number:04d}"
-        found = _read_site(file, name, key, (heads, *blocks), names, entry["tail"], width)
+        found = _read_site(file, name, key, groups, (heads, *blocks), names, entry["tail"], width)
         tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
         sites[Site.parse(entry["name"])] = _site_plan(found, (heads, *blocks), names, rotate)
     if len(sites) != len(header["sites"]):
@@ -278,17 +324,17 @@ def _read(file, name: str) -> Plan:
 
 
 def _read_site(
-    file, name: str, key: str, shape: tuple[int, int, int], names: list[str], tail: bool, width: int
+    file, name: str, key: str, groups: int, shape: tuple[int, int, int], names: list[str], tail: bool, width: int
 ) -> dict:
     heads = shape[0]
     expected = {
         "orders": ("U8", [heads]),
-        "mask": ("U8", [-(-math.prod(shape) // 8)]),
-        "density": ("F32", [heads]),
-        "mass_kept": ("F32", [heads]),
+        "mask": ("U8", [groups, -(-math.prod(shape) // 8)]),
+        "density": ("F32", [groups, heads]),
+        "mass_kept": ("F32", [groups, heads]),
     }
     if tail:
-        expected["tail_bias"] = ("F32", [heads])
+        expected["tail_bias"] = ("F32", [groups, heads])
     if width:
         expected["falloff"] = ("U8", [heads, width])
     tensors = {}
@@ -306,11 +352,12 @@ def _read_site(
     for part in ("density", "mass_kept", "tail_bias"):
         if part in tensors and not tensors[part].isfinite().all():
             raise PlanError(f"plan {name}: {key}.{part} holds a value that is not finite")
-    mask = unpack_bits(tensors["mask"], shape)
-    if not mask.any(2).all():
-        raise PlanError(f"plan {name}: {key}.mask has a row that keeps no block")
-    if (mask.float().mean((1, 2)) - tensors["density"]).abs().max() > 1e-3:
-        raise PlanError(f"plan {name}: {key}.mask does not have the density it declares")
+    for packed, density in zip(tensors["mask"], tensors["density"], strict=True):
+        mask = unpack_bits(packed, shape)
+        if not mask.any(2).all():
+            raise PlanError(f"plan {name}: {key}.mask has a row that keeps no block")
+        if (mask.float().mean((1, 2)) - density).abs().max() > 1e-3:
+            raise PlanError(f"plan {name}: {key}.mask does not have the density it declares")
     if tail and tensors["tail_bias"].abs().max() > 20:
         raise PlanError(f"plan {name}: {key}.tail_bias is beyond 20")
     return tensors

@@ -157,14 +157,14 @@ class _Move:
         self.heads = [(site, head) for site, entry in plan.sites.items() for head in range(len(entry.orders))]
 
     def _some(self, heads: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Weights `[n, bins]` on the new grid, what its tokens draw `[n, N]`, and densities `[n]` of some heads."""
+        """Some heads' weights `[n, bins]` on the new grid, what its tokens draw `[n, N]`, densities `[groups, n]`."""
         entries = [(self.plan.sites[site], head) for site, head in heads]
         falloff, draw = unpack_falloff(torch.stack([entry.falloff[head] for entry, head in entries]), self.old)
         tokens = [
             _draw_of_tokens(row, entry.orders[head], self.old, self.grid)
             for row, (entry, head) in zip(draw, entries, strict=True)
         ]
-        density = torch.stack([entry.density[head] for entry, head in entries])
+        density = torch.stack([entry.density[:, head] for entry, head in entries], 1)
         return _expected_falloff(falloff, self.old, self.grid), torch.stack(tokens), density
 
     def orders(self) -> dict[Site, list[str]]:
@@ -183,7 +183,7 @@ class _Move:
             weights, tokens, density = self._some(heads)
             for number, order in enumerate(candidates):
                 expected = pairs[number].expected(weights, _draw_of_blocks(tokens, order, self.grid))
-                kept = mass_kept(expected, _best_blocks(expected, density))
+                kept = mass_kept(expected, _best_blocks(expected, density.mean(0)))
                 scores.update({(*key, number): value for key, value in zip(heads, kept, strict=True)})
         chosen = {}
         for site, entry in self.plan.sites.items():
@@ -204,15 +204,20 @@ class _Move:
             for heads in _batches([(site, head) for site, head in self.heads if orders[site][head] == order]):
                 weights, tokens, density = self._some(heads)
                 expected = pairs.expected(weights, _draw_of_blocks(tokens, order, self.grid))
-                masks = _best_blocks(expected, EXTRA * density)
-                for key, mask, kept in zip(heads, masks, mass_kept(expected, masks), strict=True):
-                    moved[key] = pack_bits(mask), kept
+                for group, its in enumerate(density):
+                    masks = _best_blocks(expected, EXTRA * its)
+                    for key, mask, kept in zip(heads, masks, mass_kept(expected, masks), strict=True):
+                        moved[(*key, group)] = pack_bits(mask), kept
         made = {}
         for site, entry in self.plan.sites.items():
-            found = [moved[site, head] for head in range(len(entry.orders))]
-            mask = torch.stack([unpack_bits(bits, pairs.size.shape) for bits, _ in found])
-            kept = torch.stack([kept for _, kept in found])
-            made[site] = SitePlan.create(orders[site], mask, entry.tail_bias, kept, rotate=entry.rotate)
+            groups = []
+            for group in range(entry.groups):
+                found = [moved[site, head, group] for head in range(len(entry.orders))]
+                mask = torch.stack([unpack_bits(bits, pairs.size.shape) for bits, _ in found])
+                bias = None if entry.tail_bias is None else entry.tail_bias[group]
+                kept = torch.stack([kept for _, kept in found])
+                groups.append(SitePlan.create(orders[site], mask, bias, kept, rotate=entry.rotate))
+            made[site] = SitePlan.joined(groups)
         return made
 
 
@@ -250,8 +255,10 @@ class MovedPlanCheck:
         layout = self.plan.layout
         geometry = Geometry(layout.prefix, layout.grid, layout.suffix, self.plan.block_q)
         tables = torch.stack([order_table(name, layout.grid) for name in entry.orders]).to(q.device)
-        kept = kept_on_rows(q, k, geometry, tables, entry.mask(q.device), scale=scale, key_bias=key_bias)
-        self._kept[site] = kept.mean().item(), entry.mass_kept.mean().item()
+        # The group in the middle stands for all: its density is the nearest to their mean.
+        mask = entry.mask(q.device, entry.groups // 2)
+        kept = kept_on_rows(q, k, geometry, tables, mask, scale=scale, key_bias=key_bias)
+        self._kept[site] = kept.mean().item(), entry.mass_kept[entry.groups // 2].mean().item()
 
     def verdict(self) -> tuple[bool, str] | None:
         """Whether the plan may stay, and a line about it; None before anything was measured."""

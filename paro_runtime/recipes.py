@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from ..kernels.problem import BLOCK_K
-from .schedule import default_dense_steps
+from .schedule import default_dense_steps, falling_densities
 from .settings import Settings
 from .tokens import TokenLayout
 
@@ -93,7 +93,8 @@ class MaskOptions:
     """What shapes a plan's masks: two plans with equal options for one model and grid are interchangeable.
 
     pool: tokens per pooled key of the tail, or None to drop what is not kept. mass_target: share of the attention to
-    keep with as few blocks as that takes, `density` being the most; 0 takes `density` as it is.
+    keep with as few blocks as that takes, `density` being the most; 0 takes `density` as it is. density_schedule: one
+    mask for all sparse steps (constant), or one for each group of them (falling), `density` being their mean.
     """
 
     density: float
@@ -101,6 +102,11 @@ class MaskOptions:
     budget: str
     pool: int | None
     mass_target: float = 0.0
+    density_schedule: str = "constant"
+
+    def densities(self, density: float) -> tuple[float, ...]:
+        """Densities of the groups of sparse steps whose mean is `density`."""
+        return falling_densities(density) if self.density_schedule == "falling" else (density,)
 
     @property
     def compared_density(self) -> float:
@@ -115,6 +121,7 @@ class MaskOptions:
             "budget": self.budget,
             "pool": self.pool or 0,
             "mass_target": self.mass_target,
+            "density_schedule": self.density_schedule,
         }
 
 
@@ -122,7 +129,8 @@ def mask_options(settings: Settings, recipe: Recipe) -> MaskOptions:
     """Settings where the user chose, the recipe elsewhere."""
     density = settings.density if settings.density is not None else recipe.densities[settings.preset]
     pool = None if settings.tail == "off" else BLOCK_K
-    return MaskOptions(float(density), settings.order, settings.budget, pool, float(settings.mass_target))
+    target = float(settings.mass_target)
+    return MaskOptions(float(density), settings.order, settings.budget, pool, target, settings.density_schedule)
 
 
 def query_block(grid_tokens: int) -> int:

@@ -2,7 +2,8 @@
 
 A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure it
 on the very queries and keys at hand, which costs one hundredth of a dense attention: done in the first sparse step, and
-then ever more rarely (after 1, 3, 7, 15 ... steps), because the bias drifts with the noise level.
+then ever more rarely (after 1, 3, 7, 15 ... steps), because the bias drifts with the noise level. It belongs to
+the mask it was measured under: the first step of each group of steps measures it anew.
 """
 
 from __future__ import annotations
@@ -23,15 +24,20 @@ class BiasRefresh:
 
     def __init__(self) -> None:
         self._first: dict[Hashable, int] = {}
+        self._groups: dict[Hashable, tuple[int, int]] = {}  # the present group, and the step it began in
         self._errors: dict[Hashable, tuple[int, torch.Tensor]] = {}
         self._biases: dict[Hashable, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def due(self, key: Hashable, step: int) -> bool:
-        """Whether the bias of this site should be measured in this step."""
+    def due(self, key: Hashable, step: int, group: int) -> bool:
+        """Whether the bias of this site should be measured in this step, which is one of this group of steps."""
         with self._lock:
+            if self._groups.get(key, (None, 0))[0] != group:
+                self._groups[key] = (group, step)
+                self._errors.pop(key, None)
+            begins = self._groups[key][1] == step
             age = step - self._first.setdefault(key, step) + 1
-        return age > 0 and age & (age - 1) == 0
+        return begins or (age > 0 and age & (age - 1) == 0)
 
     def measure(
         self,
@@ -68,6 +74,12 @@ class BiasRefresh:
                 errors = errors + before[1]
             self._errors[key] = (step, errors)
             self._biases[key] = best_bias(errors)
+
+    def forget(self) -> None:
+        """The masks are others now: everything is due again."""
+        with self._lock:
+            for known in (self._first, self._groups, self._errors, self._biases):
+                known.clear()
 
     def bias(self, key: Hashable) -> torch.Tensor | None:
         """float32 `[Hq]`, or None if the site was never measured."""

@@ -37,7 +37,10 @@ ORDER_COLOURS = dict(
 
 @dataclass(frozen=True)
 class Report:
-    """Figures of one run. Times are wall-clock seconds, medians per step; `fallbacks`, `passed` are (reason, count)."""
+    """Figures of one run. Times are wall-clock seconds, medians per step; `fallbacks`, `passed` are (reason, count).
+
+    density and mass_kept are the plan's: means over its groups of sparse steps, of which `densities` has one each.
+    """
 
     family: str
     tokens: int
@@ -51,6 +54,7 @@ class Report:
     sites_dense_blocks: int
     sites_rotated: int
     density: float
+    densities: list[float]
     mass_kept: float
     precision: str
     backend: str
@@ -86,6 +90,7 @@ class Report:
             sites_dense_blocks=len(session.dense_block_sites),
             sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
             density=plan.density if plan else 1.0,
+            densities=plan.densities if plan else [],
             mass_kept=plan.mass_kept if plan else 1.0,
             precision=session.precision,
             backend=session.backend or "none",
@@ -121,7 +126,8 @@ class Report:
             reason = self.passed[0][0] if self.passed else "no self-attention call was seen"
             return f"{self.family}: passed through · {reason}"
         share = f"{self.sites_sparse}/{self.sites} sites sparse"
-        parts = [self.family, f"{self.tokens:,} tokens", share, f"density {self.density:.2f}", self.precision]
+        density = f"density {self.density:.2f}{range_text(self.densities)}"
+        parts = [self.family, f"{self.tokens:,} tokens", share, density, self.precision]
         parts.append(f"{self.dense_steps}/{self.steps} steps dense")
         if self.gain is not None and self.backend == "triton":
             parts.append(f"sparse steps {self.gain:.2f}x as fast as dense ones")
@@ -136,7 +142,8 @@ class Report:
             self.status(),
             f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
             f"kernels: {self.backend}, {self.precision}",
-            f"plan: {self.plan_source}, density {self.density:.3f}, attention kept {self._kept()}",
+            f"plan: {self.plan_source}, density {self.density:.3f}{range_text(self.densities)}, "
+            f"attention kept {self._kept()}",
             f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
             f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
@@ -163,6 +170,11 @@ class Report:
         return plan_picture(self.plan) if self.plan is not None else None
 
 
+def range_text(densities: list[float]) -> str:
+    """` (0.44 to 0.18)`: densities of the first and the last group of sparse steps; nothing where all are alike."""
+    return f" ({densities[0]:.2f} to {densities[-1]:.2f})" if len(densities) > 1 else ""
+
+
 def _expected_gain(session: Session, layout: TokenLayout | None, plan: Plan | None) -> tuple[float, float] | None:
     if plan is None or session.backend != "triton":
         return None
@@ -185,7 +197,8 @@ def plan_picture(plan: Plan) -> torch.Tensor:
     draw = ImageDraw.Draw(image)
     font, ink = ImageFont.load_default(), (228, 228, 231)
     grid = "x".join(map(str, plan.layout.grid))
-    title = f"{plan.identity.family}  grid {grid}  density {plan.density:.3f}  attention kept {plan.mass_kept:.1%}"
+    density = f"density {plan.density:.3f}{range_text(plan.densities)}"
+    title = f"{plan.identity.family}  grid {grid}  {density}  attention kept {plan.mass_kept:.1%}"
     draw.text((12, 10), title, ink, font)
     right = left + panel + gap
     draw.text((left, top - 30), "order per head", ink, font)
@@ -195,7 +208,7 @@ def plan_picture(plan: Plan) -> torch.Tensor:
         y = top + row * cell
         if row % every == 0:
             draw.text((12, y + cell // 2 - 6), site.name, ink, font)
-        for column, (name, density) in enumerate(zip(entry.orders, entry.density.tolist(), strict=True)):
+        for column, (name, density) in enumerate(zip(entry.orders, entry.density.mean(0).tolist(), strict=True)):
             box = (column * cell, y, column * cell + cell - 2, y + cell - 2)
             draw.rectangle((left + box[0], box[1], left + box[2], box[3]), fill=ORDER_COLOURS[name])
             shade = int(40 + 215 * min(1.0, density))

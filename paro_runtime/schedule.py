@@ -24,6 +24,26 @@ def step_index(sigmas: Sequence[float], sigma: float) -> int:
     return index
 
 
+# A run's sparse steps fall into so many groups, and the first keeps FALL times as many blocks as the last: what early
+# steps get wrong every later one builds on.
+GROUPS = 3
+FALL = 2.5
+
+
+def falling_densities(density: float) -> tuple[float, ...]:
+    """Densities of the GROUPS groups of sparse steps: they fall by equal factors, and their mean is `density`.
+
+    A group that would need more than every block keeps every block, and the others share what is left.
+    """
+    weights = [FALL ** (-group / (GROUPS - 1)) for group in range(GROUPS)]
+    for full in range(GROUPS):
+        rest = weights[full:]
+        unit = (density * GROUPS - full) / sum(rest)
+        if unit * rest[0] <= 1:
+            return (1.0,) * full + tuple(unit * weight for weight in rest)
+    return (1.0,) * GROUPS
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Dense steps are the first ones; dense blocks are parsed from the user's text."""
@@ -39,6 +59,14 @@ class Schedule:
 
     def is_dense_step(self, step: int) -> bool:
         return step < self.dense_steps
+
+    def group(self, step: int, groups: int) -> int:
+        """Which of `groups` equal stretches of the sparse steps the middle of a sparse step lies in.
+
+        Where the steps do not divide evenly, first and last group have the same number: the mean density stays.
+        """
+        sparse = self.steps - self.dense_steps
+        return max(0, (2 * (step - self.dense_steps) + 1) * groups // (2 * sparse)) if sparse else 0
 
     def is_dense_block(self, index: int, total: int | None) -> bool:
         return in_blocks(self.dense_blocks, index, total)

@@ -122,18 +122,24 @@ def density_for(
     target: float,
     most: float,
     choose: Callable[[Sequence[torch.Tensor], float], list[torch.Tensor]],
+    groups: Callable[[float], Sequence[float]] = lambda density: (density,),
 ) -> float:
     """The least density, at most `most`, whose masks keep `target` of the attention, mean over heads and sites.
 
     masses, worths: attention of each block and what blocks are kept by, both `[H, q_blocks, k_blocks]` per site; choose
-    makes masks of worths and a density. Large tables are judged by every n-th row of blocks.
+    makes masks of worths and a density; groups: the densities of groups of steps that stand for one density, each group
+    counts alike. Large tables are judged by every n-th row of blocks.
     """
     stride = max(1, math.ceil(sum(mass.numel() for mass in masses) / TARGET_VALUES))
     masses, worths = ([table[:, ::stride].float() for table in tables] for tables in (masses, worths))
 
     def kept(density: float) -> float:
-        masks = choose(worths, density)
-        return torch.cat([mass_kept(mass, mask) for mass, mask in zip(masses, masks, strict=True)]).mean().item()
+        found = [
+            mass_kept(mass, mask)
+            for its in groups(density)
+            for mass, mask in zip(masses, choose(worths, its), strict=True)
+        ]
+        return torch.cat(found).mean().item()
 
     low, high = 0.0, most
     while high - low > DENSITY_STEP:

@@ -207,6 +207,8 @@ class Session:
         if not stays:
             grid.plan = None
             self.patterns.clear()
+            if self.refresh is not None:
+                self.refresh.forget()
             if self.settings.calibrate:
                 grid.calibrator = Calibrator(self.policy.identity, self.options)
                 grid.source = "calibrated on the way"

@@ -14,6 +14,7 @@ TAIL_NAMES = ("auto", "on", "off")
 ORDER_NAMES = ("mass", "paper", "original")
 BUDGET_NAMES = ("shared", "per_head")
 DENSE_NAMES = ("host", "paro")
+SCHEDULE_NAMES = ("falling", "constant")
 
 
 class SettingsError(ValueError):
@@ -41,6 +42,8 @@ class Settings:
     recipe          a family whose recipe to use, or `auto` for the model's own.
     mass_target     share of the attention to keep, 0 to 1: the density is then what that takes, and `density` or the
                     preset's is the most it may be. 0 takes that density as it is.
+    density_schedule falling: the first sparse steps keep more blocks and the last ones fewer, `density` being the
+                    mean; constant: one mask for all steps.
     """
 
     preset: str = "balanced"
@@ -59,6 +62,7 @@ class Settings:
     verbose: bool = False
     recipe: str = "auto"
     mass_target: float = 0.0
+    density_schedule: str = "falling"
 
     def validated(self) -> Settings:
         """Return self, or raise SettingsError naming the first field that cannot be used."""
@@ -69,6 +73,7 @@ class Settings:
             ("order", ORDER_NAMES),
             ("budget", BUDGET_NAMES),
             ("dense_attention", DENSE_NAMES),
+            ("density_schedule", SCHEDULE_NAMES),
             ("backend", BACKEND_NAMES),
         ):
             value = getattr(self, name)

@@ -3,13 +3,24 @@
 import json
 import random
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_paro.paro_runtime import partial as partial_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.falloff import packed_width
-from comfyui_paro.paro_runtime.plan import LIMITS, ModelIdentity, Plan, PlanError, Site, SitePlan, load_plan, save_plan
+from comfyui_paro.paro_runtime.plan import (
+    LIMITS,
+    PER_GROUP,
+    ModelIdentity,
+    Plan,
+    PlanError,
+    Site,
+    SitePlan,
+    load_plan,
+    save_plan,
+)
 from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -19,16 +30,19 @@ LAYOUT = TokenLayout(3, (4, 8, 10), 2)
 OPTIONS = MaskOptions(0.3, "mass", "shared", 64)
 
 
-def make_plan() -> Plan:
+def make_plan(groups: int = 3) -> Plan:
     generator = torch.Generator().manual_seed(0)
     sites = {}
     for index in range(3):
-        mask = torch.rand(4, 5, 5, generator=generator) < 0.3
-        mask[:, :, 0] = True
-        orders = ("FHW", "HWF", "4x4x4", "WFH")
         falloff = torch.randint(0, 256, (4, packed_width(LAYOUT.grid)), generator=generator, dtype=torch.uint8)
-        bias = torch.randn(4, generator=generator)
-        sites[Site("double", index)] = SitePlan.create(orders, mask, bias, torch.ones(4), falloff, index == 1)
+        found = []
+        for _ in range(groups):
+            mask = torch.rand(4, 5, 5, generator=generator) < 0.3
+            mask[:, :, 0] = True
+            orders, bias = ("FHW", "HWF", "4x4x4", "WFH"), torch.randn(4, generator=generator)
+            kept = torch.rand(4, generator=generator)
+            found.append(SitePlan.create(orders, mask, bias, kept, falloff, index == 1))
+        sites[Site("double", index)] = SitePlan.joined(found)
     return Plan(IDENTITY, LAYOUT, 64, sites, 64, OPTIONS.as_dict(), {"by": "test", "note": "x" * 40})
 
 
@@ -49,10 +63,15 @@ def same(a: Plan, b: Plan) -> bool:
     )
 
 
-def test_a_plan_comes_back_as_it_was_saved(tmp_path):
-    plan = make_plan()
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_plan_comes_back_as_it_was_saved(groups, tmp_path):
+    plan = make_plan(groups)
     save_plan(plan, tmp_path / "p.safetensors")
-    assert same(load_plan(tmp_path / "p.safetensors"), plan)
+    loaded = load_plan(tmp_path / "p.safetensors")
+    assert same(loaded, plan) and loaded.groups == groups == len(loaded.densities)
+    entry = loaded.sites[Site("double", 1)]
+    for group in range(groups):
+        assert torch.equal(entry.mask(group=group).float().mean((1, 2)), plan.sites[Site("double", 1)].density[group])
     assert [f.name for f in tmp_path.iterdir()] == ["p.safetensors"]
 
 
@@ -131,7 +150,7 @@ def test_mutated_plans_are_refused_in_one_line(seed, tmp_path):
     [
         ({"tail_bias": torch.full((4,), 99.0)}, "beyond 20"),
         ({"tail_bias": torch.full((4,), float("nan"))}, "not finite"),
-        ({"density": torch.zeros(4)}, "density"),
+        ({"density": torch.zeros(4)}, "does not have the density"),
         ({"rotate": "yes"}, "rotate of 'double.1.0' is 'yes'"),
         ({"rotate": 1}, "expected true or false"),
         ({"packed": torch.zeros(13, dtype=torch.uint8)}, "keeps no block"),
@@ -140,11 +159,15 @@ def test_mutated_plans_are_refused_in_one_line(seed, tmp_path):
         ({"falloff": torch.zeros(4, packed_width(LAYOUT.grid))}, r"0001\.falloff is F32"),
     ],
 )
-def test_a_consistent_file_with_wrong_content_is_refused(bad, told, tmp_path):
-    """The checksum is right in these: whoever writes a file can also sign it."""
+@pytest.mark.parametrize("group", range(3))
+def test_a_consistent_file_with_wrong_content_is_refused(bad, told, group, tmp_path):
+    """The checksum is right in these: whoever writes a file can also sign it. One wrong group is enough."""
     plan = make_plan()
     entry = plan.sites[Site("double", 1)]
-    plan.sites[Site("double", 1)] = SitePlan(**{**entry.__dict__, **bad})
+    for name, value in bad.items():
+        if name in PER_GROUP:
+            value = torch.stack([value if g == group else its for g, its in enumerate(getattr(entry, name))])
+        plan.sites[Site("double", 1)] = replace(entry, **{name: value})
     save_plan(plan, tmp_path / "p.safetensors")
     with pytest.raises(PlanError, match=told):
         load_plan(tmp_path / "p.safetensors")
@@ -159,14 +182,15 @@ def test_any_bytes_of_a_falloff_can_be_moved(tmp_path):
         plan.sites[site] = SitePlan(**{**plan.sites[site].__dict__, "falloff": falloff})
     save_plan(plan, tmp_path / "p.safetensors")
     moved = move_plan(load_plan(tmp_path / "p.safetensors"), TokenLayout(3, (5, 9, 13), 2))
-    for entry in moved.sites.values():
-        assert entry.mass_kept.isfinite().all() and entry.mask().any(2).all() and (entry.density < 0.7).all()
+    for site, entry in moved.sites.items():
+        assert entry.mass_kept.isfinite().all() and (entry.density < 1.1 * plan.sites[site].density + 0.15).all()
+        assert all(entry.mask(group=group).any(2).all() for group in range(3))
 
 
 def test_falloffs_count_towards_what_a_file_may_hold(tmp_path, monkeypatch):
     plan = make_plan()
     save_plan(plan, tmp_path / "p.safetensors")
-    monkeypatch.setitem(LIMITS, "mask_bytes", 3 * (4 * 25 // 8 + 4 * packed_width(LAYOUT.grid)) - 1)
+    monkeypatch.setitem(LIMITS, "mask_bytes", 3 * 4 * (3 * 25 // 8 + packed_width(LAYOUT.grid)) - 1)
     with pytest.raises(PlanError, match="masks and falloffs over"):
         load_plan(tmp_path / "p.safetensors")
 
@@ -242,6 +266,32 @@ def test_stability_compares_steps_and_prompts():
         f"{what}_between_{which}" for what in ("orders", "masks") for which in ("steps", "prompts")
     } and all(0 <= value <= 1 for value in values.values())
     assert calibrator.plan({}).made["stability"] == values
+
+
+@pytest.mark.parametrize(
+    "groups, told",
+    [
+        (0, "0 groups of steps, expected 1 to 8"),
+        (9, "9 groups"),
+        (2, r"0000.mask is U8 \[3, 13\], expected U8 \[2"),
+        (True, "whole"),
+    ],
+)
+def test_the_number_of_groups_is_checked(groups, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(Plan, "groups", groups)
+    plan = make_plan()
+    save_plan(plan, tmp_path / "p.safetensors")
+    with pytest.raises(PlanError, match=told):
+        load_plan(tmp_path / "p.safetensors")
+
+
+def test_the_limit_counts_the_masks_of_every_group(tmp_path, monkeypatch):
+    monkeypatch.setitem(LIMITS, "mask_bytes", 3 * 4 * (2 * 25 // 8 + packed_width(LAYOUT.grid)))
+    for groups in (2, 3):
+        save_plan(make_plan(groups), tmp_path / f"{groups}.safetensors")
+    load_plan(tmp_path / "2.safetensors")
+    with pytest.raises(PlanError, match="masks and falloffs over"):
+        load_plan(tmp_path / "3.safetensors")
 
 
 def test_a_row_that_keeps_nothing_is_refused_even_with_a_right_checksum(tmp_path):

@@ -113,7 +113,7 @@ def with_everything_kept(plan: Plan, rotate: bool | None = None) -> Plan:
     for site, entry in plan.sites.items():
         mask = torch.ones(entry.shape, dtype=torch.bool)
         its = entry.rotate if rotate is None else rotate
-        sites[site] = SitePlan.create(entry.orders, mask, None, entry.mass_kept, rotate=its)
+        sites[site] = SitePlan.create(entry.orders, mask, None, entry.mass_kept[0], rotate=its)
     return Plan(plan.identity, plan.layout, plan.block_q, sites, plan.pool, plan.settings, plan.made)
 
 

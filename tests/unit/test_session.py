@@ -265,10 +265,10 @@ def test_the_bias_measured_in_the_run_replaces_the_plans():
     sample(session := Session(policy(), sigmas=SIGMAS))
     plan = session.finish().plan
     cache = PatternCache()
-    arguments = (SITES[0], plan, LAYOUT, 4, torch.device("cpu"))
+    arguments = (SITES[0], plan, 1, LAYOUT, 4, torch.device("cpu"))
     measured = torch.tensor([0.1, 0.2, 0.3, 0.4])
     assert torch.equal(cache.get(*arguments, measured).tail_bias, measured)
-    assert torch.equal(cache.get(*arguments).tail_bias, plan.sites[SITES[0]].tail_bias)
+    assert torch.equal(cache.get(*arguments).tail_bias, plan.sites[SITES[0]].tail_bias[1])
     assert cache.get(*arguments, measured).mask is cache.get(*arguments).mask and len(cache) == 1
 
 
