@@ -6,7 +6,7 @@ import math
 import jsonschema
 import pytest
 from comfyui_paro.paro_runtime.recipes import FOLDER, RecipeError, all_recipes, mask_options, recipe_for
-from comfyui_paro.paro_runtime.schedule import Schedule, default_dense_steps, step_index
+from comfyui_paro.paro_runtime.schedule import FALL, Schedule, default_dense_steps, falling_densities, step_index
 from comfyui_paro.paro_runtime.settings import Settings, SettingsError, in_blocks, parse_blocks
 
 WRONG = [
@@ -26,6 +26,7 @@ WRONG = [
     ({"mass_target": -0.1}, "mass_target"),
     ({"mass_target": 97}, "mass_target"),
     ({"mass_target": math.nan}, "mass_target"),
+    ({"density_schedule": "rising"}, "density_schedule"),
     ({"dense_blocks": "0, x"}, "dense_blocks"),
     ({"dense_blocks": "9-3"}, "dense_blocks"),
 ]
@@ -74,6 +75,41 @@ def test_dense_steps_follow_few_step_and_full_schedules():
     assert all(schedule.is_dense_step(i) for i in range(4))
 
 
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.3, 0.67, 0.7, 0.9, 0.99, 1.0])
+def test_falling_densities_have_their_mean_and_stay_within_one(density):
+    found = falling_densities(density)
+    assert sum(found) / 3 == pytest.approx(density) and all(0 < value <= 1 for value in found)
+    assert found[0] >= found[1] >= found[2]
+    if density * 1.48 < 1:  # nothing to redistribute
+        assert found[0] / found[2] == pytest.approx(FALL) and found[0] / found[1] == pytest.approx(FALL**0.5)
+
+
+# steps, dense steps, sparse steps of each of three groups
+GROUPED = [
+    (8, 2, (2, 2, 2)),
+    (8, 3, (2, 1, 2)),
+    (8, 1, (2, 3, 2)),
+    (20, 4, (5, 6, 5)),
+    (50, 10, (13, 14, 13)),
+    (4, 1, (1, 1, 1)),
+    (4, 2, (1, 0, 1)),
+    (4, 3, (0, 1, 0)),
+    (4, 4, (0, 0, 0)),
+]
+
+
+@pytest.mark.parametrize("steps, dense, counts", GROUPED)
+def test_groups_of_sparse_steps_keep_the_mean_density(steps, dense, counts):
+    schedule = Schedule.create(steps, dense, "")
+    groups = [schedule.group(step, 3) for step in range(dense, steps)]
+    assert groups == sorted(groups) and tuple(map(groups.count, range(3))) == counts
+    densities = falling_densities(0.3)
+    if len(groups) > 1:
+        assert sum(densities[group] for group in groups) / len(groups) == pytest.approx(0.3, rel=0.035)
+    assert [schedule.group(step, 1) for step in range(steps)] == [0] * steps
+    assert all(schedule.group(step, 3) == 0 for step in range(dense))
+
+
 def test_every_recipe_follows_the_schema():
     schema = json.loads((FOLDER / "schema.json").read_text())
     files = [p for p in FOLDER.glob("*.json") if p.name != "schema.json"]
@@ -94,5 +130,7 @@ def test_presets_come_from_the_recipe_unless_the_user_gives_a_density():
     assert mask_options(Settings(preset="fast"), recipe).density == recipe.densities["fast"]
     assert mask_options(Settings(preset="fast", density=0.44), recipe).density == 0.44
     assert mask_options(Settings(tail="off"), recipe).pool is None
+    assert mask_options(Settings(density=0.3), recipe).densities(0.3) == falling_densities(0.3)
+    assert mask_options(Settings(density=0.3, density_schedule="constant"), recipe).densities(0.3) == (0.3,)
     with pytest.raises(RecipeError, match="none for 'sora'; there are"):
         recipe_for("sora")
