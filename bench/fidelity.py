@@ -2,6 +2,7 @@
 
     python bench/fidelity.py --suite synthetic --seeds 5 --json bench/results/fidelity-synthetic.json
     python bench/fidelity.py --suite tiny --device cuda --json bench/results/fidelity-tiny.json
+    python bench/fidelity.py --suite tiny --merge one.json two.json --json bench/results/fidelity-tiny.json
     python bench/fidelity.py --suite sta
     python bench/fidelity.py --suite moved --seeds 4 --densities 0.1 0.2 0.3 --json bench/results/fidelity-moved.json
 
@@ -44,10 +45,19 @@ def machine(device: str) -> dict:
     }
 
 
+def merged_machines(paths: list[Path]) -> dict:
+    """What the figures of several files were made on, and by which commands."""
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    fields = ("device", "torch", "python", "date")
+    made_on = {name: " and ".join(sorted({str(file.get(name)) for file in files})) for name in fields}
+    return made_on | {"merged": [file.get("command") for file in files]}
+
+
 def save(args: argparse.Namespace, records: list[dict], seconds: float | None = None) -> None:
     """Write what there is to the JSON file, if one was asked for: a long suite may be stopped."""
     if args.json:
-        content = {"suite": args.suite, "command": " ".join(sys.argv[1:]), **machine(args.device)}
+        content = {"suite": args.suite, "command": " ".join(sys.argv[1:])}
+        content |= merged_machines(args.merge) if args.merge else machine(args.device)
         content |= {"seconds": seconds, "records": records}
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -81,6 +91,7 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
         GRIDS,
         SEEDS,
         TinyBench,
+        acceptance,
         passing_variants,
         run_variants,
         standard_variants,
@@ -92,12 +103,25 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
         if args.grid and args.grid != "x".join(map(str, grid)):
             continue
         bench = TinyBench(grid, args.device, SEEDS[: args.videos])
-        variants = standard_variants(args.densities, args.dense_steps) + passing_variants()
+        common = [density for density in args.densities if density >= 0.1]
+        variants = standard_variants(args.densities, args.dense_steps) + passing_variants(common)
         variants = [v for v in variants if re.search(args.only, v.name)]
         for variant in variants:
             records += run_variants(bench, [variant], lambda line: print(line, file=sys.stderr, flush=True))
             save(args, records)
-    return records, table(records)
+    return records, f"{table(records)}\n\n{acceptance(records)}"
+
+
+def merge_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Records of several runs of the suite `tiny`; of two of one variant the later file's counts."""
+    from comfyui_paro.bench.paro_bench.tiny import acceptance, table
+
+    found = {}
+    for path in args.merge:
+        for r in json.loads(path.read_text(encoding="utf-8"))["records"]:
+            found[r["grid"], r["dense_steps"], r["density"], r["name"]] = r
+    records = [found[key] for key in sorted(found)]
+    return records, f"{table(records)}\n\n{acceptance(records)}"
 
 
 def run_moved(args: argparse.Namespace) -> tuple[list[dict], str]:
@@ -134,10 +158,15 @@ def main() -> None:
     parser.add_argument("--only", default="", help="only variants whose name matches this pattern (tiny)")
     parser.add_argument("--level", choices=("easy", "hard"), default="hard", help="synthetic content")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--merge", type=Path, nargs="+", help="join the records of these files instead of running (tiny)"
+    )
     parser.add_argument("--json", type=Path, help="also write the records to this file")
     args = parser.parse_args()
     began = time.perf_counter()
-    records, text = SUITES[args.suite](args)
+    if args.merge and args.suite != "tiny":
+        parser.error("--merge joins records of --suite tiny only")
+    records, text = merge_tiny(args) if args.merge else SUITES[args.suite](args)
     print(text)
     save(args, records, round(time.perf_counter() - began, 1))
 

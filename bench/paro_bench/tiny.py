@@ -1,7 +1,8 @@
 """Suite `tiny`: a trained video model, small enough to sample hundreds of times, sparse against dense by seed.
 
 Everything runs through the runtime's own session, calibrator and PyTorch reference at 16-bit precision, so what differs
-from the dense run is what the method leaves out.
+from the dense run is what the method leaves out. All videos of a variant are sampled at once, each as heads of its own:
+every video has its own plan and its own measured bias, as if it were sampled alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from ...paro_runtime.recipes import MaskOptions, recipe_for
 from ...paro_runtime.session import Policy, Session
 from ...paro_runtime.settings import Settings
 from ...paro_runtime.statistics import geometry_of
+from ...paro_runtime.sums import SiteSums
 from ...paro_runtime.tokens import TokenLayout
 from ...tests.tiny_wan import data, sampler
 from ...tests.tiny_wan.model import TinyWan, load_tiny_wan
@@ -28,7 +30,7 @@ from .baselines import band_mask, radial_mask, random_mask
 GRIDS = ((8, 12, 12), (9, 13, 11))
 STEPS = 8
 SEEDS = tuple(range(1000, 1016))
-CALIBRATION_SEEDS = tuple(range(1, 5))
+CALIBRATION_SEEDS = tuple(range(1, 9))
 IDENTITY = ModelIdentity("wan", "tiny", "tiny")
 LAYERS, HEADS = 4, 2
 
@@ -39,6 +41,7 @@ class Variant:
 
     plan: `offline` (made from other videos), `passing` (from the last dense step of the same video) or a fixed mask's
     name. videos: how many the offline plan is made from. refresh: measure the tail's bias again while sampling.
+    schedule: of the density over the sparse steps.
     """
 
     name: str
@@ -49,8 +52,9 @@ class Variant:
     budget: str = "shared"
     pool: int = 64
     plan: str = "offline"
-    videos: int = 2
+    videos: int = 8
     refresh: bool = True
+    schedule: str = "falling"
     method: Method = field(default_factory=Method)
 
     def settings(self) -> Settings:
@@ -64,10 +68,12 @@ class Variant:
             budget=self.budget,
             backend="reference",
             strict=True,
+            density_schedule=self.schedule,
         ).validated()
 
     def options(self) -> MaskOptions:
-        return MaskOptions(self.density, self.order, self.budget, self.pool if self.tail else None)
+        pool = self.pool if self.tail else None
+        return MaskOptions(self.density, self.order, self.budget, pool, density_schedule=self.schedule)
 
 
 class TinyBench:
@@ -89,18 +95,23 @@ class TinyBench:
         noise = [sampler.seeded_noise((1, 16, *self.size), s) for s in seeds]
         return data.contexts(torch.cat(labels)), torch.cat(noise)
 
-    def sample(self, seeds, session: Session | None) -> torch.Tensor:
-        """Latents of the clips, every self-attention through the session (None: dense)."""
+    def sample(self, seeds, session: Session | None, apart: bool = False) -> torch.Tensor:
+        """Latents of the clips, every self-attention through the session (None: dense); with `apart` the heads of each
+        clip are heads of their own there."""
         context, noise = self.start(seeds)
         evaluation = [None]
 
         def attention(q, k, v, *, layer):
+            if session is None:
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+            shape = q.shape
+            if apart:
+                q, k, v = (x.reshape(1, -1, *shape[2:]) for x in (q, k, v))
+
             def dense():
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-            if session is None:
-                return dense()
-            return evaluation[0].attend(Site("block", layer), q, k, v, dense=dense, blocks=LAYERS)
+            return evaluation[0].attend(Site("block", layer), q, k, v, dense=dense, blocks=LAYERS).reshape(shape)
 
         def on_step(_, sigma):
             if session is not None:
@@ -125,6 +136,25 @@ class TinyBench:
         calibrator = self._calibrators[key]
         calibrator.options, calibrator.method = options, method
         return calibrator.plan({"by": "bench"})
+
+    def passing_plans(self, variant: Variant) -> list[Plan]:
+        """Of each video from its own last dense step, as a run makes it in passing."""
+        method, options, step = variant.method, variant.options(), max(0, variant.dense_steps - 1)
+        key = (options.order, options.pool, options.density, step, replace(method, criterion="mass"))
+        if key not in self._calibrators:
+            calibrator = Calibrator(IDENTITY, options, method=replace(method, criterion="error"))
+            session = self.session(variant, calibrator=calibrator, calibrate_steps=frozenset({step}))
+            self.sample(self.seeds, session, apart=True)
+            self._calibrators[key] = calibrator
+        found = []
+        for video in range(len(self.seeds)):
+            heads = slice(video * HEADS, (video + 1) * HEADS)
+            one = Calibrator(IDENTITY, options, method=method)
+            one.layout = self.layout
+            # Heads are observed apart from each other; only the budget is shared, and that among those of one video.
+            one._sums = {site: _of_heads(sums, heads) for site, sums in self._calibrators[key]._sums.items()}
+            found.append(one.plan({"by": "bench"}))
+        return found
 
     def watch(self, seeds, see: Callable, steps) -> None:
         """Sample densely and show `see(site, q, k)` the calls of some steps."""
@@ -184,24 +214,23 @@ class TinyBench:
     def run(self, variant: Variant) -> dict:
         """Sample every seed sparsely and compare with its dense run."""
         began = time.perf_counter()
-        density = kept = extra = None
         if variant.plan == "passing":
-            parts = []
-            for seed in self.seeds:
-                session = self.session(variant)
-                parts.append(self.sample([seed], session))
-                report = session.finish()
-                density, kept, extra = report.density, report.mass_kept, report.calibration_seconds
-            latents = torch.cat(parts)
+            plans = self.passing_plans(variant)
         else:
             offline = variant.plan == "offline"
             plan = self.offline_plan(variant) if offline else self.fixed_plan(variant.plan, variant.density)
-            density, kept = plan.density, plan.mass_kept if offline else None
-            latents = self.sample(self.seeds, self.session(variant, plan=plan))
+            plans = [plan] * len(self.seeds)
+        plan = _side_by_side(plans)
+        session = self.session(variant, plan=plan)
+        latents = self.sample(self.seeds, session, apart=True)
+        groups = [session.schedule.group(step, plan.groups) for step in range(variant.dense_steps, STEPS)]
         record = self.compare(latents)
         record |= {"name": variant.name, "grid": "x".join(map(str, self.grid)), "density": variant.density}
         record |= {"dense_steps": variant.dense_steps, "tail": variant.tail, "plan": variant.plan}
-        record |= {"kept_density": density, "mass_kept": kept, "calibration_seconds": extra}
+        record |= {"schedule": variant.schedule, "densities": [round(density, 4) for density in plan.densities]}
+        # Over the steps there were; a plan of three groups counts each alike.
+        record |= {"kept_density": sum(plan.densities[group] for group in groups) / len(groups)}
+        record |= {"mass_kept": plan.mass_kept if variant.plan in ("offline", "passing") else None}
         return record | {"seconds": round(time.perf_counter() - began, 2)}
 
     def compare(self, latents: torch.Tensor) -> dict:
@@ -220,41 +249,67 @@ class TinyBench:
         }
 
 
+def _of_heads(sums: SiteSums, heads: slice) -> SiteSums:
+    return replace(sums, **{name: tensor[heads] for name, tensor in sums.tensors().items()})
+
+
+def _side_by_side(plans: list[Plan]) -> Plan:
+    """One plan with the heads of all: those of the first plan first."""
+    sites = {}
+    for site in plans[0].sites:
+        entries = [plan.sites[site] for plan in plans]
+        orders = [name for entry in entries for name in entry.orders]
+        groups = []
+        for group in range(plans[0].groups):
+            mask = torch.cat([entry.mask(group=group) for entry in entries])
+            bias = None if entries[0].tail_bias is None else torch.cat([entry.tail_bias[group] for entry in entries])
+            groups.append(SitePlan.create(orders, mask, bias, torch.cat([entry.mass_kept[group] for entry in entries])))
+        sites[site] = SitePlan.joined(groups)
+    return replace(plans[0], sites=sites)
+
+
 PAPER = Method(criterion="mass", bias="mass", tiles=False)
 
 
 def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> list[Variant]:
-    """The table of the acceptance: orders, fixed masks, tail and dropping."""
+    """The table of the acceptance: orders, fixed masks, tail and dropping. Others' methods keep one mask."""
     made = []
     for density, dense in itertools.product(densities, dense_steps):
         common = (density, dense)
+        theirs = {"schedule": "constant", "refresh": False}
         made += [
-            Variant("original order, drop", *common, tail=False, order="original", method=PAPER),
+            Variant("original order, drop", *common, tail=False, order="original", method=PAPER, **theirs),
+            Variant("paper's metric, drop", *common, tail=False, order="paper", method=PAPER, **theirs),
+            Variant("radial", *common, tail=False, plan="radial", **theirs),
+            Variant("window", *common, tail=False, plan="window", **theirs),
+            Variant("random", *common, tail=False, plan="random", **theirs),
+            Variant("ours, offline", *common),
+            Variant("ours, offline, drop", *common, tail=False),
+            Variant("ours, offline, constant density", *common, schedule="constant"),
+            Variant("ours, offline, blocks by mass", *common, method=Method(criterion="mass")),
+            Variant("ours, offline, bias kept", *common, refresh=False),
+            Variant("axis orders, tail of right mass (prototype)", *common, method=PAPER, **theirs),
             Variant("original order, tail", *common, order="original"),
-            Variant("paper's metric, drop", *common, tail=False, order="paper", method=PAPER),
-            Variant("ours, drop", *common, tail=False),
-            Variant("ours, tail", *common),
-            Variant("ours, tail, plan's bias kept", *common, refresh=False),
-            Variant("ours, tail, blocks by mass", *common, method=Method(criterion="mass")),
-            Variant("axis orders, tail of right mass (prototype)", *common, method=PAPER, refresh=False),
-            Variant("radial", *common, tail=False, plan="radial"),
-            Variant("window", *common, tail=False, plan="window"),
-            Variant("random", *common, tail=False, plan="random"),
         ]
     return made
 
 
-def passing_variants() -> list[Variant]:
-    """On the fly against offline, three dense steps and one."""
+def passing_variants(densities=(0.1, 0.2, 0.3)) -> list[Variant]:
+    """On the fly, three dense steps and one; offline with one too, to compare with."""
     made = []
-    for dense, density in itertools.product((3, 1), (0.1, 0.2, 0.3)):
-        for plan in ("offline", "passing"):
-            made.append(Variant(f"ours, {plan}", density, dense, plan=plan))
-        made.append(Variant("ours, passing, bias kept", density, dense, plan="passing", refresh=False))
-        made.append(Variant("ours, passing, drop", density, dense, plan="passing", tail=False))
-        made.append(
-            Variant("original order, passing, drop", density, dense, plan="passing", tail=False, order="original")
-        )
+    theirs = {"method": PAPER, "schedule": "constant"}
+    for dense, density in itertools.product((3, 1), densities):
+        passing = {"density": density, "dense_steps": dense, "plan": "passing"}
+        made += [
+            Variant("ours, passing", **passing),
+            Variant("ours, passing, constant density", **passing, schedule="constant"),
+            Variant("ours, passing, drop", **passing, tail=False),
+            Variant("ours, passing, blocks by mass", **passing, method=Method(criterion="mass")),
+            Variant("ours, passing, bias kept", **passing, refresh=False),
+            Variant("original order, passing, drop", **passing, tail=False, order="original", **theirs),
+        ]
+        if dense == 1:
+            made.append(Variant("ours, offline", density, dense))
     return made
 
 
@@ -268,6 +323,44 @@ def run_variants(bench: TinyBench, variants: list[Variant], told: Callable[[str]
             f"{record['grid']} {variant.name} d {variant.density} dense {variant.dense_steps}: {record['psnr']:.2f} dB"
         )
     return records
+
+
+# What ours is compared with: line of the acceptance, what is asked, ours, the other.
+COMPARISONS = (
+    (0, "tail against drop", "ours, offline", "ours, offline, drop"),
+    (0, "tail against drop, passing", "ours, passing", "ours, passing, drop"),
+    (2, "ours against the original order", "ours, offline", "original order, drop"),
+    (2, "ours against radial", "ours, offline", "radial"),
+    (2, "ours against window", "ours, offline", "window"),
+    (2, "ours against the paper's metric", "ours, offline", "paper's metric, drop"),
+    (5, "passing against offline", "ours, passing", "ours, offline"),
+    (None, "falling against constant density, passing", "ours, passing", "ours, passing, constant density"),
+    (None, "falling against constant density, offline", "ours, offline", "ours, offline, constant density"),
+)
+
+
+def acceptance(records: list[dict]) -> str:
+    """Differences of mean PSNR in dB that the acceptance asks for, as far as there are records: a line per comparison,
+    grid and number of dense steps, a figure per density."""
+    found = {(r["grid"], r["dense_steps"], r["name"], r["density"]): r["psnr"] for r in records}
+    runs = sorted({key[:2] for key in found})
+    lines = ["Differences of mean PSNR in dB:"]
+    for number, title, ours, other in COMPARISONS:
+        for grid, dense in runs:
+            both = [
+                (density, found[grid, dense, ours, density] - found[grid, dense, other, density])
+                for density in sorted({key[3] for key in found})
+                if {(grid, dense, ours, density), (grid, dense, other, density)} <= found.keys()
+            ]
+            figures = [f"{density}: {gain:+.2f}" for density, gain in both]
+            half = {(grid, dense, ours, 0.1), (grid, dense, other, 0.2)} <= found.keys()
+            if number == 0 and half:
+                gain = found[grid, dense, ours, 0.1] - found[grid, dense, other, 0.2]
+                figures.append(f"0.1 with tail against 0.2 dropping: {gain:+.2f}")
+            if figures:
+                line = "" if number is None else f"line {number}, "
+                lines.append(f"- {line}{title}, {grid}, {dense} of {STEPS} dense: {', '.join(figures)}")
+    return "\n".join(lines)
 
 
 def table(records: list[dict]) -> str:
