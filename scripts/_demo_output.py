@@ -55,6 +55,7 @@ def write_results(out: Path, runs: dict, labels, host: str, version: str, args: 
         "sites": facts["sites"],
         "sites_sparse": facts["sites_sparse"],
         "density": facts["density"],
+        "densities": facts["densities"],
         "precision": facts["precision"],
         "mass_kept": facts["mass_kept"],
         "psnr_db": psnr(clips["paro"], clips["dense"]),
