@@ -20,6 +20,7 @@ from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .recipes import MaskOptions, query_block
 from .rotation import CASES, root_mean, rotates
+from .schedule import GROUPS, Schedule
 from .selection import density_for, mass_kept, per_head_masks, shared_masks, tail_bias
 from .stability import Glimpse, Stability, compare, glimpse
 from .statistics import Observation, StatisticsOptions, observe
@@ -36,6 +37,8 @@ class Method:
     them to the tail would cost, or by `mass`. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. alpha, sigma: of the paper's metric.
+    time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
+    all observations for all masks. What a resumed calibration had observed before counts for all groups.
     """
 
     criterion: str = "error"
@@ -43,6 +46,7 @@ class Method:
     tiles: bool = True
     alpha: float = 0.5
     sigma: float = 1.0
+    time_groups: Schedule | None = None
 
 
 class Calibrator:
@@ -69,6 +73,7 @@ class Calibrator:
         self.layout: TokenLayout | None = None
         self.prompt = 0
         self._sums: dict[Site, SiteSums] = {}
+        self._of_groups: dict[tuple[Site, int], SiteSums] = {}
         self._glimpses: dict[tuple[Site, int, int], Glimpse] = {}
         self._lock = threading.Lock()
         self._device = torch.device("cpu")  # where what was last observed was
@@ -154,6 +159,12 @@ class Calibrator:
                 self._sums[site] = fresh
             sums = self._sums[site]
             sums.done.add(label)
+            if self.method.time_groups is not None:
+                key = (site, self.method.time_groups.group(step, GROUPS))
+                if key in self._of_groups:
+                    self._of_groups[key].add(fresh)
+                else:
+                    self._of_groups[key] = replace(fresh, done=set())
             if self._partial is not None:
                 self._partial.write(site, sums, self.layout)
 
@@ -191,17 +202,23 @@ class Calibrator:
         """Masks, orders and biases, worked out on `device`: a GPU takes seconds where a CPU takes a minute."""
         choose = functools.partial(shared_masks if self.options.budget == "shared" else per_head_masks, device=device)
         worths = [self._criterion(s) for s in sums]
+        densities = self.options.densities(self._density(sums, worths, choose))
+        if self.method.time_groups is not None and len(densities) == 1:
+            densities *= GROUPS
         groups: dict[Site, list[SitePlan]] = {site: [] for site in sites}
         # The masks of one group at a time: as bools they are eight times what a plan holds.
-        for density in self.options.densities(self._density(sums, worths, choose)):
+        for group, density in enumerate(densities):
+            if self.method.time_groups is not None:
+                sums = [self._of_group(site, group) for site in sites]
+                worths = [self._criterion(s) for s in sums]
             for site, s, mask in zip(sites, sums, choose(worths, density), strict=True):
                 orders = [s.candidates[i] for i in s.choice.tolist()]
                 its = mask.to(device)
                 kept = mass_kept(s.mass.to(device), s.mask_of_mass(its))
                 groups[site].append(SitePlan.create(orders, its, self._bias(s, its), kept))
         entries = {}
-        for site, s in zip(sites, sums, strict=True):
-            entry = SitePlan.joined(groups[site])
+        for site in sites:
+            entry, s = SitePlan.joined(groups[site]), self._sums[site]
             rotate = s.logit_errors is not None and rotates(s.logit_errors, s.weight)
             falloff = pack_falloff(s.falloff, s.received, entry.orders, self.layout.grid)
             entries[site] = replace(entry, falloff=falloff, rotate=rotate)
@@ -219,6 +236,19 @@ class Calibrator:
         """Relative error that INT8 makes in the attention weights, by how it quantises: worst site."""
         found = [root_mean(s.logit_errors, s.weight) for s in sums if s.logit_errors is not None]
         return {name: round(max(values), 5) for name, values in zip(CASES, zip(*found, strict=True), strict=False)}
+
+    def _of_group(self, site: Site, group: int) -> SiteSums:
+        """What was observed in the steps of one group; where a head had another order there, or nothing was seen, what
+        was observed in all of them."""
+        total, own = self._sums[site], self._of_groups.get((site, group))
+        if own is None:
+            return total
+        same, mine = own.choice == total.choice, own.tensors()
+        parts = {
+            name: mine.get(name, every).where(same.view(-1, *[1] * (every.dim() - 1)), every)
+            for name, every in total.tensors().items()
+        }
+        return replace(total, **parts)
 
     def _criterion(self, s: SiteSums) -> torch.Tensor:
         """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""

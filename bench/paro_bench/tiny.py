@@ -17,6 +17,7 @@ import torch
 from ...paro_runtime.calibration import Calibrator, Method
 from ...paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from ...paro_runtime.recipes import MaskOptions, recipe_for
+from ...paro_runtime.schedule import Schedule
 from ...paro_runtime.session import Policy, Session
 from ...paro_runtime.settings import Settings
 from ...paro_runtime.statistics import geometry_of
@@ -288,6 +289,12 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
             Variant("ours, offline, constant density", *common, schedule="constant"),
             Variant("ours, offline, blocks by mass", *common, method=Method(criterion="mass")),
             Variant("ours, offline, bias kept", *common, refresh=False),
+            Variant(
+                "ours, offline, time groups",
+                *common,
+                schedule="constant",
+                method=Method(time_groups=Schedule.create(STEPS, dense, "")),
+            ),
             Variant("axis orders, tail of right mass (prototype)", *common, method=PAPER, **theirs),
             Variant("original order, tail", *common, order="original"),
         ]

@@ -5,7 +5,7 @@ import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
 from comfyui_paro.kernels.api import block_statistics, row_logsumexp
 from comfyui_paro.paro_runtime import evaluation as evaluation_module
-from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.patterns import PatternCache
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site, load_plan
@@ -13,7 +13,7 @@ from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.portability import EXTRA, move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.schedule import falling_densities
+from comfyui_paro.paro_runtime.schedule import Schedule, falling_densities
 from comfyui_paro.paro_runtime.selection import shared_masks
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
@@ -53,6 +53,29 @@ def test_masks_of_later_groups_lie_within_those_of_earlier_ones(planted, budget,
         alone = calibrator.plan({}).sites[SITE]
         assert torch.equal(alone.packed[0], entry.packed[group])
         assert torch.equal(alone.tail_bias[0], entry.tail_bias[group])
+
+
+def test_groups_may_have_masks_from_their_own_steps(planted):
+    """The paper's time groups. Of six steps 0 and 5 are in the first and the last group; none in between was seen."""
+
+    def calibrated(steps, schedule, time_groups=None):
+        options = MaskOptions(0.25, "original", "shared", 64, 0.0, schedule)
+        calibrator = Calibrator(IDENTITY, options, method=Method(time_groups=time_groups))
+        for step in steps:
+            q, k, v = (x[step % 2 : step % 2 + 1] for x in (planted.q, planted.k, planted.v))
+            calibrator.observe(SITE, LAYOUT, q.roll(step, 1), k.roll(step, 1), v, step=step)
+        return calibrator.plan({}).sites[SITE]
+
+    apart = calibrated((0, 5), "constant", Schedule.create(6, 0, ""))
+    seen = [calibrated(steps, "constant") for steps in ((0,), (0, 5), (5,))]
+    assert apart.groups == 3 and not torch.equal(seen[0].packed, seen[2].packed)
+    for group, alone in enumerate(seen):
+        assert torch.equal(apart.packed[group], alone.packed[0]) and torch.equal(
+            apart.tail_bias[group], alone.tail_bias[0]
+        )
+    falling = calibrated((0, 5), "falling", Schedule.create(6, 0, ""))
+    assert torch.equal(falling.packed[2], calibrated((5,), "falling").packed[2])
+    assert falling.density.mean(1).tolist() == pytest.approx(falling_densities(0.25), abs=0.02)
 
 
 def test_a_constant_density_has_one_group_of_plain_masks(planted):
