@@ -29,7 +29,7 @@ LIMITS = {
     "heads": 1024,
     "groups": 8,
     "grid_tokens": 1 << 24,
-    "mask_bytes": 1 << 30,
+    "mask_bytes": 3 << 30,  # three masks of 40 layers of 40 heads at 200,000 tokens
 }
 
 
