@@ -87,16 +87,8 @@ def run_sta(_: argparse.Namespace) -> tuple[list[dict], str]:
 
 def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     """Both grids: the table of orders, masks and tail; then calibration in passing against offline."""
-    from comfyui_paro.bench.paro_bench.tiny import (
-        GRIDS,
-        SEEDS,
-        TinyBench,
-        acceptance,
-        passing_variants,
-        run_variants,
-        standard_variants,
-        table,
-    )
+    from comfyui_paro.bench.paro_bench.tiny import GRIDS, SEEDS, TinyBench, run_variants
+    from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, passing_variants, standard_variants, table
 
     records = []
     for grid in GRIDS[: args.grids]:
@@ -114,7 +106,7 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
 
 def merge_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     """Records of several runs of the suite `tiny`; of two of one variant the later file's counts."""
-    from comfyui_paro.bench.paro_bench.tiny import acceptance, table
+    from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, table
 
     found = {}
     for path in args.merge:

@@ -8,7 +8,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from .plan import ModelIdentity, Plan, PlanError, load_plan, save_plan
+from .plan import ModelIdentity, Plan, PlanError
+from .plan_file import load_plan, save_plan
 from .recipes import MaskOptions
 from .tokens import TokenLayout
 

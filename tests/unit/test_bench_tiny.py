@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from comfyui_paro.bench.metrics import psnr
-from comfyui_paro.bench.paro_bench.tiny import TinyBench, Variant, acceptance
+from comfyui_paro.bench.paro_bench.tiny import TinyBench, Variant
+from comfyui_paro.bench.paro_bench.tiny_rows import acceptance
 from comfyui_paro.tests.tiny_wan import data
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "fidelity.py"

@@ -8,7 +8,8 @@ from comfyui_paro.paro_runtime import evaluation as evaluation_module
 from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.patterns import PatternCache
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site, load_plan
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan_file import load_plan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.portability import EXTRA, move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for

@@ -268,6 +268,18 @@ def test_a_mass_target_keeps_as_few_blocks_as_it_takes(planted, budget, target, 
     assert least.density == pytest.approx(0.13, abs=0.03) and least.mass_kept < target
 
 
+def test_a_mass_target_is_judged_where_the_mass_is_known(planted, monkeypatch):
+    """Large tables keep the mass of some query blocks only."""
+    found = []
+    for blocks in (64, 5):
+        monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", blocks)
+        calibrator = Calibrator(IDENTITY, MaskOptions(1.0, "mass", "shared", 64, 0.9, "falling"))
+        calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+        found.append(calibrator.plan({}))
+        assert found[-1].mass_kept == pytest.approx(0.9, abs=0.04)
+    assert found[0].density == pytest.approx(found[1].density, abs=0.06)
+
+
 def test_the_density_of_a_target_can_be_judged_by_some_rows(monkeypatch):
     masses = [torch.rand(2, 64, 64) ** 6, torch.rand(3, 64, 64) ** 2]
     every = density_for(masses, masses, 0.8, 1.0, shared_masks)

@@ -10,17 +10,8 @@ import torch
 from comfyui_paro.paro_runtime import partial as partial_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.falloff import packed_width
-from comfyui_paro.paro_runtime.plan import (
-    LIMITS,
-    PER_GROUP,
-    ModelIdentity,
-    Plan,
-    PlanError,
-    Site,
-    SitePlan,
-    load_plan,
-    save_plan,
-)
+from comfyui_paro.paro_runtime.plan import PER_GROUP, ModelIdentity, Plan, PlanError, Site, SitePlan
+from comfyui_paro.paro_runtime.plan_file import LIMITS, load_plan, save_plan
 from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.tokens import TokenLayout

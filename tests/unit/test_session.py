@@ -11,7 +11,8 @@ from comfyui_paro.paro_runtime import patterns as patterns_module
 from comfyui_paro.paro_runtime.attention import resolve_backend
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.patterns import PatternCache
-from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site, load_plan
+from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site
+from comfyui_paro.paro_runtime.plan_file import load_plan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session

@@ -1,0 +1,199 @@
+"""Plan files, safe to read from a stranger.
+
+A plan file is a safetensors file. Its metadata key `paro` holds JSON that declares every shape; every tensor is checked
+against the declaration before it is read, so a wrong file costs one line and little memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES
+from .falloff import packed_width
+from .orders import ALL_ORDERS
+from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan, unpack_bits
+from .tokens import TokenLayout
+
+FORMAT = 3
+LIMITS = {
+    "metadata_bytes": 4 << 20,
+    "sites": 4096,
+    "heads": 1024,
+    "groups": 8,
+    "grid_tokens": 1 << 24,
+    "mask_bytes": 3 << 30,  # three masks of 40 layers of 40 heads at 200,000 tokens
+}
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write a plan; the file appears whole or not at all."""
+    tensors, sites = {}, []
+    for number, (site, entry) in enumerate(sorted(plan.sites.items())):
+        key = f"{number:04d}"
+        optional = {"tail": entry.tail_bias is not None, "falloff": entry.falloff is not None}
+        sites.append({"name": site.name, "shape": list(entry.shape), **optional, "rotate": entry.rotate})
+        tensors[f"{key}.orders"] = torch.tensor([ALL_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
+        tensors[f"{key}.mask"] = entry.packed
+        tensors[f"{key}.density"] = entry.density
+        tensors[f"{key}.mass_kept"] = entry.mass_kept
+        if entry.tail_bias is not None:
+            tensors[f"{key}.tail_bias"] = entry.tail_bias
+        if entry.falloff is not None:
+            tensors[f"{key}.falloff"] = entry.falloff
+    header = {
+        "format": FORMAT,
+        "identity": asdict(plan.identity),
+        "layout": [plan.layout.prefix, list(plan.layout.grid), plan.layout.suffix],
+        "block_q": plan.block_q,
+        "block_k": BLOCK_K,
+        "pool": plan.pool,
+        "groups": plan.groups,
+        "order_names": ALL_ORDERS,
+        "sites": sites,
+        "settings": plan.settings,
+        "made": plan.made,
+    }
+    text = json.dumps(header)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    save_file(tensors, partial, metadata={"paro": text, "paro_sha256": file_digest(text, tensors)})
+    partial.replace(path)
+
+
+def file_digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 over the header and every tensor: a flipped bit in a mask is a plan nobody made."""
+    total = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def load_plan(path: Path) -> Plan:
+    """Read and check a plan file. Raises PlanError with one line on anything unexpected."""
+    name = Path(path).name
+    try:
+        with safe_open(path, framework="pt") as file:
+            return _read(file, name)
+    except FileNotFoundError:
+        reason = "no such file"
+    except PlanError as error:
+        reason = str(error).removeprefix(f"plan {name}: ")
+    except (SafetensorError, OSError) as error:
+        reason = f"not a complete safetensors file ({error})"
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+        reason = f"damaged header ({type(error).__name__}: {error})"
+    # One line, and no longer than a line: reasons quote the file, and the file may be hostile.
+    reason = " ".join(reason.split())
+    raise PlanError(f"plan {name}: {reason if len(reason) <= 240 else reason[:237] + '...'}")
+
+
+def _read(file, name: str) -> Plan:
+    metadata = file.metadata() or {}
+    text = metadata.get("paro")
+    if text is None:
+        raise PlanError(f"plan {name}: a safetensors file, but not a PARO plan")
+    if len(text) > LIMITS["metadata_bytes"]:
+        raise PlanError(f"plan {name}: header of {len(text)} bytes, at most {LIMITS['metadata_bytes']} are read")
+    header = json.loads(text)
+    if header["format"] != FORMAT:
+        raise PlanError(f"plan {name}: format {header['format']!r}, this version reads {FORMAT}")
+    prefix, grid, suffix = header["layout"]
+    groups = header["groups"]
+    numbers = [prefix, suffix, *grid, header["block_q"], header["block_k"], header["pool"], groups]
+    if not all(type(n) is int for n in numbers):
+        raise PlanError(f"plan {name}: the layout's numbers must be whole, found {numbers}")
+    if not 0 < groups <= LIMITS["groups"]:
+        raise PlanError(f"plan {name}: {groups} groups of steps, expected 1 to {LIMITS['groups']}")
+    layout = TokenLayout(prefix, tuple(grid), suffix)
+    if layout.length > LIMITS["grid_tokens"]:
+        raise PlanError(f"plan {name}: {layout.length} tokens, at most {LIMITS['grid_tokens']} are read")
+    block_q, pool = header["block_q"], header["pool"]
+    if block_q not in BLOCK_Q_CHOICES or header["block_k"] != BLOCK_K or pool < 1 or BLOCK_K % pool:
+        raise PlanError(f"plan {name}: blocks of {block_q} x {header['block_k']} and pools of {pool} are not supported")
+    names = header["order_names"]
+    if not isinstance(names, list) or any(order not in ALL_ORDERS for order in names):
+        raise PlanError(f"plan {name}: order names {names!r} are not all known")
+    blocks = (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // BLOCK_K))
+    if not 0 < len(header["sites"]) <= LIMITS["sites"]:
+        raise PlanError(f"plan {name}: {len(header['sites'])} sites, expected 1 to {LIMITS['sites']}")
+    sites, tensors, budget = {}, {}, LIMITS["mask_bytes"]
+    for number, entry in enumerate(header["sites"]):
+        heads, *found = entry["shape"]
+        if type(heads) is not int or not 0 < heads <= LIMITS["heads"] or tuple(found) != blocks:
+            raise PlanError(f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}")
+        width = packed_width(layout.grid) if entry["falloff"] else 0
+        budget -= heads * (groups * math.prod(blocks) // 8 + width)
+        if budget < 0:
+            raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
+        # Absent from plans made before it could be chosen.
+        rotate = entry.get("rotate", False)
+        if type(rotate) is not bool:
+            raise PlanError(f"plan {name}: rotate of {entry['name']!r} is {rotate!r}, expected true or false")
+        key = f"{number:04d}"
+        found = _read_site(file, name, key, groups, (heads, *blocks), names, entry["tail"], width)
+        tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
+        sites[Site.parse(entry["name"])] = _site_plan(found, (heads, *blocks), names, rotate)
+    if len(sites) != len(header["sites"]):
+        raise PlanError(f"plan {name}: a site is named twice")
+    if set(file.keys()) != set(tensors):
+        raise PlanError(f"plan {name}: {len(file.keys())} tensors, {len(tensors)} are declared")
+    if metadata.get("paro_sha256") != file_digest(text, tensors):
+        raise PlanError(f"plan {name}: damaged, its checksum does not match")
+    identity = ModelIdentity(**{key: str(value) for key, value in header["identity"].items()})
+    settings, made = dict(header["settings"]), dict(header["made"])
+    return Plan(identity, layout, block_q, sites, pool, settings, made)
+
+
+def _read_site(
+    file, name: str, key: str, groups: int, shape: tuple[int, int, int], names: list[str], tail: bool, width: int
+) -> dict:
+    heads = shape[0]
+    expected = {
+        "orders": ("U8", [heads]),
+        "mask": ("U8", [groups, -(-math.prod(shape) // 8)]),
+        "density": ("F32", [groups, heads]),
+        "mass_kept": ("F32", [groups, heads]),
+    }
+    if tail:
+        expected["tail_bias"] = ("F32", [groups, heads])
+    if width:
+        expected["falloff"] = ("U8", [heads, width])
+    tensors = {}
+    for part, (dtype, size) in expected.items():
+        view = file.get_slice(f"{key}.{part}")
+        if view.get_dtype() != dtype or view.get_shape() != size:
+            raise PlanError(
+                f"plan {name}: {key}.{part} is {view.get_dtype()} {view.get_shape()}, expected {dtype} {size}"
+            )
+        tensors[part] = file.get_tensor(f"{key}.{part}")
+    if int(tensors["orders"].max()) >= len(names):
+        raise PlanError(
+            f"plan {name}: {key}.orders holds {int(tensors['orders'].max())}, there are {len(names)} orders"
+        )
+    for part in ("density", "mass_kept", "tail_bias"):
+        if part in tensors and not tensors[part].isfinite().all():
+            raise PlanError(f"plan {name}: {key}.{part} holds a value that is not finite")
+    for packed, density in zip(tensors["mask"], tensors["density"], strict=True):
+        mask = unpack_bits(packed, shape)
+        if not mask.any(2).all():
+            raise PlanError(f"plan {name}: {key}.mask has a row that keeps no block")
+        if (mask.float().mean((1, 2)) - density).abs().max() > 1e-3:
+            raise PlanError(f"plan {name}: {key}.mask does not have the density it declares")
+    if tail and tensors["tail_bias"].abs().max() > 20:
+        raise PlanError(f"plan {name}: {key}.tail_bias is beyond 20")
+    return tensors
+
+
+def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str], rotate) -> SitePlan:
+    orders = tuple(names[i] for i in tensors["orders"].tolist())
+    rest = (tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"], tensors.get("falloff"), rotate)
+    return SitePlan(orders, tensors["mask"], shape, *rest)
