@@ -4,7 +4,7 @@ python bench/calibration.py [--shapes wan720p,wan480p_small,flux] [--heads 8] [-
 
 Times are wall-clock medians in milliseconds that wait for the device. `observe` is what a calibrating step pays per
 site: block sums of some rows under every order, the tail's errors and curves, copies to the CPU and all that lies
-between. `refresh` measures the tail's bias again in a sparse step, `plan` makes the masks of one site at the end;
+between. `refresh` measures the tail's bias again in a sparse step, `plan` makes the three masks of one site at the end;
 `every_row` is what masks by mass would need instead of the tail. On a CPU nothing is measured.
 """
 
@@ -98,7 +98,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
         "every_row": every_row,
     }
     times = {f"{name}_ms": median_ms(run, repeats, device) for name, run in parts.items()}
-    options = MaskOptions(DENSITY, "mass", "shared", POOL)
+    options = MaskOptions(DENSITY, "mass", "shared", POOL, density_schedule="falling")
     calibrators: list[Calibrator] = []
 
     def observe():
@@ -114,7 +114,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None
     plans: list = []
     times["plan_ms"] = median_ms(lambda: plans.append(calibrators[0].plan({})), 1, device)
-    mask = plans[0].sites[SITE].mask(device)
+    mask = plans[0].sites[SITE].mask(device, 1)
 
     def refresh():
         return observe_bias(q, k, v, g, rows, mask, pool=POOL, share=ROWS_SHARE)
