@@ -234,11 +234,14 @@ class _Group:
     unit: torch.Tensor
 
 
-def _sixteen_bits(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x `[h, n, D]` in 16 bits and, for float32, the power of two per head that it was divided by, `[h]`."""
+def _sixteen_bits(x: torch.Tensor, largest: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x `[h, n, D]` in 16 bits and, for float32, the power of two per head that it was divided by, `[h]`.
+
+    largest `[h]`: the magnitude that must fit, where it is not that of x alone.
+    """
     if x.dtype != torch.float32:
         return x, None
-    largest = x.abs().amax((1, 2)).clamp_min(1e-20)
+    largest = (x.abs().amax((1, 2)) if largest is None else largest).clamp_min(1e-20)
     unit = torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
     return (x / unit[:, None, None]).half(), unit
 
@@ -255,6 +258,8 @@ def _groups(q, k, v, g: Geometry, tables, positions, pool: int, scale: float, ke
     # Keys and values, rows and their outputs (queries also in float32), weights of the pools.
     per_head = g.length * padded * 4 + rows * padded * 14 + rows * pools * 4
     step = balanced(heads, GROUP_BYTES // per_head)
+    # Costs are summed over the batch in units of the values: one unit a head for all of it.
+    largest = v.abs().amax((0, 2, 3)).repeat_interleave(group) if v.dtype == torch.float32 else None
     for first in range(0, heads, step):
         some = slice(first, min(first + step, heads))
         columns = tables[some].long() + g.prefix
@@ -263,7 +268,9 @@ def _groups(q, k, v, g: Geometry, tables, positions, pool: int, scale: float, ke
         for b in range(batch):
             queries, q_unit = _sixteen_bits(take_rows(q[b], some, 1, columns[:, positions]))
             keys, k_unit = _sixteen_bits(take_rows(k[b], some, group, index))
-            values, v_unit = _sixteen_bits(take_rows(v[b], some, group, index))
+            values, v_unit = _sixteen_bits(
+                take_rows(v[b], some, group, index), None if largest is None else largest[some]
+            )
             factors = torch.full((count,), scale * LOG2E, device=q.device)
             if q_unit is not None:
                 factors = factors * q_unit * k_unit

@@ -17,7 +17,8 @@ pytestmark = [
 
 BOUNDS = {"fp8": 4.5e-2, "int8": 1.5e-2}
 # Both compute the same numbers in another order; fp8 weights may round the other way.
-BETWEEN = {"fp8": 5e-3, "int8": 2e-3}
+# The two round some weights from different running maxima: of an e4m3 step (its error is 3.5e-2) a fraction remains.
+BETWEEN = {"fp8": 1.5e-2, "int8": 2e-3}
 CASES = [
     Case("ragged grid, dense", mask=None),
     Case("ragged grid and context, dense", mask=None, prefix=5, suffix=3),

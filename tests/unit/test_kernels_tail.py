@@ -85,6 +85,14 @@ def test_large_and_small_float32_values_keep_their_precision():
         close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
 
+def test_float32_values_of_a_batch_may_differ_in_size():
+    """Costs are summed over the batch: a unit of its own for each entry would weigh them wrongly."""
+    call, positions, rest, seed = make(Geometry(0, (3, 7, 11), 3), batch=2)
+    call[2][1] *= 5
+    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
+
+
 def test_an_odd_number_of_rows_is_refused():
     call, _, rest, _ = make(Geometry(0, (3, 7, 11), 3))
     with pytest.raises(ValueError, match="power of two"):
