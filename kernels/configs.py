@@ -21,11 +21,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Entry:
-    """A tile for query blocks of 128 rows (and for dense calls), one for query blocks of 64 rows, and why."""
+    """A tile for query blocks of 128 rows, one for query blocks of 64 rows, and why; `dense` for calls that keep every
+    block, where `wide` does not serve them too."""
 
     wide: Tile
     narrow: Tile
     reason: str
+    dense: Tile | None = None
 
 
 # Keys: (generation or exact architecture, padded head dimension, products). Products: `16` both in 16 bits, `8+16`
@@ -67,7 +69,10 @@ TILES = {
     ("mma", 128, "8+8"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; as with 16-bit PV"),
     ("mma", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured; two stages fit 99 KB"),
     ("sm_120", 128, "8+8"): Entry(
-        Tile(64, False, 4, 3), Tile(64, False, 4, 3), "not measured; 128 rows would spill in the tail (Triton 3.7)"
+        Tile(64, False, 4, 3),
+        Tile(64, False, 4, 3),
+        "not measured; 128 rows would spill in the tail (Triton 3.7), 64 rows without a list do",
+        dense=Tile(128, False, 8, 3),
     ),
     ("mma", 64, "8+16"): Entry(
         Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; 4 warps need 9.5 issue slots, not 11, but spill"
@@ -110,7 +115,9 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
     rest = (max(64, padded_dim), products(qk, pv))
     exact = (f"sm_{capability[0]}{capability[1]}", *rest)
     entry = TILES[exact] if exact in TILES else TILES[(generation(capability), *rest)]
-    return entry.narrow if listed and block_q == 64 else entry.wide
+    if not listed:
+        return entry.dense or entry.wide
+    return entry.narrow if block_q == 64 else entry.wide
 
 
 def needs_separate_tail(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, qk: str, pv: str) -> bool:
