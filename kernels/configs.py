@@ -67,7 +67,13 @@ TILES = {
         "not measured; 15 issue slots with either number of rows; tensor cores bind on these GPUs anyway",
     ),
     ("mma", 128, "8+8"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; as with 16-bit PV"),
-    ("mma", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured; two stages fit 99 KB"),
+    ("mma", 128, "16"): Entry(
+        Tile(128, False, 8, 2),
+        Tile(64, False, 4, 2),
+        "not measured; two stages fit 99 KB; dense calls of 128 rows spill on sm_86 and sm_89",
+        dense=Tile(64, False, 4, 2),
+    ),
+    ("sm_120", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured; no spills there"),
     ("sm_120", 128, "8+8"): Entry(
         Tile(64, False, 4, 3),
         Tile(64, False, 4, 3),
