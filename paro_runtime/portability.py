@@ -85,31 +85,35 @@ def _places(tokens: int, block: int, share: torch.Tensor) -> tuple[torch.Tensor,
 @dataclass(frozen=True)
 class _Pairs:
     """Pairs of blocks under an order: `bins` int32 `[q * k, samples]`, of the distances of sampled pairs of their
-    tokens, and `size` float32 `[q, k]`, how many pairs of tokens they have."""
+    tokens, and `size` float32 `[q, k]`, how many pairs of tokens they have; on the device that is to do the work."""
 
     bins: torch.Tensor
     size: torch.Tensor
 
     @classmethod
-    def of(cls, order: str, grid: tuple[int, int, int], block_q: int, rows: torch.Tensor | None = None) -> _Pairs:
+    def of(
+        cls, order: str, grid: tuple[int, int, int], block_q: int, rows: torch.Tensor | None = None, device="cpu"
+    ) -> _Pairs:
         """All blocks of keys with all blocks of queries, or only with some `rows` of them, int64."""
-        at, tokens = _coordinates(order, grid), math.prod(grid)
+        at, tokens = _coordinates(order, grid).to(device), math.prod(grid)
         blocks = -(-tokens // block_q) * -(-tokens // BLOCK_K)
         of_queries, of_keys = _pairs_of_tokens(block_q, TOKEN_PAIRS // blocks)
         queries, of_q = _places(tokens, block_q, of_queries)
         keys, of_k = _places(tokens, BLOCK_K, of_keys)
         if rows is not None:
             queries, of_q = queries[rows], of_q[rows]
-        found = torch.zeros(queries.shape[0], keys.shape[0], queries.shape[1], dtype=torch.int32)
+        queries, keys = queries.to(device), keys.to(device)
+        found = torch.zeros(queries.shape[0], keys.shape[0], queries.shape[1], dtype=torch.int32, device=device)
         for axis, extent in enumerate(grid):
             bins, centres = axis_bins(extent)
             away = (at[queries, axis][:, None] - at[keys, axis]).abs_()
-            found = found.mul_(len(centres)).add_(bins.int()[away])
-        return cls(found.flatten(0, 1), (of_q[:, None] * of_k).float())
+            found = found.mul_(len(centres)).add_(bins.int().to(device)[away])
+        return cls(found.flatten(0, 1), (of_q[:, None] * of_k).float().to(device))
 
     def expected(self, weights: torch.Tensor, draw: torch.Tensor) -> torch.Tensor:
         """Attention per pair of blocks, up to a factor per head: float32 `[H, q, k]` for weights `[H, bins]` and what
         the blocks of keys draw, `[H, k]`."""
+        weights, draw = weights.to(self.bins.device), draw.to(self.bins.device)
         mean = torch.nn.functional.embedding_bag(self.bins, weights.T.contiguous(), mode="mean")
         return mean.T.contiguous().view(-1, *self.size.shape).mul_(self.size).mul_(draw[:, None])
 
@@ -137,7 +141,7 @@ def _expected_falloff(falloff: torch.Tensor, old: tuple[int, int, int], new: tup
 def _best_blocks(expected: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     """bool like `expected` `[H, q, k]`: the best `density` `[H]` of each head's blocks, and the best of every row."""
     flat = expected.flatten(1)
-    wanted = (density * flat.shape[1]).round().clamp(1, flat.shape[1])
+    wanted = (density.to(flat.device) * flat.shape[1]).round().clamp(1, flat.shape[1])
     some = flat[:, :: max(1, flat.shape[1] // THRESHOLD_VALUES)].sort(1, descending=True).values
     rank = (wanted / flat.shape[1] * some.shape[1]).round().long().clamp(1, some.shape[1]) - 1
     mask = flat >= some.gather(1, rank[:, None])
@@ -151,8 +155,8 @@ def _best_blocks(expected: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
 class _Move:
     """What every head of a plan should attend to on another grid."""
 
-    def __init__(self, plan: Plan, grid: tuple[int, int, int]) -> None:
-        self.plan, self.old, self.grid = plan, plan.layout.grid, grid
+    def __init__(self, plan: Plan, grid: tuple[int, int, int], device: torch.device | str = "cpu") -> None:
+        self.plan, self.old, self.grid, self.device = plan, plan.layout.grid, grid, device
         self.block_q = query_block(math.prod(grid))
         self.heads = [(site, head) for site, entry in plan.sites.items() for head in range(len(entry.orders))]
 
@@ -177,13 +181,13 @@ class _Move:
         candidates = options.candidates(self.grid)
         blocks = -(-math.prod(self.grid) // self.block_q)
         rows = torch.linspace(0, blocks - 1, min(blocks, ORDER_ROWS)).round().long()
-        pairs = [_Pairs.of(order, self.grid, self.block_q, rows) for order in candidates]
+        pairs = [_Pairs.of(order, self.grid, self.block_q, rows, self.device) for order in candidates]
         scores = {}
         for heads in _batches(self.heads):
             weights, tokens, density = self._some(heads)
             for number, order in enumerate(candidates):
                 expected = pairs[number].expected(weights, _draw_of_blocks(tokens, order, self.grid))
-                kept = mass_kept(expected, _best_blocks(expected, density.mean(0)))
+                kept = mass_kept(expected, _best_blocks(expected, density.mean(0))).cpu()
                 scores.update({(*key, number): value for key, value in zip(heads, kept, strict=True)})
         chosen = {}
         for site, entry in self.plan.sites.items():
@@ -200,14 +204,15 @@ class _Move:
         """Masks under these orders."""
         moved = {}
         for order in {name for names in orders.values() for name in names}:
-            pairs = _Pairs.of(order, self.grid, self.block_q)
+            pairs = _Pairs.of(order, self.grid, self.block_q, device=self.device)
             for heads in _batches([(site, head) for site, head in self.heads if orders[site][head] == order]):
                 weights, tokens, density = self._some(heads)
                 expected = pairs.expected(weights, _draw_of_blocks(tokens, order, self.grid))
                 for group, its in enumerate(density):
                     masks = _best_blocks(expected, EXTRA * its)
-                    for key, mask, kept in zip(heads, masks, mass_kept(expected, masks), strict=True):
-                        moved[(*key, group)] = pack_bits(mask), kept
+                    kept = mass_kept(expected, masks).cpu()
+                    for key, mask, share in zip(heads, masks, kept, strict=True):
+                        moved[(*key, group)] = pack_bits(mask).cpu(), share
         made = {}
         for site, entry in self.plan.sites.items():
             groups = []
@@ -225,17 +230,18 @@ def _batches(heads: list) -> Iterator[list]:
     return (heads[first : first + HEADS_AT_ONCE] for first in range(0, len(heads), HEADS_AT_ONCE))
 
 
-def move_plan(plan: Plan, layout: TokenLayout) -> Plan:
+def move_plan(plan: Plan, layout: TokenLayout, device: torch.device | str = "cpu") -> Plan:
     """The plan for another grid of the same model; `mass_kept` is what it should keep there, not measured.
 
-    Raises PlanError for a plan that does not say how its heads' attention falls off.
+    device: what does the work, minutes on a CPU for a large model at 720p; the result is on the CPU. Raises PlanError
+    for a plan that does not say how its heads' attention falls off.
     """
     if plan.layout.grid == layout.grid:
         return plan if plan.layout == layout else replace(plan, layout=layout)
     for site, entry in plan.sites.items():
         if entry.falloff is None:
             raise PlanError(f"plan: {site.name} does not say how its attention falls off; it serves no other grid")
-    move = _Move(plan, layout.grid)
+    move = _Move(plan, layout.grid, device)
     made = {**plan.made, "moved_from": "x".join(map(str, plan.layout.grid))}
     return Plan(plan.identity, layout, move.block_q, move.sites(move.orders()), plan.pool, plan.settings, made)
 
