@@ -171,7 +171,7 @@ class Report:
 
 
 def range_text(densities: list[float]) -> str:
-    """` (0.44 to 0.18)`: densities of the first and the last group of sparse steps; nothing where all are alike."""
+    """` (0.41 to 0.20)`: densities of the first and the last group of sparse steps; nothing where all are alike."""
     return f" ({densities[0]:.2f} to {densities[-1]:.2f})" if len(densities) > 1 else ""
 
 

@@ -27,7 +27,7 @@ def step_index(sigmas: Sequence[float], sigma: float) -> int:
 # A run's sparse steps fall into so many groups, and the first keeps FALL times as many blocks as the last: what early
 # steps get wrong every later one builds on.
 GROUPS = 3
-FALL = 2.5
+FALL = 2.0
 
 
 def falling_densities(density: float) -> tuple[float, ...]:
