@@ -55,6 +55,8 @@ def _mma(columns, bits):
 
 SCORES = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIR.value, 32]))
 HALF = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK.value, 32]))
+# One column a thread.
+POOL = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
@@ -170,6 +172,15 @@ def _joined(accumulator, rescale, product):
 
 
 @gluon.jit
+def _wide_product(p0, p1, accumulator, rescale, v0, v1, V_TYPE: gl.constexpr):
+    """Issues P V of 128 16-bit values on top of the rescaled accumulator."""
+    OUT: gl.constexpr = accumulator.type.layout
+    product = accumulator * gl.expand_dims(gl.convert_layout(rescale, gl.SliceLayout(1, OUT)), 1)
+    product = warpgroup_mma(_operand(p0, V_TYPE, OUT), v0, product, is_async=True)
+    return warpgroup_mma(_operand(p1, V_TYPE, OUT), v1, product, is_async=True)
+
+
+@gluon.jit
 def _product(
     p0, p1, accumulator, rescale, values, stage, V_TYPE: gl.constexpr, V_LAYOUT: gl.constexpr, D: gl.constexpr
 ):
@@ -177,9 +188,7 @@ def _product(
     OUT: gl.constexpr = accumulator.type.layout
     if V_TYPE.primitive_bitwidth == 16:
         v0, v1 = both_blocks(values, stage, V_TYPE, BLOCK, D, V_LAYOUT)
-        product = accumulator * gl.expand_dims(rescale, 1)
-        product = warpgroup_mma(_operand(p0, V_TYPE, OUT), v0, product, is_async=True)
-        product = warpgroup_mma(_operand(p1, V_TYPE, OUT), v1, product, is_async=True)
+        product = _wide_product(p0, p1, accumulator, rescale, v0, v1, V_TYPE)
     else:
         v0, v1 = both_blocks(values, stage, V_TYPE, D, BLOCK, V_LAYOUT)
         product = gl.zeros([ROWS, D], gl.float32, OUT)
@@ -247,89 +256,113 @@ def _steps(
 
 
 @gluon.jit
-def _pool_scores(q, buffers, stage, K_LAYOUT: gl.constexpr, D: gl.constexpr):
-    """Issues Q K^T of 64 pools."""
-    keys = first_block(buffers[1], stage, gl.int8, BLOCK, D, K_LAYOUT)
-    zero = gl.zeros([ROWS, BLOCK], gl.int32, HALF)
-    return warpgroup_mma(q, keys.permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@gluon.jit
 def _of_pools(step, pool_scales, kept_words, bias, last_bias, pools):
-    """Key scale and bias of 64 pools; the bias of pools of kept blocks, and behind the last, is minus infinity."""
-    columns = gl.arange(0, BLOCK, gl.SliceLayout(0, HALF))
-    pool = step * BLOCK + columns
-    word = gl.load(kept_words + step)
-    # A column's bit by 32-bit shifts: 64-bit ones would cost more than the exponential.
-    kept = (gl.where(columns < 32, word.to(gl.int32), (word >> 32).to(gl.int32)) >> (columns % 32)) & 1
-    scale = gl.load(pool_scales + pool, mask=pool < pools, other=0.0)
+    """Key scale and bias of 128 pools, one a thread; minus infinity for pools of kept blocks and behind the last."""
+    pool = step * PAIR + gl.arange(0, PAIR, POOL)
+    there = pool < pools
+    scale = gl.load(pool_scales + pool, mask=there, other=0.0)
+    word = gl.load(kept_words + pool // BLOCK, mask=there, other=-1)
     bias = gl.where(pool < pools - 1, bias, last_bias)
-    return scale, gl.where((pool < pools) & (kept == 0), bias, float("-inf"))
+    return scale, gl.where((word >> (pool % BLOCK).to(gl.int64)) & 1 == 0, bias, float("-inf"))
 
 
 @gluon.jit
 def _read_pools(scores, maximum, q_scale, scale, bias):
-    """Scores of 64 pools in log2 units and the new row maximum, which real keys have made finite before."""
-    HALF_ROW: gl.constexpr = gl.SliceLayout(1, HALF)
-    score = (_as_float(scores) - MAGIC) * gl.expand_dims(scale, 0)
-    score = score * gl.expand_dims(gl.convert_layout(q_scale, HALF_ROW), 1) + gl.expand_dims(bias, 0)
+    """Scores of 128 pools in log2 units and the new row maximum, which real keys have made finite before.
+
+    MAGIC times the scale is rounded: less than one step of the integer score.
+    """
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    scale = gl.convert_layout(scale, COLUMN)
+    bias = gl.convert_layout(bias, COLUMN)
+    score = gl.fma(
+        _as_float(scores),
+        gl.zeros([ROWS, PAIR], gl.float32, SCORES) + gl.expand_dims(scale, 0),
+        gl.zeros([ROWS, PAIR], gl.float32, SCORES) - gl.expand_dims(scale * MAGIC, 0),
+    )
+    row_scale = gl.convert_layout(q_scale, gl.SliceLayout(1, SCORES))
+    score = score * gl.expand_dims(row_scale, 1) + gl.expand_dims(bias, 0)
     return score, gl.maximum(maximum, gl.convert_layout(gl.max(score, 1), maximum.type.layout))
 
 
 @gluon.jit
 def _tail(
-    accumulator, total, maximum, k_place, v_place, pool_steps, q, q_scale, pool_scales, kept_words, bias, last_bias,
-    pools, buffers, bars,
-    K_LAYOUT: gl.constexpr, VALUE: gl.constexpr, VALUES_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr,
+    accumulator, total, maximum, k_place, v_place, tail, of_tile, start, grid_tokens, q, q_scale, buffers, bars,
+    VALUE: gl.constexpr, VALUES_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
     P_LOG2: gl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the pooled keys of dropped blocks, as in `triton_attention`; scheduled as `_steps`."""
-    HALF_ROW: gl.constexpr = gl.SliceLayout(1, HALF)
-    WIDE: gl.constexpr = _mma(D, 16)
+    """Online softmax over the pooled keys of dropped blocks, 128 a step; scheduled as `_steps`, PLAIN.
+
+    A column's scale, bit and bias are found by one thread, a step ahead, and handed round through shared memory: in the
+    scores' own layout every thread would do it for 32 columns, for two rows each. P V is of 16 bits in every mode and
+    so runs into the accumulator. SPLIT: 128 pooled values fill two places of the ring.
+    What follows from the kernel's arguments is worked out here: registers are short in the loops before.
+    """
+    pool_scales, kept_words, tail_bias, pools, q_blocks_grid, k_blocks_grid = tail
+    _, head, kv_head = of_tile
+    blocks_of_pools = (pools + BLOCK - 1) // BLOCK
+    pool_steps = (blocks_of_pools + 1) // 2
+    pool_scales += kv_head * blocks_of_pools * BLOCK
+    kept_words += (head * q_blocks_grid + start // PAIR) * ((k_blocks_grid + 63) // 64 + 1)
+    bias = gl.load(tail_bias + head) * LOG2E
+    last_bias = bias + gl.log2((grid_tokens - (pools - 1) * BLOCK).to(gl.float32))
+    bias += 6.0
+    ROW: gl.constexpr = maximum.type.layout
+    ACC: gl.constexpr = accumulator.type.layout
+    accumulator = gl.convert_layout(accumulator, _mma(D, 16), assert_trivial=True)
     scale, column_bias = _of_pools(0, pool_scales, kept_words, bias, last_bias, pools)
     mbarrier.wait(bar(bars, K_FULL, k_place[0]), k_place[1])
-    scores = warpgroup_mma_wait(0, deps=[_pool_scores(q, buffers, k_place[0], K_LAYOUT, D)])
+    scores = warpgroup_mma_wait(0, deps=[_scores(q, buffers, k_place[0])])
     mbarrier.arrive(bar(bars, K_EMPTY, k_place[0]), count=1)
     k_place = next_place(k_place, STAGES)
     score, highest = _read_pools(scores, maximum, q_scale, scale, column_bias)
     rescale = gl.exp2(maximum - highest)
     maximum = highest
     for i in range(0, pool_steps):
-        p = gl.exp2(score - gl.expand_dims(gl.convert_layout(maximum - P_LOG2, HALF_ROW), 1))
-        total = total * rescale + gl.convert_layout(gl.sum(p, 1), maximum.type.layout)
-        p = _stored(p, VALUE)
-        mbarrier.wait(bar(bars, K_FULL, k_place[0]), k_place[1])
-        scores = _pool_scores(q, buffers, k_place[0], K_LAYOUT, D)
-        mbarrier.wait(bar(bars, V_FULL, v_place[0]), v_place[1])
-        values = first_block(buffers[2], v_place[0], VALUE, BLOCK, D, VALUES_LAYOUT)
-        product = gl.zeros([ROWS, D], gl.float32, WIDE)
-        product = warpgroup_mma(_operand(p, VALUE, WIDE), values, product, use_acc=False, is_async=True)
         scale, column_bias = _of_pools(i + 1, pool_scales, kept_words, bias, last_bias, pools)
-        scores = warpgroup_mma_wait(1, deps=[scores])
+        offset = gl.convert_layout(maximum - P_LOG2, gl.SliceLayout(1, SCORES))
+        p = gl.exp2(score - gl.expand_dims(offset, 1))
+        total = total * rescale + gl.convert_layout(gl.sum(p, 1), ROW)
+        p0, p1 = _halves(p)
+        p0 = _stored(p0, VALUE)
+        p1 = _stored(p1, VALUE)
+        mbarrier.wait(bar(bars, K_FULL, k_place[0]), k_place[1])
+        scores = _scores(q, buffers, k_place[0])
+        mbarrier.wait(bar(bars, V_FULL, v_place[0]), v_place[1])
+        if SPLIT:
+            second_place = next_place(v_place, STAGES)
+            mbarrier.wait(bar(bars, V_FULL, second_place[0]), second_place[1])
+            v0 = first_block(buffers[2], v_place[0], VALUE, BLOCK, D, VALUES_LAYOUT)
+            v1 = first_block(buffers[2], second_place[0], VALUE, BLOCK, D, VALUES_LAYOUT)
+        else:
+            v0, v1 = both_blocks(buffers[2], v_place[0], VALUE, BLOCK, D, VALUES_LAYOUT)
+        product = _wide_product(p0, p1, accumulator, rescale, v0, v1, VALUE)
+        scores = warpgroup_mma_wait(2, deps=[scores])
         mbarrier.arrive(bar(bars, K_EMPTY, k_place[0]), count=1)
         score, highest = _read_pools(scores, maximum, q_scale, scale, column_bias)
-        product, p = warpgroup_mma_wait(0, deps=[product, p])
+        accumulator, p0, p1 = warpgroup_mma_wait(0, deps=[product, p0, p1])
         mbarrier.arrive(bar(bars, V_EMPTY, v_place[0]), count=1)
-        product = gl.convert_layout(product, accumulator.type.layout, assert_trivial=True)
-        accumulator = _joined(accumulator, rescale, product)
+        if SPLIT:
+            mbarrier.arrive(bar(bars, V_EMPTY, second_place[0]), count=1)
+            v_place = second_place
         rescale = gl.exp2(maximum - highest)
         maximum = highest
         k_place = next_place(k_place, STAGES)
         v_place = next_place(v_place, STAGES)
-    return accumulator, total
+    return gl.convert_layout(accumulator, ACC, assert_trivial=True), total
 
 
 @gluon.jit
 def _consume(
     GROUP: gl.constexpr, Q, OUT, nonfinite, table, k_scales, v_scales, plan, buffers, bars, steps, main_steps, start,
-    sizes, strides, scale_log2, tail,
+    sizes, strides, scale_log2, of_tile, tail,
     V_TYPE: gl.constexpr, V_LAYOUT: gl.constexpr, D: gl.constexpr, LISTED: gl.constexpr, STAGES: gl.constexpr,
     P_LOG2: gl.constexpr, SCHEDULE: gl.constexpr,
-    TAIL: gl.constexpr, K_LAYOUT: gl.constexpr, POOL_TYPE: gl.constexpr, POOL_LAYOUT: gl.constexpr,
+    TAIL: gl.constexpr, POOL_TYPE: gl.constexpr, POOL_LAYOUT: gl.constexpr,
 ):  # fmt: skip
     """A warpgroup: gathers and quantises its 64 rows of Q, walks the list, scatters its rows of the output."""
     grid_tokens, grid_padded, prefix, length, grid_valid, context_valid = sizes
-    stride_ql, stride_ol = strides
+    stride_ql, stride_ob, stride_oh, stride_ol = strides
     LOADED: gl.constexpr = _row_major(D)
     LOADED_ROW: gl.constexpr = gl.SliceLayout(1, LOADED)
     ACC: gl.constexpr = _mma(D, V_TYPE.primitive_bitwidth)
@@ -377,17 +410,18 @@ def _consume(
         q, q_scale, k_scales, buffers, bars, plan, valid_of, V_TYPE, V_LAYOUT, D, LISTED, True, STAGES, P_LOG2, GROUP,
         SCHEDULE,
     )  # fmt: skip
-    if TAIL:
-        pool_scales, kept_words, bias, last_bias, pools, pool_steps = tail
-        if pool_steps > 0:
-            accumulator, total = _tail(
-                accumulator, total, maximum, k_place, v_place, pool_steps, q, q_scale, pool_scales, kept_words, bias,
-                last_bias, pools, buffers, bars, K_LAYOUT, POOL_TYPE, POOL_LAYOUT, D, STAGES, P_LOG2,
-            )  # fmt: skip
+    # Context rows have no tail.
+    if TAIL and start < grid_padded:
+        accumulator, total = _tail(
+            accumulator, total, maximum, k_place, v_place, tail, of_tile, start, grid_tokens, q, q_scale, buffers,
+            bars, POOL_TYPE, POOL_LAYOUT, D, STAGES, V_TYPE.primitive_bitwidth == 8, P_LOG2,
+        )  # fmt: skip
 
+    batch, head, kv_head = of_tile
+    OUT += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     result = accumulator * gl.expand_dims(1.0 / total, 1)
     if v_scales is not None:
-        result *= gl.expand_dims(gl.load(v_scales + gl.arange(0, D, gl.SliceLayout(0, ACC))), 0)
+        result *= gl.expand_dims(gl.load(v_scales + kv_head * D + gl.arange(0, D, gl.SliceLayout(0, ACC))), 0)
     result = gl.convert_layout(result.to(OUT.dtype.element_ty), LOADED)
     rows = _source_rows(table, positions, grid_tokens, grid_padded, prefix, length)
     target = OUT + gl.expand_dims(rows, 1).to(gl.int64) * stride_ol + channels
@@ -455,19 +489,12 @@ def gluon_forward(
     steps = main_steps + (count - 2 * main_steps + 1) // 2
     pool_steps = 0
     pool_base = 0
-    tail = (k_scales, k_scales, 0.0, 0.0, 0, 0)
+    tail = None
     if TAIL:
         of_head = (pools + BLOCK - 1) // BLOCK
-        pool_steps = gl.where(q_block < q_blocks_grid, of_head, 0)
+        pool_steps = gl.where(q_block < q_blocks_grid, (of_head + 1) // 2, 0)
         pool_base = kv_head * of_head
-        # Context rows have no mask of their own.
-        mask_row = head * q_blocks_grid + gl.minimum(q_block, q_blocks_grid - 1)
-        bias = gl.load(tail_bias + head) * LOG2E
-        last_bias = bias + gl.log2((grid_tokens - (pools - 1) * BLOCK).to(gl.float32))
-        tail = (
-            pool_scales + pool_base * BLOCK, kept_words + mask_row * ((k_blocks_grid + 63) // 64 + 1),
-            bias + 6.0, last_bias, pools, pool_steps,
-        )  # fmt: skip
+        tail = (pool_scales, kept_words, tail_bias, pools, q_blocks_grid, k_blocks_grid)
 
     queries = gl.allocate_shared_memory(gl.int8, [CONSUMERS, ROWS, D], K.layout)
     keys = gl.allocate_shared_memory(gl.int8, [STAGES, PAIR, D], K.layout)
@@ -487,34 +514,31 @@ def gluon_forward(
         mbarrier.init(bar(bars, V_EMPTY, i), count=CONSUMERS)
 
     Q += batch.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh
-    OUT += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
     table = tables + order.to(gl.int64) * grid_tokens
     sizes = (grid_tokens, q_blocks_grid * PAIR, prefix, length, grid_valid, context_valid)
     k_scales += kv_head * k_blocks
-    if v_scales is not None:
-        v_scales += kv_head * D
-    strides = (stride_ql, stride_ol)
+    strides = (stride_ql, stride_ob, stride_oh, stride_ol)
+    of_tile = (batch, head, kv_head)
     start = q_block * PAIR
     V_TYPE: gl.constexpr = V.dtype
     V_LAYOUT: gl.constexpr = V.layout
-    K_LAYOUT: gl.constexpr = K.layout
     POOL_TYPE: gl.constexpr = pooled_v.dtype if TAIL else None
     POOL_LAYOUT: gl.constexpr = pooled_v.layout if TAIL else None
     gl.warp_specialize(
         [
             (_consume, (
                 gl.constexpr(0), Q, OUT, nonfinite, table, k_scales, v_scales, plan, buffers, bars, steps, main_steps,
-                start, sizes, strides, scale_log2, tail, V_TYPE, V_LAYOUT, D, LISTED, STAGES, P_LOG2,
-                SCHEDULE, TAIL, K_LAYOUT, POOL_TYPE, POOL_LAYOUT,
+                start, sizes, strides, scale_log2, of_tile, tail, V_TYPE, V_LAYOUT, D, LISTED, STAGES, P_LOG2,
+                SCHEDULE, TAIL, POOL_TYPE, POOL_LAYOUT,
             )),
             (_consume, (
                 gl.constexpr(1), Q, OUT, nonfinite, table, k_scales, v_scales, plan, buffers, bars, steps, main_steps,
-                start, sizes, strides, scale_log2, tail, V_TYPE, V_LAYOUT, D, LISTED, STAGES, P_LOG2,
-                SCHEDULE, TAIL, K_LAYOUT, POOL_TYPE, POOL_LAYOUT,
+                start, sizes, strides, scale_log2, of_tile, tail, V_TYPE, V_LAYOUT, D, LISTED, STAGES, P_LOG2,
+                SCHEDULE, TAIL, POOL_TYPE, POOL_LAYOUT,
             )),
             (produce, (
                 K, V, pooled_k, pooled_v, plan, buffers, bars, steps, pool_steps, kv_head * k_blocks, pool_base,
-                LISTED, TAIL, STAGES,
+                pools, LISTED, TAIL, STAGES,
             )),
         ],
         [4, 1],

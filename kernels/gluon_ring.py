@@ -1,7 +1,8 @@
 """The loading half of the Gluon kernel: which key block comes next, and the shared-memory rings that one warp fills.
 
 A ring has STAGES places, each with a barrier that says `full` and one that says `empty`. A place of the first ring
-holds 128 keys, one of the second 128 values; behind the kept blocks the same places carry pools, 64 at a time.
+holds 128 keys, one of the second 128 values; behind the kept blocks the same places carry pools: 128 keys, and 128
+16-bit values, for which 8-bit ones leave room in two places.
 """
 
 from triton.experimental import gluon
@@ -72,7 +73,7 @@ def _load_pair(source, first, second, ring, stage, full):
 
 @gluon.jit
 def _load_pools(source, block, ring, stage, full):
-    """64 rows of pools to one place."""
+    """64 rows of pooled V to one place."""
     COLUMNS: gl.constexpr = source.block_type.shape[1]
     TYPE: gl.constexpr = source.dtype
     LAYOUT: gl.constexpr = source.layout
@@ -84,7 +85,7 @@ def _load_pools(source, block, ring, stage, full):
 @gluon.jit
 def produce(
     K, V, pooled_k, pooled_v, plan, buffers, bars, steps, pool_steps, block_base, pool_base,
-    LISTED: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
+    pools, LISTED: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """The loading warp: keys one step ahead of values, so one step of keys more than there are; likewise the pools."""
     keys, values = buffers[1], buffers[2]
@@ -105,13 +106,23 @@ def produce(
         first = next_first
         second = next_second
     if TAIL:
+        last = pool_base + (pools - 1) // BLOCK
         # The last of the keys comes once more than it is needed; the values stop in time.
         for i in range(0, gl.where(pool_steps > 0, pool_steps + 1, 0)):
             mbarrier.wait(bar(bars, K_EMPTY, k_place[0]), k_place[1] ^ 1)
-            block = gl.minimum(i, pool_steps - 1) + pool_base
-            _load_pools(pooled_k, block, keys, k_place[0], bar(bars, K_FULL, k_place[0]))
+            first = gl.minimum(pool_base + 2 * i, last)
+            second = gl.minimum(pool_base + 2 * i + 1, last)
+            _load_pair(pooled_k, first, second, keys, k_place[0], bar(bars, K_FULL, k_place[0]))
             k_place = next_place(k_place, STAGES)
             if i > 0:
+                first = pool_base + 2 * i - 2
+                second = gl.minimum(first + 1, last)
                 mbarrier.wait(bar(bars, V_EMPTY, v_place[0]), v_place[1] ^ 1)
-                _load_pools(pooled_v, i - 1 + pool_base, values, v_place[0], bar(bars, V_FULL, v_place[0]))
+                if V.dtype.primitive_bitwidth == 8:
+                    _load_pools(pooled_v, first, values, v_place[0], bar(bars, V_FULL, v_place[0]))
+                    v_place = next_place(v_place, STAGES)
+                    mbarrier.wait(bar(bars, V_EMPTY, v_place[0]), v_place[1] ^ 1)
+                    _load_pools(pooled_v, second, values, v_place[0], bar(bars, V_FULL, v_place[0]))
+                else:
+                    _load_pair(pooled_v, first, second, values, v_place[0], bar(bars, V_FULL, v_place[0]))
                 v_place = next_place(v_place, STAGES)
