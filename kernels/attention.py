@@ -52,9 +52,10 @@ def pieces_of(
     batch, kv_heads, _, dim = k.shape
     lists = None if pattern.mask is None else block_list(pattern)
     bias = None if lists is None else pattern.tail_bias
+    gluon = q.stride(3) == 1 and gluon_launch.wanted(dim, precision, lists is not None, bias is not None)
     key = CallKey(
         batch, kv_heads, q.shape[1] // kv_heads, dim, q.dtype, capability_of(q.device), pattern.geometry, precision,
-        pattern.pool, bias is not None, biased, lists is not None, tile, gluon_launch.allowed() and q.stride(3) == 1,
+        pattern.pool, bias is not None, biased, lists is not None, tile, gluon,
     )  # fmt: skip
     parts = parts_of(key, most or kv_heads)
     if len(parts) == 1:

@@ -353,6 +353,12 @@ def _tail(
 
 
 @gluon.jit
+def _of_head(OUT, of_tile, strides):
+    """Where a head's output begins."""
+    return OUT + of_tile[0].to(gl.int64) * strides[1] + of_tile[1].to(gl.int64) * strides[2]
+
+
+@gluon.jit
 def _consume(
     GROUP: gl.constexpr, Q, OUT, nonfinite, table, k_scales, v_scales, plan, buffers, bars, steps, main_steps, start,
     sizes, strides, scale_log2, of_tile, tail,
@@ -362,7 +368,7 @@ def _consume(
 ):  # fmt: skip
     """A warpgroup: gathers and quantises its 64 rows of Q, walks the list, scatters its rows of the output."""
     grid_tokens, grid_padded, prefix, length, grid_valid, context_valid = sizes
-    stride_ql, stride_ob, stride_oh, stride_ol = strides
+    stride_ql, stride_ol = strides[0], strides[3]
     LOADED: gl.constexpr = _row_major(D)
     LOADED_ROW: gl.constexpr = gl.SliceLayout(1, LOADED)
     ACC: gl.constexpr = _mma(D, V_TYPE.primitive_bitwidth)
@@ -417,11 +423,11 @@ def _consume(
             bars, POOL_TYPE, POOL_LAYOUT, D, STAGES, V_TYPE.primitive_bitwidth == 8, P_LOG2,
         )  # fmt: skip
 
-    batch, head, kv_head = of_tile
-    OUT += batch.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
+    if LISTED:
+        OUT = _of_head(OUT, of_tile, strides)
     result = accumulator * gl.expand_dims(1.0 / total, 1)
     if v_scales is not None:
-        result *= gl.expand_dims(gl.load(v_scales + kv_head * D + gl.arange(0, D, gl.SliceLayout(0, ACC))), 0)
+        result *= gl.expand_dims(gl.load(v_scales + of_tile[2] * D + gl.arange(0, D, gl.SliceLayout(0, ACC))), 0)
     result = gl.convert_layout(result.to(OUT.dtype.element_ty), LOADED)
     rows = _source_rows(table, positions, grid_tokens, grid_padded, prefix, length)
     target = OUT + gl.expand_dims(rows, 1).to(gl.int64) * stride_ol + channels
@@ -489,7 +495,7 @@ def gluon_forward(
     steps = main_steps + (count - 2 * main_steps + 1) // 2
     pool_steps = 0
     pool_base = 0
-    tail = None
+    tail = (k_scales, k_scales, k_scales, 0, 0, 0)
     if TAIL:
         of_head = (pools + BLOCK - 1) // BLOCK
         pool_steps = gl.where(q_block < q_blocks_grid, (of_head + 1) // 2, 0)
@@ -514,11 +520,14 @@ def gluon_forward(
         mbarrier.init(bar(bars, V_EMPTY, i), count=CONSUMERS)
 
     Q += batch.to(gl.int64) * stride_qb + head.to(gl.int64) * stride_qh
+    of_tile = (batch, head, kv_head)
+    strides = (stride_ql, stride_ob, stride_oh, stride_ol)
+    # Over a list registers are short in the loops: there it is worked out behind them. Dense it spills that way.
+    if not LISTED:
+        OUT = _of_head(OUT, of_tile, strides)
     table = tables + order.to(gl.int64) * grid_tokens
     sizes = (grid_tokens, q_blocks_grid * PAIR, prefix, length, grid_valid, context_valid)
     k_scales += kv_head * k_blocks
-    strides = (stride_ql, stride_ob, stride_oh, stride_ol)
-    of_tile = (batch, head, kv_head)
     start = q_block * PAIR
     V_TYPE: gl.constexpr = V.dtype
     V_LAYOUT: gl.constexpr = V.layout

@@ -1,4 +1,4 @@
-"""Which calls the Gluon kernel does, and its launch. Importing this module needs neither Triton nor Gluon.
+"""Which calls the Gluon kernel can do, which it is given, and its launch. Importing it needs neither Triton nor Gluon.
 
 Gluon is an experimental part of Triton and its names move. Whatever goes wrong before the kernel runs, the Triton
 kernel does the call, and all that follow: one line in the log, no exception.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,12 +24,35 @@ TRITON_VERSIONS = ("3.6.0", "3.7.1")
 STAGES = 3
 # 128 rows in two warpgroups; with the loading warp's and the idle default ones twelve warps and more.
 TILE = Tile(128, True, 12, STAGES)
-HEAD_DIMS = (64, 128)
-VALUES = ("16", "fp8")
 # Before setmaxnreg: 168 x 384 threads fill the register file. The consumers then get 240 each.
 REGISTERS = 168
 
+
+class Choice(NamedTuple):
+    gluon: bool
+    # Why: a measurement by which kernel, ms of Triton and of Gluon at 75,600 tokens x 8 heads on an H100.
+    reason: str
+
+
+# Which kernel is faster. Keys: head dimension, `Precision.pv`, form of the call (`form_of`).
+CHOICES = {
+    (128, "fp8", "dense"): Choice(False, "27.9, 28.9"),
+    (128, "fp8", "list"): Choice(True, "9.69, 8.69 at density 0.3; 3.28, 3.04 at 0.1"),
+    (128, "fp8", "tail"): Choice(
+        False, "7.03, 7.05 at density 0.2; 4.04, 4.45 at 0.1, with 64 pools a step; with 128 a step not measured"
+    ),
+    (128, "16", "dense"): Choice(True, "41.0, 31.2"),
+    (128, "16", "list"): Choice(True, "12.85, 10.09 at density 0.3"),
+    (128, "16", "tail"): Choice(True, "5.28, 4.83 at density 0.1, with 64 pools a step"),
+    (64, "fp8", "dense"): Choice(False, "22.1, 22.8"),
+    (64, "fp8", "list"): Choice(False, "6.60, 7.11 at density 0.3"),
+    (64, "fp8", "tail"): Choice(False, "not measured; as without a tail"),
+    (64, "16", "dense"): Choice(True, "32.3, 23.1"),
+    (64, "16", "list"): Choice(True, "10.04, 7.75 at density 0.3"),
+    (64, "16", "tail"): Choice(True, "not measured; as without a tail"),
+}
 _forbidden: str | None = None
+_all = False
 
 
 def forbid(reason: str | None) -> None:
@@ -37,22 +61,38 @@ def forbid(reason: str | None) -> None:
     _forbidden = reason
 
 
+def prefer_always(always: bool) -> None:
+    """Whether to do every call that Gluon can do, not only those `CHOICES` gives it: for tests and measurements."""
+    global _all
+    _all = always
+
+
 def allowed() -> bool:
     """Whether a call may be planned for the Gluon kernel at all."""
     return _forbidden is None
+
+
+def form_of(listed: bool, tail: bool) -> str:
+    """`dense`, `list` or `tail` (a list and a pooled tail)."""
+    return ("tail" if tail else "list") if listed else "dense"
+
+
+def wanted(dim: int, precision: Precision, listed: bool, tail: bool) -> bool:
+    """Whether a call is to be planned for Gluon where Gluon serves it."""
+    choice = CHOICES.get((dim, precision.pv, form_of(listed, tail)))
+    return choice is not None and allowed() and (_all or choice.gluon)
 
 
 def serves(
     capability: tuple[int, int] | None, dim: int, dtype: torch.dtype, precision: Precision, block_q: int, listed: bool,
     biased: bool, pool: int | None,
 ) -> bool:  # fmt: skip
-    """Whether the Gluon kernel does this call. pool: tokens per pooled key, None without a tail."""
+    """Whether the Gluon kernel can do this call. pool: tokens per pooled key, None without a tail."""
     return (
         capability == CAPABILITY
-        and dim in HEAD_DIMS
+        and (dim, precision.pv, form_of(listed, pool is not None)) in CHOICES
         and dtype != torch.float32
         and precision.qk == "int8"
-        and precision.pv in VALUES
         and not precision.hadamard
         and (block_q == TILE.rows or not listed)
         and not biased

@@ -30,6 +30,7 @@ CASES = [
     Case("tail, ragged last pool", grid=(3, 10, 11), prefix=9, tail=True),
     Case("the tail alone but for one block a row", grid=(4, 16, 16), mask="one", tail=True, suffix=2),
     Case("tail over two words of mask", grid=(5, 32, 31), mask=0.2, tail=True),
+    Case("tail over three words of mask, the last step half full", grid=(8, 32, 41), mask=0.2, tail=True),
     Case("batch of two, grouped queries, tail", batch=2, heads=4, kv_heads=2, tail=True, grid=(3, 10, 11)),
     Case("views of a fused projection", strided=True, suffix=4, tail=True),
     Case("bf16", dtype=torch.bfloat16, suffix=4, tail=True),
@@ -39,8 +40,10 @@ CASES = [
 @pytest.fixture(autouse=True)
 def both_kernels():
     gluon_launch.forbid(None)
+    gluon_launch.prefer_always(True)
     yield
     gluon_launch.forbid(None)
+    gluon_launch.prefer_always(False)
 
 
 def on_gpu(case: Case):

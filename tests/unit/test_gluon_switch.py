@@ -25,6 +25,7 @@ def verified(monkeypatch):
     """A verified Triton, nothing forbidden, no plan left over."""
     monkeypatch.setattr(gluon_launch, "_importable", lambda: True)
     monkeypatch.setattr(gluon_launch, "_forbidden", None)
+    monkeypatch.setattr(gluon_launch, "_all", True)
     yield
     call.call_of.cache_clear()
     call.parts_of.cache_clear()
@@ -73,6 +74,26 @@ def test_the_plan_is_for_tiles_of_128_rows():
     # Two tiles of the grid's 208 tokens and one of the context's 70, for each of four heads.
     assert plan.gluon and plan.attention_grid == (4 * 3,)
     assert "PADDED_D" not in plan.attention_options and plan.attention_options["num_warps"] == 4
+
+
+@pytest.mark.parametrize("dim, pv, listed, tail, form", [
+    (128, "fp8", False, False, "dense"), (128, "fp8", True, False, "list"), (128, "16", True, True, "tail"),
+    (64, "fp8", True, False, "list"),
+])  # fmt: skip
+def test_the_faster_kernel_is_wanted(monkeypatch, dim: int, pv: str, listed: bool, tail: bool, form: str):
+    monkeypatch.setattr(gluon_launch, "_all", False)
+    for gluon in (True, False):
+        monkeypatch.setitem(gluon_launch.CHOICES, (dim, pv, form), gluon_launch.Choice(gluon, ""))
+        assert gluon_launch.wanted(dim, Precision("int8", pv), listed, tail) is gluon
+    gluon_launch.prefer_always(True)
+    assert gluon_launch.wanted(dim, Precision("int8", pv), listed, tail)
+    gluon_launch.forbid("a comparison")
+    assert not gluon_launch.wanted(dim, Precision("int8", pv), listed, tail)
+
+
+def test_what_the_table_does_not_know_is_not_wanted():
+    assert not gluon_launch.wanted(96, PRECISIONS["fp8"], True, False)
+    assert not gluon_launch.wanted(128, PRECISIONS["int8_pv8"], True, False)
 
 
 triton_launches = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
@@ -188,6 +209,19 @@ def test_missing_memory_is_no_failure_of_the_kernel(kernels):
     with pytest.raises(ScratchOutOfMemory):
         attend(SPARSE)
     assert gluon_launch.allowed() and not triton.calls
+
+
+@triton_launches
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_call_follows_the_table(kernels, monkeypatch, chosen: bool):
+    gluon, triton = kernels
+    monkeypatch.setattr(gluon_launch, "_all", False)
+    for key, choice in gluon_launch.CHOICES.items():
+        monkeypatch.setitem(
+            gluon_launch.CHOICES, key, choice._replace(gluon=chosen if key == (128, "fp8", "tail") else not chosen)
+        )
+    attend(SPARSE)
+    assert (len(gluon.calls), len(triton.calls)) == (int(chosen), int(not chosen))
 
 
 @triton_launches
