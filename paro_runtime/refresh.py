@@ -1,9 +1,10 @@
 """The tail's bias, measured again while sampling.
 
 A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure it
-on the very queries and keys at hand, which costs one hundredth of a dense attention: done in the first sparse step, and
-then ever more rarely (after 1, 3, 7, 15 ... steps), because the bias drifts with the noise level. It belongs to
-the mask it was measured under: the first step of each group of steps measures it anew.
+on the very queries and keys at hand: done in the first sparse step, and then ever more rarely (after 1, 3, 7, 15 ... steps), because
+the bias drifts with the noise level. It belongs to the mask it was measured under: the first step of each group of
+steps measures it anew, and that is all that the later groups need. On a GPU it costs more than the hundredth of a dense
+attention that it computes, since keys and values are brought into the heads' orders for it (`bench/calibration.py`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class BiasRefresh:
                 self._errors.pop(key, None)
             begins = self._groups[key][1] == step
             age = step - self._first.setdefault(key, step) + 1
-        return begins or (age > 0 and age & (age - 1) == 0)
+        return begins or (group == 0 and age > 0 and age & (age - 1) == 0)
 
     def measure(
         self,
