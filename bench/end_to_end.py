@@ -5,7 +5,8 @@ python bench/end_to_end.py [--models wan1.3b,wan14b,hunyuan15,flux] [--grids 720
 
 Linear layers, norms and attention shapes are the models' own (`bench/architectures.py`). Random weights say nothing
 about quality: masks are bands of the given density in random orders, the tail is on, the plan is given, and the step is
-one of those that do not measure the tail's bias. Attention is timed inside the step with device events. A density of 1 is PARO's dense kernel without any mask.
+one of those that do not measure the tail's bias. Attention is timed inside the step with device events. A density of 1
+is PARO's dense kernel without any mask.
 """
 
 from __future__ import annotations
