@@ -24,16 +24,12 @@ from .selection import mass_kept_scores, paper_scores
 from .tail import TailObservation, observe_tail
 from .tokens import TokenLayout
 
-# Query blocks looked at when choosing an order: all of them up to the first count, then this share, up to the last one:
-# what a choice can go wrong by depends on how many blocks were seen, not on their share.
-ORDER_BLOCKS_AT_LEAST = 16
-ORDER_BLOCKS_SHARE = 0.25
-ORDER_BLOCKS_AT_MOST = 64
-# Rows looked at in each of them.
+# Query blocks looked at when choosing an order, evenly spread, and rows in each of them: what a choice can go wrong by
+# depends on how many rows were seen, not on their share. Fewer where there are few, for the cost's sake.
+ORDER_BLOCKS, ORDER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
 ORDER_ROWS = 32
-
-
-# Up to this many grid tokens a CPU counts block sums under all orders in one go; see `masses_by_membership`.
+# Up to this many grid tokens every row is looked at, under all orders in one go (`masses_by_membership`): samples of so
+# few rows took orders that cost 1 to 3 dB on the tiny model.
 MEMBERSHIP_TOKENS = 4096
 
 
@@ -99,8 +95,7 @@ def _table_on(name: str, grid: tuple[int, int, int], device: torch.device) -> to
 
 def order_sample(q_blocks: int, device: torch.device) -> torch.Tensor:
     """Evenly spread query blocks for choosing the order, int64, rising."""
-    share = min(ORDER_BLOCKS_AT_MOST, round(q_blocks * ORDER_BLOCKS_SHARE))
-    count = min(q_blocks, max(ORDER_BLOCKS_AT_LEAST, share))
+    count = min(q_blocks, ORDER_BLOCKS_OF_FEW if q_blocks <= FEW_BLOCKS else ORDER_BLOCKS)
     return torch.linspace(0, q_blocks - 1, count, device=device).round().long().unique()
 
 
@@ -135,7 +130,7 @@ def observe(
 
     scores = torch.zeros(heads, len(candidates), device=q.device)
     masses = None
-    if q.device.type == "cpu" and layout.grid_tokens <= MEMBERSHIP_TOKENS and options.order != "paper":
+    if layout.grid_tokens <= MEMBERSHIP_TOKENS and options.order != "paper":
         masses = masses_by_membership(q, k, lse(), geometry, tables, scale)
         scores = mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density)
     elif len(candidates) > 1 and options.order == "paper":
@@ -186,18 +181,21 @@ def masses_by_membership(
     Multiplies the weights by a table of 0 and 1 that says which block a key belongs to; cheap while blocks are few.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    positions = [torch.empty_like(t, dtype=torch.long).scatter_(0, t.long(), torch.arange(t.numel())) for t in tables]
-    belongs = torch.cat([torch.nn.functional.one_hot(p // g.block_k, g.k_blocks) for p in positions], 1).float()
+    one_hot = torch.nn.functional.one_hot
+    # The inverse of a permutation: where each grid token stands in the order.
+    positions = [table.long().argsort() for table in tables]
+    belongs = torch.cat([one_hot(p // g.block_k, g.k_blocks) for p in positions], 1).float()
+    rows_of = [one_hot(p // g.block_q, g.q_blocks).float().T for p in positions]
     grid = slice(g.prefix, g.prefix + g.grid_tokens)
     batch, heads = q.shape[:2]
-    sums = [torch.zeros(heads, g.q_blocks, g.k_blocks) for _ in tables]
+    sums = [torch.zeros(heads, g.q_blocks, g.k_blocks, device=q.device) for _ in tables]
     for b in range(batch):
         for h in range(heads):
             keys = k[b, h // (heads // k.shape[1]), grid].float()
             weights = (q[b, h, grid].float() * scale @ keys.T - lse[b, h, grid, None]).exp_()
             per_row = (weights @ belongs / batch).split(g.k_blocks, 1)
-            for total, position, rows in zip(sums, positions, per_row, strict=True):
-                total[h].index_add_(0, position // g.block_q, rows)
+            for total, member, rows in zip(sums, rows_of, per_row, strict=True):
+                total[h] += member @ rows
     return sums
 
 

@@ -147,11 +147,11 @@ def test_refresh_comes_ever_more_rarely_and_adds_up_within_a_step(planted, maske
     torch.testing.assert_close(refresh.bias("site"), once)
 
 
-@pytest.mark.parametrize("tokens, bound", [((13, 18, 20), 2.0), ((8, 12, 12), 3.2)])
-def test_observing_a_site_costs_two_dense_attentions_or_three(tokens, bound):
-    """Multiply-adds of matrix products, one head of a video with tail and every candidate order. On the small grid a
-    CPU takes block sums of every row under all orders at once."""
-    layout, dim = TokenLayout(0, tokens), 64
+@pytest.mark.parametrize("tokens, dim, bound", [((13, 18, 20), 64, 3), ((8, 12, 12), 128, 3), ((8, 12, 12), 64, 3.2)])
+def test_observing_a_site_costs_three_dense_attentions(tokens, dim, bound):
+    """Multiply-adds of matrix products, one head of a video with tail and every candidate order. On a small grid block
+    sums of every row are taken under all orders at once, which costs the same whatever the head dimension."""
+    layout = TokenLayout(0, tokens)
     q, k, v = torch.randn(3, 1, 1, layout.length, dim)
     with FlopCounterMode(display=False) as counted:
         observe(q, k, layout, 64, StatisticsOptions(0.1), v=v)
@@ -201,7 +201,7 @@ def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
     before = [m.clone() for m in mass]
     monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 1000)
     masks = shared_masks(mass, 0.3)
-    assert torch.cat([m.flatten() for m in masks]).float().mean() == pytest.approx(0.3, abs=0.03)
+    assert torch.cat([m.flatten() for m in masks]).float().mean() == pytest.approx(0.3, abs=0.06)
     # One threshold: whatever is kept beyond the musts is above whatever is dropped.
     assert all(torch.equal(a, b) for a, b in zip(mass, before, strict=True))
 
@@ -214,6 +214,15 @@ def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(pla
     assert torch.equal(sampled.mass, sampled.tail.mass) and not torch.equal(sampled.mass, exact.mass)
     torch.testing.assert_close(sampled.mass.sum((1, 2)), exact.mass.sum((1, 2)), rtol=0.05, atol=1)
     assert torch.corrcoef(torch.stack([sampled.mass.flatten(), exact.mass.flatten()]))[0, 1] > 0.95
+
+
+def test_block_sums_of_every_order_stay_on_their_device():
+    """On the meta device any tensor that was made on the CPU by mistake is an error, as it would be on a GPU."""
+    q, k = torch.empty(2, 1, 4, LAYOUT.length, 32, device="meta")
+    tables = [torch.empty(LAYOUT.grid_tokens, dtype=torch.int32, device="meta") for _ in range(2)]
+    lse = torch.empty(1, 4, LAYOUT.length, device="meta")
+    sums = masses_by_membership(q, k, lse, geometry_of(LAYOUT, 64), tables, None)
+    assert [s.device.type for s in sums] == ["meta", "meta"]
 
 
 def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypatch):
