@@ -115,6 +115,15 @@ def resolve_precision(name: str, recipe_precision: str, device: torch.device) ->
     return "fp8" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "int8_pv8"
 
 
+def dense_pays_when_short(device: torch.device) -> bool:
+    """Whether PARO's kernel is worth using on sequences too short to drop blocks from.
+
+    Not on Hopper: one step of Flux 1 at 1024 took 197 ms with it and 183 with cuDNN (H100, `docs/benchmarks.md`). Other
+    GPUs are not measured; there 8-bit products have a larger lead over the host's 16-bit attention.
+    """
+    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9
+
+
 _checked: dict[tuple, str | None] = {}
 _checked_lock = threading.Lock()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
-from .attention import dense_pattern, run_kernel, site_precision
+from .attention import dense_pattern, dense_pays_when_short, run_kernel, site_precision
 from .plan import Site
 from .tokens import TokenLayout
 
@@ -61,7 +61,8 @@ class Evaluation:
         too_short = session.too_short_to_drop(self.layout.grid_tokens)
         if too_short is not None:
             session.count("dense", too_short)
-            out = None if session.dense_off else self._guarded(None, q, k, v, scale, key_bias)
+            wanted = session.settings.dense_attention == "paro" or dense_pays_when_short(q.device)
+            out = self._guarded(None, q, k, v, scale, key_bias) if wanted and not session.dense_off else None
             return dense() if out is None else out
         self._check_moved_plan(site, q, k, scale, key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):

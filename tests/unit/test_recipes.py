@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfyui_paro.paro_runtime.attention import dense_pays_when_short
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import FOLDER, all_recipes, recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
@@ -79,3 +80,28 @@ def test_every_family_has_a_row_in_the_docs(family):
     for title, tokens in recipe.typical.items():
         expected = recipe.expected_gain(TokenLayout(0, (1, 1, tokens)), recipe.densities["balanced"])
         assert f"{title} ({tokens:,}): {gain.format(*expected)}" in row
+
+
+@pytest.mark.parametrize("choice, ours", [("host", False), ("paro", True)])
+def test_short_sequences_stay_with_the_host_where_its_dense_attention_is_faster(monkeypatch, choice, ours):
+    monkeypatch.setattr("comfyui_paro.paro_runtime.evaluation.dense_pays_when_short", lambda device: False)
+    settings = Settings(backend="reference", dense_attention=choice)
+    session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.0])
+    session.too_short_to_drop = lambda tokens: "every block kept"
+    layout = TokenLayout(0, (1, 16, 16))
+    q, k, v = torch.randn(3, 1, 2, layout.length, 32)
+    asked = []
+
+    def dense():
+        asked.append(True)
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    session.begin(layout=layout, sigma=1.0).attend(Site("double", 0), q, k, v, dense=dense)
+    assert bool(asked) is not ours and session.counts.dense == {"every block kept": 1}
+
+
+def test_hopper_is_where_the_hosts_is_faster(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    assert not dense_pays_when_short(torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
+    assert dense_pays_when_short(torch.device("cuda")) and dense_pays_when_short(torch.device("cpu"))
