@@ -199,9 +199,9 @@ def test_a_full_gpu_leaves_the_masks_to_the_cpu(planted, monkeypatch):
 def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
     mass = [torch.rand(3, 37, 41) ** 4, torch.rand(2, 37, 41).bfloat16() ** 2]
     before = [m.clone() for m in mass]
-    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 1000)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 4000)
     masks = shared_masks(mass, 0.3)
-    assert torch.cat([m.flatten() for m in masks]).float().mean() == pytest.approx(0.3, abs=0.06)
+    assert torch.cat([m.flatten() for m in masks]).float().mean() == pytest.approx(0.3, abs=0.03)
     # One threshold: whatever is kept beyond the musts is above whatever is dropped.
     assert all(torch.equal(a, b) for a, b in zip(mass, before, strict=True))
 
