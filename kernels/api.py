@@ -6,6 +6,11 @@ from functools import cache, lru_cache
 
 import torch
 
+from .correction_reference import (
+    add_corrections_reference,
+    problem_with_correction,
+    query_corrections_reference,
+)
 from .problem import Geometry, Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
 from .statistics_reference import BlockStatistics, block_statistics_reference, row_logsumexp_reference
@@ -197,3 +202,52 @@ def row_moments(
     else:
         from .triton_tail import launch_row_moments as run
     return run(q, k, v, geometry, tables, positions, levels, masks, pool=pool, scale=scale, key_bias=key_bias)
+
+
+def _correction_backend(backend: str, x: torch.Tensor) -> str:
+    return "reference" if x.dtype == torch.float32 else _tail_backend(backend, x)
+
+
+def query_corrections(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: SparsePattern,
+    heads: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """See `correction_reference.query_corrections_reference`; where float32 and heads wider than TAIL_HEAD_DIM go.
+
+    Raises ValueError with one line for a call that does not fit.
+    """
+    reason = problem_with(q, k, v, pattern) or problem_with_correction(q, pattern, heads)
+    if reason:
+        raise ValueError(reason)
+    if _correction_backend(backend, q) == "reference":
+        run = query_corrections_reference
+    else:
+        from .triton_correction import launch_query_corrections as run
+    return run(q, k, v, pattern, heads, scale=scale, key_bias=key_bias)
+
+
+def add_corrections(
+    out: torch.Tensor,
+    corrections: torch.Tensor,
+    shares: torch.Tensor,
+    pattern: SparsePattern,
+    heads: torch.Tensor,
+    *,
+    nonfinite: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """See `correction_reference.add_corrections_reference`; nonfinite as in `sparse_attention`."""
+    if _correction_backend(backend, out) == "triton":
+        from .triton_correction import launch_add_corrections
+
+        return launch_add_corrections(out, corrections, shares, pattern, heads, nonfinite)
+    add_corrections_reference(out, corrections, shares, pattern, heads)
+    _tell_nonfinite(out, nonfinite)
+    return out

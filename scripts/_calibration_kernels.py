@@ -1,4 +1,4 @@
-"""The kernels of calibration, for `check_kernels.py`: what to compile and what must come out of it."""
+"""The kernels of calibration and correction, for `check_kernels.py`: what to compile and what must come out of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ DIMS = (128, 64)
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `dropped`."""
+    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `dropped`, `correct`."""
 
     capability: int
     dim: int
@@ -20,7 +20,7 @@ class CalibrationRow:
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[CalibrationRow]:
     """Every kernel at every head dimension; quick: the costs of blocks at D = 128, which is the tightest."""
-    kernels = ("costs",) if quick else ("lse", "blocks", "rows", "costs", "dropped")
+    kernels = ("costs",) if quick else ("lse", "blocks", "rows", "costs", "dropped", "correct")
     return [
         CalibrationRow(c, d, kernel) for c in capabilities for d in (DIMS[:1] if quick else DIMS) for kernel in kernels
     ]
@@ -32,9 +32,9 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     import _compile
 
     _checkout.register()
-    from comfyui_paro.kernels import triton_statistics, triton_tail
+    from comfyui_paro.kernels import triton_correction, triton_statistics, triton_tail
 
-    pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low"), "*bf16")
+    pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low", "mean_q", "mean_k", "mean_v"), "*bf16")
     floats = ("factors", "out", "lse", "pool_weights", "pooled_values", "costs", "sums", "masses", "mass")
     pointers |= dict.fromkeys(floats, "*fp32") | {"levels": "*u8", "q_block_of_row": "*i32"}
     pointers |= dict.fromkeys(("share", "scale_log2", "epsilon"), "fp32")
@@ -47,6 +47,14 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         if row.kernel == "blocks":
             constants |= {"PER_BLOCK": 128, "KEYS": 64, "BLOCKS": keys // 64, "DETAILED": False}
             constants |= {"maximum": None, "small": None}
+    elif row.kernel == "correct":
+        rows, warps = triton_correction.correction_tile((row.capability // 10, row.capability % 10), row.dim)
+        keys, stages = 64, triton_correction.STAGES
+        kernel = triton_correction._corrections
+        pointers |= {"tail_bias": "*fp32", "kept_words": "*i64"}
+        pointers |= dict.fromkeys(("tables", "order_of_head", "heads"), "*i32")
+        constants |= {"D": row.dim, "key_bias": None, "stride_kd": 1, "stride_vd": 1, "GROUPS_PER_BLOCK": 2}
+        constants |= {"STAGES": stages}
     else:
         rows, keys, warps, stages = triton_tail.ROWS, 64, 4, triton_tail.STAGES
         names = {"rows": "_row_outputs", "costs": "_block_costs", "dropped": "_dropped_sums"}
