@@ -196,20 +196,46 @@ class Evaluation:
                 self.session.sparse_sites.add(site)
         return out
 
-    def _measured_bias(self, site: Site, q, k, v, scale, key_bias) -> torch.Tensor | None:
+    def _measures(self, site: Site) -> bool:
+        """Whether this step measures anew what the site's tail and its correction go by. Asked once in every call."""
+        session = self.session
+        if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
+            return False
+        return session.refresh.due((site, self.layout.grid), self.step, self._group)
+
+    def _measured_bias(self, site: Site, measures: bool, q, k, v, scale, key_bias) -> torch.Tensor | None:
         """The tail's bias as this run measured it, float32 `[H]`; None where it did not, and the plan's holds."""
         session = self.session
         plan = self._grid.plan
-        if session.refresh is None or plan.sites[site].tail_bias is None:
+        if session.refresh is None:
             return None
         key = (site, self.layout.grid)
-        if session.refresh.due(key, self.step, self._group):
+        if measures:
             began = time.perf_counter()
             pattern = session.patterns.get(site, plan, self._group, self.layout, k.shape[1], q.device)
             rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
             session.refresh.measure(key, self.step, q, k, v, pattern, **rest)
             session.tail_seconds += time.perf_counter() - began
         return session.refresh.bias(key)
+
+    def _correct(self, site: Site, measures: bool, q, k, v, out, pattern, scale, key_bias, flag) -> None:
+        """Give the rows of a sparse result what their mean query shows them to miss. Trouble ends that for the run."""
+        session = self.session
+        correction = session.correction
+        if correction is None or not correction.suits(q, pattern):
+            return
+        began = time.perf_counter()
+        call = ((site, self.layout.grid), self.step, measures, q, k, v, out, pattern)
+        rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
+        try:
+            correction.apply(*call, **rest)
+        except Exception as error:
+            if session.settings.strict:
+                raise
+            session.correction = None
+            session.note(f"correction by mean queries is off: {_one_line(error)}")
+        if measures:
+            session.tail_seconds += time.perf_counter() - began
 
     def _guarded(self, site: Site | None, q, k, v, scale, key_bias) -> torch.Tensor | None:
         """Run PARO's kernel for a planned site, or dense for None. Returns None after noting why it could not."""
@@ -218,7 +244,8 @@ class Evaluation:
             if site is None:
                 pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
             else:
-                bias = self._measured_bias(site, q, k, v, scale, key_bias)
+                measures = self._measures(site)
+                bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
                 where = (self._group, self.layout, k.shape[1], q.device)
                 pattern = session.patterns.get(site, self._grid.plan, *where, bias)
             rotate = site is not None and self._grid.plan.sites[site].rotate
@@ -227,6 +254,8 @@ class Evaluation:
             out = run_kernel(
                 q, k, v, pattern, precision, scale=scale, key_bias=key_bias, nonfinite=flag, backend=session.backend
             )
+            if site is not None:
+                self._correct(site, measures, q, k, v, out, pattern, scale, key_bias, flag)
             if session.can_redo and out.is_cuda:
                 # Asking now would make the host wait for the device in every call.
                 self._unproven.append((site, flag))

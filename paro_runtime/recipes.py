@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from ..kernels.problem import BLOCK_K
-from .schedule import default_dense_steps, falling_densities
+from .schedule import FALL, STEEP_FALL, default_dense_steps, falling_densities
 from .settings import Settings
 from .tokens import TokenLayout
 
@@ -94,7 +94,8 @@ class MaskOptions:
 
     pool: tokens per pooled key of the tail, or None to drop what is not kept. mass_target: share of the attention to
     keep with as few blocks as that takes, `density` being the most; 0 takes `density` as it is. density_schedule: one
-    mask for all sparse steps (constant), or one for each group of them (falling), `density` being their mean.
+    mask for all sparse steps (constant), or one for each group of them (falling; steep for runs without dense steps),
+    `density` being their mean.
     """
 
     density: float
@@ -106,7 +107,8 @@ class MaskOptions:
 
     def densities(self, density: float) -> tuple[float, ...]:
         """Densities of the groups of sparse steps whose mean is `density`."""
-        return falling_densities(density) if self.density_schedule == "falling" else (density,)
+        fall = {"falling": FALL, "steep": STEEP_FALL}.get(self.density_schedule)
+        return (density,) if fall is None else falling_densities(density, fall)
 
     @property
     def compared_density(self) -> float:
@@ -130,7 +132,9 @@ def mask_options(settings: Settings, recipe: Recipe) -> MaskOptions:
     density = settings.density if settings.density is not None else recipe.densities[settings.preset]
     pool = None if settings.tail == "off" else BLOCK_K
     target = float(settings.mass_target)
-    return MaskOptions(float(density), settings.order, settings.budget, pool, target, settings.density_schedule)
+    steep = settings.dense_steps == 0 and settings.density_schedule == "falling"
+    schedule = "steep" if steep else settings.density_schedule
+    return MaskOptions(float(density), settings.order, settings.budget, pool, target, schedule)
 
 
 def query_block(grid_tokens: int) -> int:

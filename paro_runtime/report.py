@@ -53,6 +53,7 @@ class Report:
     sites_sparse: int
     sites_dense_blocks: int
     sites_rotated: int
+    heads_corrected: int
     density: float
     densities: list[float]
     mass_kept: float
@@ -89,6 +90,7 @@ class Report:
             sites_sparse=len(session.sparse_sites),
             sites_dense_blocks=len(session.dense_block_sites),
             sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
+            heads_corrected=session.correction.heads[0] if session.correction is not None else 0,
             density=plan.density if plan else 1.0,
             densities=plan.densities if plan else [],
             mass_kept=plan.mass_kept if plan else 1.0,
@@ -145,6 +147,7 @@ class Report:
             f"plan: {self.plan_source}, density {self.density:.3f}{range_text(self.densities)}, "
             f"attention kept {self._kept()}",
             f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
+            f"corrected by their mean queries: {self.heads_corrected} heads",
             f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
         if self.backend == "reference" and self.sites_sparse:

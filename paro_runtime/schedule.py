@@ -28,14 +28,16 @@ def step_index(sigmas: Sequence[float], sigma: float) -> int:
 # steps get wrong every later one builds on.
 GROUPS = 3
 FALL = 2.0
+# Where no step is dense there is more to be got right early.
+STEEP_FALL = 4.0
 
 
-def falling_densities(density: float) -> tuple[float, ...]:
+def falling_densities(density: float, fall: float = FALL) -> tuple[float, ...]:
     """Densities of the GROUPS groups of sparse steps: they fall by equal factors, and their mean is `density`.
 
     A group that would need more than every block keeps every block, and the others share what is left.
     """
-    weights = [FALL ** (-group / (GROUPS - 1)) for group in range(GROUPS)]
+    weights = [fall ** (-group / (GROUPS - 1)) for group in range(GROUPS)]
     for full in range(GROUPS):
         rest = weights[full:]
         unit = (density * GROUPS - full) / sum(rest)

@@ -20,6 +20,7 @@ from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
 from .attention import resolve_backend, resolve_precision, self_check
 from .calibration import Calibrator
+from .correction import DENSE_STEPS, QueryCorrection
 from .evaluation import Evaluation
 from .patterns import PatternCache
 from .plan import ModelIdentity, Plan, PlanError, Site
@@ -90,11 +91,13 @@ class Session:
         calibrate_steps: frozenset[int] | None = None,
         on_status: Callable[[str], None] | None = None,
         refresh: bool = True,
+        correct: bool | None = None,
         can_redo: bool = False,
     ) -> None:
         """sigmas: the run's noise levels, falling, last one included (steps + 1 values).
 
         refresh: measure the tail's bias again in some sparse steps; False keeps the plan's.
+        correct: give rows back what their mean query shows them to miss; None: where few steps are dense.
         can_redo: the caller runs an evaluation again when its `end` says so, which spares a wait in every call.
         With a calibrator the whole run is dense and the calibrator sees `calibrate_steps` (default: every step).
         """
@@ -130,6 +133,8 @@ class Session:
         self._logged: set[str] = set()
         self._clock = StepClock()
         self.refresh = BiasRefresh() if refresh else None
+        corrected = self.schedule.dense_steps <= DENSE_STEPS if correct is None else correct
+        self.correction = QueryCorrection() if refresh and corrected else None
         self.lock = threading.RLock()
 
     def begin(self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,)) -> Evaluation:
@@ -219,6 +224,8 @@ class Session:
             self.patterns.clear()
             if self.refresh is not None:
                 self.refresh.forget()
+            if self.correction is not None:
+                self.correction.forget()
             if self.settings.calibrate:
                 grid.calibrator = Calibrator(self.policy.identity, self.options)
                 grid.source = "calibrated on the way"

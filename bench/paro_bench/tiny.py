@@ -15,7 +15,7 @@ import torch
 
 from ...paro_runtime.calibration import Calibrator, Method
 from ...paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
-from ...paro_runtime.recipes import MaskOptions, recipe_for
+from ...paro_runtime.recipes import MaskOptions, mask_options, recipe_for
 from ...paro_runtime.session import Policy, Session
 from ...paro_runtime.settings import Settings
 from ...paro_runtime.statistics import geometry_of
@@ -40,7 +40,7 @@ class Variant:
 
     plan: `offline` (made from other videos), `passing` (from the last dense step of the same video) or a fixed mask's
     name. videos: how many the offline plan is made from. refresh: measure the tail's bias again while sampling.
-    schedule: of the density over the sparse steps.
+    correct: by mean queries; None: as a run decides. schedule: of the density over the sparse steps.
     """
 
     name: str
@@ -53,6 +53,7 @@ class Variant:
     plan: str = "offline"
     videos: int = 8
     refresh: bool = True
+    correct: bool | None = None
     schedule: str = "falling"
     method: Method = field(default_factory=Method)
 
@@ -71,8 +72,7 @@ class Variant:
         ).validated()
 
     def options(self) -> MaskOptions:
-        pool = self.pool if self.tail else None
-        return MaskOptions(self.density, self.order, self.budget, pool, density_schedule=self.schedule)
+        return replace(mask_options(self.settings(), recipe_for("wan")), pool=self.pool if self.tail else None)
 
 
 class TinyBench:
@@ -122,7 +122,9 @@ class TinyBench:
 
     def session(self, variant: Variant, **more) -> Session:
         policy = Policy(IDENTITY, recipe_for("wan"), variant.settings(), more.pop("plan", None), None)
-        return Session(policy, sigmas=sampler.sigmas(STEPS).tolist(), refresh=variant.refresh, **more)
+        return Session(
+            policy, sigmas=sampler.sigmas(STEPS).tolist(), refresh=variant.refresh, correct=variant.correct, **more
+        )
 
     def offline_plan(self, variant: Variant) -> Plan:
         """From all steps of other videos. Sums taken at density 0.1 serve every density, budget and criterion."""

@@ -28,6 +28,8 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
             Variant("ours, offline, constant density", *common, schedule="constant"),
             Variant("ours, offline, blocks by mass", *common, method=Method(criterion="mass")),
             Variant("ours, offline, bias kept", *common, refresh=False),
+            Variant("ours, offline, never corrected", *common, correct=False),
+            Variant("ours, offline, always corrected", *common, correct=True),
             Variant(
                 "ours, offline, time groups",
                 *common,
@@ -52,6 +54,8 @@ def passing_variants(densities=(0.1, 0.2, 0.3)) -> list[Variant]:
             Variant("ours, passing, drop", **passing, tail=False),
             Variant("ours, passing, blocks by mass", **passing, method=Method(criterion="mass")),
             Variant("ours, passing, bias kept", **passing, refresh=False),
+            Variant("ours, passing, never corrected", **passing, correct=False),
+            Variant("ours, passing, always corrected", **passing, correct=True),
             Variant("original order, passing, drop", **passing, tail=False, order="original", **theirs),
         ]
         if dense == 1:
@@ -68,6 +72,8 @@ COMPARISONS = (
     (2, "ours against window", "ours, offline", "window"),
     (2, "ours against the paper's metric", "ours, offline", "paper's metric, drop"),
     (5, "passing against offline", "ours, passing", "ours, offline"),
+    (None, "correction, passing", "ours, passing, always corrected", "ours, passing, never corrected"),
+    (None, "correction, offline", "ours, offline, always corrected", "ours, offline, never corrected"),
     (None, "falling against constant density, passing", "ours, passing", "ours, passing, constant density"),
     (None, "falling against constant density, offline", "ours, offline", "ours, offline, constant density"),
 )

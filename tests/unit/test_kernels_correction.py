@@ -21,9 +21,11 @@ CASES = {
 
 
 def make(g, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float16, biased=False, density=0.4):
-    """Fresh values every time. The first channel of V grows along the sequence, so that blocks differ."""
+    """Fresh values every time. The first channel of V grows along the sequence, so that blocks differ; queries have
+    something in common, or little would be left of their mean."""
     seed = torch.seed()
     q, k, v = (torch.randn(batch, n, g.length, dim, dtype=torch.float64) for n in (heads, kv_heads, kv_heads))
+    q += 2 * torch.randn(batch, heads, 1, dim)
     v[..., 0] += torch.linspace(0, 3, g.length)
     tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(kv_heads)]).int()
     mask = torch.rand(heads, g.q_blocks, g.k_blocks) < density

@@ -6,7 +6,14 @@ import math
 import jsonschema
 import pytest
 from comfyui_paro.paro_runtime.recipes import FOLDER, RecipeError, all_recipes, mask_options, recipe_for
-from comfyui_paro.paro_runtime.schedule import FALL, Schedule, default_dense_steps, falling_densities, step_index
+from comfyui_paro.paro_runtime.schedule import (
+    FALL,
+    STEEP_FALL,
+    Schedule,
+    default_dense_steps,
+    falling_densities,
+    step_index,
+)
 from comfyui_paro.paro_runtime.settings import Settings, SettingsError, in_blocks, parse_blocks
 
 WRONG = [
@@ -132,5 +139,10 @@ def test_presets_come_from_the_recipe_unless_the_user_gives_a_density():
     assert mask_options(Settings(tail="off"), recipe).pool is None
     assert mask_options(Settings(density=0.3), recipe).densities(0.3) == falling_densities(0.3)
     assert mask_options(Settings(density=0.3, density_schedule="constant"), recipe).densities(0.3) == (0.3,)
+    for dense_steps, fall in ((0, STEEP_FALL), (1, FALL), (None, FALL)):
+        found = mask_options(Settings(density=0.3, dense_steps=dense_steps), recipe).densities(0.3)
+        assert found == falling_densities(0.3, fall) and found[0] / found[2] == pytest.approx(fall)
+    never = mask_options(Settings(density=0.3, dense_steps=0, density_schedule="constant"), recipe)
+    assert never.densities(0.3) == (0.3,)
     with pytest.raises(RecipeError, match="none for 'sora'; there are"):
         recipe_for("sora")

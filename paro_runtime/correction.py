@@ -1,0 +1,158 @@
+"""What mask and tail get wrong on average over 64 neighbouring rows, given back to them.
+
+The mean query of 64 rows is a row more to compute, exactly and with the mask: 1/64 of a dense attention. In a head that
+looks everywhere the difference is what all those rows miss; in a head that looks at one place the mean query looks at
+no place in particular and tells nothing. So each head takes the share of its correction that was best on sampled rows,
+whose exact output is known (least squares, 0 to 1), and heads that gain little take none and cost nothing. Measured
+when the tail's bias is, in few sparse steps.
+
+On from none to one dense step, where it was worth 1 to 2 dB on the tiny model; with three it gains no more than the
+blocks that could be kept in its time (`docs/method.md`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+import torch
+
+from ..kernels.api import TAIL_HEAD_DIM, add_corrections, query_corrections
+from ..kernels.correction_reference import GROUP_ROWS
+from ..kernels.problem import SparsePattern
+from ..kernels.reference import reordered_index, take_rows
+
+# Runs with more dense steps than this are not corrected.
+DENSE_STEPS = 1
+ROWS_SHARE = 0.01
+# A head that gets rid of less than this share of its squared error is not worth the time.
+LEAST_GAIN = 0.2
+
+
+@dataclass
+class _Fit:
+    """Sums per head of one step: squared error, error times correction, squared correction; float32 `[3, Hq]`."""
+
+    step: int
+    sums: torch.Tensor
+
+
+@dataclass
+class _Shares:
+    """Share per query head, float32 `[Hq]`, and the heads that have one, int32 `[n]`."""
+
+    shares: torch.Tensor
+    heads: torch.Tensor
+
+
+def exact_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rows: torch.Tensor,
+    *,
+    scale: float | None,
+    key_bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Dense attention of the rows `rows` int64 `[Hq, R]` of each head, `[B, Hq, R, D]`; keys need no order for it."""
+    batch, heads, _, dim = q.shape
+    group = heads // k.shape[1]
+    # The query heads that share a key head stand behind each other: a row does not know of the others.
+    queries = take_rows(q, rows).reshape(batch, heads // group, group * rows.shape[1], dim)
+    bias = None if key_bias is None else key_bias.to(q.dtype)[:, None, None]
+    out = torch.nn.functional.scaled_dot_product_attention(queries, k, v, attn_mask=bias, scale=scale)
+    return out.reshape(batch, heads, rows.shape[1], dim)
+
+
+class QueryCorrection:
+    """Shares of one run by site. Safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._fits: dict[Hashable, _Fit] = {}
+        self._shares: dict[Hashable, _Shares] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """Heads that are corrected at present, and heads that were looked at."""
+        with self._lock:
+            found = list(self._shares.values())
+        return sum(one.heads.numel() for one in found), sum(one.shares.numel() for one in found)
+
+    def suits(self, q: torch.Tensor, pattern: SparsePattern) -> bool:
+        """Whether a call can be corrected, and on a GPU by its kernel: the reference would take too long there."""
+        served = not q.is_cuda or (q.dtype != torch.float32 and q.shape[3] <= TAIL_HEAD_DIM)
+        return served and pattern.mask is not None and pattern.tail_bias is not None and pattern.pool == GROUP_ROWS
+
+    def apply(
+        self,
+        key: Hashable,
+        step: int,
+        due: bool,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        out: torch.Tensor,
+        pattern: SparsePattern,
+        *,
+        scale: float | None,
+        key_bias: torch.Tensor | None,
+        nonfinite: torch.Tensor | None = None,
+        backend: str = "auto",
+    ) -> None:
+        """Correct `out` `[B, Hq, L, D]` in place; due: measure the shares first. Otherwise as `sparse_attention`.
+
+        Calls of one step (conditionings that the host runs apart) add up.
+        """
+        rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
+        every_head = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
+        corrections = None
+        if due:
+            corrections = query_corrections(q, k, v, pattern, every_head, **rest)
+            self._measure(key, step, q, k, v, out, pattern, corrections, scale, key_bias)
+        with self._lock:
+            its = self._shares.get(key)
+        if its is None or not its.heads.numel():
+            return
+        if corrections is None:
+            corrections = query_corrections(q, k, v, pattern, its.heads, **rest)
+        else:
+            corrections = corrections[:, its.heads.long()]
+        add_corrections(out, corrections, its.shares, pattern, its.heads, nonfinite=nonfinite, backend=backend)
+
+    def _measure(self, key, step, q, k, v, out, pattern, corrections, scale, key_bias) -> None:
+        tokens = pattern.geometry.grid_tokens
+        count = min(tokens, max(64, round(ROWS_SHARE * tokens)))
+        positions = ((torch.arange(count, device=q.device) + 0.5) / count * tokens).long()
+        rows = reordered_index(pattern, q.shape[1])[:, positions]
+        exact = exact_rows(q, k, v, rows, scale=scale, key_bias=key_bias).float()
+        error = exact - take_rows(out, rows).float()
+        correction = corrections[:, :, positions // GROUP_ROWS].float()
+        sums = torch.stack(
+            [(a * b).sum((0, 2, 3)) for a, b in ((error, error), (error, correction), (correction,) * 2)]
+        )
+        with self._lock:
+            before = self._fits.get(key)
+            if before is not None and before.step == step:
+                sums = sums + before.sums
+            self._fits[key] = _Fit(step, sums)
+        shares = best_shares(sums)
+        # The number of heads decides the launch, so the host waits here: in few steps only.
+        heads = shares.nonzero()[:, 0].int()
+        with self._lock:
+            self._shares[key] = _Shares(shares, heads)
+
+    def forget(self) -> None:
+        """The masks are others now: nothing that was measured holds."""
+        with self._lock:
+            self._fits.clear()
+            self._shares.clear()
+
+
+def best_shares(sums: torch.Tensor) -> torch.Tensor:
+    """Share of the correction that leaves least squared error, 0 to 1, and 0 below LEAST_GAIN; sums as in `_Fit`."""
+    error, cross, correction = sums
+    shares = (cross / correction.clamp_min(1e-20)).clamp(0, 1)
+    gain = 2 * shares * cross - shares.square() * correction
+    return shares.where(gain > LEAST_GAIN * error, torch.zeros_like(shares))

@@ -1,0 +1,161 @@
+"""Corrections by mean queries within a run: which heads take them, when they are measured, what trouble does."""
+
+import pytest
+import torch
+from comfyui_paro.kernels.api import sparse_attention
+from comfyui_paro.kernels.problem import Geometry, Precision, SparsePattern
+from comfyui_paro.paro_runtime import correction as correction_module
+from comfyui_paro.paro_runtime.correction import QueryCorrection, best_shares, exact_rows
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.session import Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+EXACT = Precision("16", "16")
+GEOMETRY = Geometry(3, (5, 8, 9), 2)
+LAYOUT = TokenLayout(3, (5, 8, 9), 2)
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+
+
+def problem(batch=1, heads=4, kv_heads=2, dim=32):
+    """Head 0 has the same query for all rows of a group; the queries of the other heads have nothing in common."""
+    g = GEOMETRY
+    q, k, v = (torch.randn(batch, n, g.length, dim) for n in (heads, kv_heads, kv_heads))
+    v[..., 0] += torch.linspace(0, 3, g.length)
+    tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(kv_heads)]).int()
+    rows = tables[0].long() + g.prefix
+    for start in range(0, g.grid_tokens, 64):
+        q[:, 0, rows[start : start + 64]] = q[:, 0, rows[start : start + 1]]
+    mask = torch.rand(heads, g.q_blocks, g.k_blocks) < 0.4
+    mask[:, :, 0] = True
+    mask[:, :, -1] = False
+    return q, k, v, SparsePattern(g, tables, torch.arange(kv_heads).int(), mask, torch.zeros(heads))
+
+
+def dense_of(q, k, v, bias=None):
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+    return sdpa(q, k, v, attn_mask=None if bias is None else bias[:, None, None])
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_exact_rows_are_those_of_dense_attention(biased):
+    q, k, v, _ = problem(batch=2)
+    bias = torch.randn(2, GEOMETRY.length) if biased else None
+    rows = torch.stack([torch.randperm(GEOMETRY.length)[:50] for _ in range(4)])
+    found = exact_rows(q, k, v, rows, scale=None, key_bias=bias)
+    expected = dense_of(q, k, v, bias).gather(2, rows[None, :, :, None].expand(2, -1, -1, 32))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_shares_are_least_squares_between_nothing_and_all():
+    error, part = torch.randn(2, 1000)
+    for factor, expected in ((0.6, 0.6), (3.0, 1.0), (-0.5, 0.0), (0.0, 0.0)):
+        # What is missed is `factor` times the correction, and something that has nothing to do with it.
+        rest = 0.1 * (error - (error @ part) / (part @ part) * part)
+        missed = factor * part + rest
+        sums = torch.stack([missed @ missed, missed @ part, part @ part])[:, None]
+        assert best_shares(sums).item() == pytest.approx(expected, abs=1e-5)
+    # Too little is gained: a tenth of the squared error.
+    assert best_shares(torch.tensor([[1.0], [0.1], [0.1]])).item() == 0
+    assert best_shares(torch.zeros(3, 2)).tolist() == [0, 0]
+
+
+def test_only_heads_whose_rows_have_something_in_common_are_corrected():
+    q, k, v, pattern = problem()
+    dense, out = dense_of(q, k, v), sparse_attention(q, k, v, pattern, EXACT)
+    before, correction = out.clone(), QueryCorrection()
+    call = (q, k, v, out, pattern)
+    correction.apply("site", 3, True, *call, scale=None, key_bias=None)
+    missed = [(x - dense)[:, :, 3:-2].square().sum((0, 2, 3)) for x in (before, out)]
+    assert missed[1][0] < 1e-6 * missed[0][0]
+    assert torch.equal(out[:, 1:], before[:, 1:]) and correction.heads == (1, 4)
+    # The next step goes by what was measured; a site that was never measured is left alone.
+    again = before.clone()
+    correction.apply("site", 4, False, q, k, v, again, pattern, scale=None, key_bias=None)
+    torch.testing.assert_close(again, out)
+    correction.apply("other", 4, False, q, k, v, again := before.clone(), pattern, scale=None, key_bias=None)
+    assert torch.equal(again, before)
+    correction.forget()
+    correction.apply("site", 5, False, q, k, v, again, pattern, scale=None, key_bias=None)
+    assert torch.equal(again, before) and correction.heads == (0, 0)
+
+
+def test_calls_of_one_step_add_up():
+    one, two = problem(), problem()
+    together = QueryCorrection()
+    for q, k, v, pattern in (one, two):
+        out = sparse_attention(q, k, v, pattern, EXACT)
+        together.apply("site", 3, True, q, k, v, out, pattern, scale=None, key_bias=None)
+    apart = [QueryCorrection(), QueryCorrection()]
+    for correction, (q, k, v, pattern) in zip(apart, (one, two), strict=True):
+        out = sparse_attention(q, k, v, pattern, EXACT)
+        correction.apply("site", 3, True, q, k, v, out, pattern, scale=None, key_bias=None)
+    sums = [correction._fits["site"].sums for correction in apart]
+    torch.testing.assert_close(together._fits["site"].sums, sums[0] + sums[1])
+    # A later step begins anew.
+    q, k, v, pattern = two
+    together.apply(
+        "site", 4, True, q, k, v, sparse_attention(q, k, v, pattern, EXACT), pattern, scale=None, key_bias=None
+    )
+    torch.testing.assert_close(together._fits["site"].sums, sums[1])
+
+
+def run(dense_steps, **more):
+    """A run of one site whose heads look everywhere; returns the session, and the error of every sparse step."""
+    settings = Settings(
+        preset="custom", density=0.3, precision="16bit", dense_steps=dense_steps, **more.pop("settings", {})
+    )
+    policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), settings)
+    session = Session(policy, sigmas=SIGMAS, **more)
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for sigma in SIGMAS[:-1]:
+        q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
+        q = 0.3 * q + torch.randn(1, 4, 1, 32, generator=generator)
+        dense = sdpa(q, k, v)
+        evaluation = session.begin(layout=LAYOUT, sigma=sigma)
+        out = evaluation.attend(Site("block", 0), q, k, v, dense=lambda d=dense: d.clone(), blocks=1)
+        evaluation.end()
+        if not torch.equal(out, dense):
+            errors.append(((out - dense).norm() / dense.norm()).item())
+    return session, errors
+
+
+@pytest.mark.parametrize(
+    "dense_steps, correct, expected", [(1, None, True), (3, None, False), (1, False, False), (3, True, True)]
+)
+def test_a_run_with_few_dense_steps_is_corrected(dense_steps, correct, expected):
+    session, errors = run(dense_steps, correct=correct)
+    _, without = run(dense_steps, correct=False)
+    assert len(errors) == len(without) == 5 - dense_steps
+    report = session.finish()
+    assert (report.heads_corrected > 0) == expected
+    assert f"corrected by their mean queries: {report.heads_corrected} heads" in report.text()
+    assert not report.fallbacks and not report.notes
+    if expected:
+        assert all(a < 0.9 * b for a, b in zip(errors, without, strict=True))
+    else:
+        assert errors == without
+
+
+def test_without_a_tail_or_a_measured_bias_nothing_is_corrected():
+    for more in ({"settings": {"tail": "off"}}, {"refresh": False}):
+        session, errors = run(1, correct=True, **more)
+        assert errors and session.finish().heads_corrected == 0
+
+
+def test_trouble_ends_the_corrections_and_not_the_run(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(correction_module, "query_corrections", broken)
+    session, errors = run(1)
+    _, without = run(1, correct=False)
+    report = session.finish()
+    assert errors == without and report.sites_sparse == 1 and not report.fallbacks
+    assert report.notes == ["correction by mean queries is off: RuntimeError: no such kernel"]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run(1, settings={"strict": True})
