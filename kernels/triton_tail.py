@@ -106,6 +106,15 @@ def _per_query_block(x, GROUPS: tl.constexpr, PER_BLOCK: tl.constexpr):
     return tl.sum(tl.reshape(x, [GROUPS, PER_BLOCK]), 1)
 
 
+@triton.jit
+def _pool_sums(x, ROWS: tl.constexpr, POOLS: tl.constexpr, POOL: tl.constexpr):
+    """Sums of x `[ROWS, POOLS * POOL]` over each pool, `[ROWS, POOLS]`."""
+    if POOLS == 1:  # A reshape would pass x through shared memory.
+        return tl.sum(x, 1)[:, None]
+    else:
+        return tl.sum(tl.reshape(x, [ROWS, POOLS, POOL]), 2)
+
+
 @triton.jit(do_not_specialize=[
     "first", "heads", "group", "rows", "real_rows", "tokens", "prefix", "q_blocks", "k_blocks", "pools", "entries",
 ])  # fmt: skip
@@ -164,7 +173,7 @@ def _block_costs(
         # A pooled key's product is the mean of its keys' products, to which keys that are not there add nothing.
         pool = block * POOLS + tl.arange(0, POOLS)
         counts = tl.minimum(tl.maximum(tokens - pool * POOL, 1), POOL).to(tl.float32)
-        pooled_score = tl.sum(tl.reshape(score, [ROWS, POOLS, POOL]), 2) / counts[None, :] + tl.log2(counts)[None, :]
+        pooled_score = _pool_sums(score, ROWS, POOLS, POOL) / counts[None, :] + tl.log2(counts)[None, :]
         each = tl.where((pool < pools)[None, :], tl.exp2(pooled_score - row_lse[:, None]), 0.0)
         if BIASED:
             score += bias_of(key_bias, batch, stride_bias, token, valid)[None, :]
@@ -177,7 +186,7 @@ def _block_costs(
         # with the values come from the tensor cores, and neither o nor x nor y need registers.
         by_key = tl.dot(o_low, tl.trans(v), tl.dot(o_high, tl.trans(v)))
         total_out = tl.sum(weight.to(tl.float32) * by_key, 1)
-        by_pool = tl.sum(tl.reshape(by_key, [ROWS, POOLS, POOL]), 2) / counts[None, :]
+        by_pool = _pool_sums(by_key, ROWS, POOLS, POOL) / counts[None, :]
         pooled = tl.sum(each, 1)
         pooled_out = tl.sum(each * by_pool, 1)
         total = tl.dot(weight, v)
