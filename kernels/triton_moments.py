@@ -4,8 +4,7 @@ Import only where a launch is wanted: this module needs Triton. The meaning is i
 sums of weights times values over all keys and over the dropped ones, s and d the sums of the weights, a row's output is
 o = S / s and the dropped blocks contribute D / s - d / s o: all of it comes from the same pass, before anything is
 normalised. Keys are split over programs, since few rows alone would leave most of a GPU idle; a second kernel adds the
-parts up. Nothing waits for the device. Inputs are multiplied in 16 bits with float32 sums,
-float32 ones in scaled fp16.
+parts up. Nothing waits for the device. Inputs are multiplied in 16 bits with float32 sums, float32 ones in scaled fp16.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .call import capability_of, padded_dim
 from .problem import Geometry
 from .tail_reference import RowMoments
 from .triton_rows import (
@@ -24,7 +24,6 @@ from .triton_rows import (
     bias_of,
     launch_pool_means,
     load_rows,
-    padded_dim,
     processors,
     sixteen_bits,
     units_of,
@@ -264,9 +263,7 @@ def launch_row_moments(
     device, padded, wide = q.device, padded_dim(dim), q.dtype == torch.float32
     scale_log2 = (dim**-0.5 if scale is None else scale) * LOG2E
     rows, entries = positions.numel(), batch * heads
-    if tile is None:
-        nvidia = q.is_cuda and torch.version.hip is None
-        tile = moments_tile(torch.cuda.get_device_capability(device) if nvidia else None, wide)
+    tile = tile or moments_tile(capability_of(device), wide)
     tiles = -(-rows // tile.rows)
     size, pools = tiles * tile.rows, -(-g.grid_tokens // pool)
     blocks = g.k_blocks + -(-g.context_tokens // g.block_k)

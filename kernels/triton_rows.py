@@ -83,11 +83,6 @@ def launch_pool_means(x: torch.Tensor, tables: torch.Tensor, g: Geometry, pool: 
     )  # fmt: skip
 
 
-def padded_dim(head_dim: int) -> int:
-    """Channels of a tile: a power of two, at least 32."""
-    return max(32, triton.next_power_of_2(head_dim))
-
-
 def units_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
     """Powers of two by which float32 inputs are divided to fit fp16: float32 `[3, B * Hq]`; None for 16-bit inputs."""
     if q.dtype != torch.float32:

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .call import padded_dim
 from .problem import Geometry
 from .tail_reference import BlockCosts
 from .triton_rows import (
@@ -21,7 +22,6 @@ from .triton_rows import (
     bias_of,
     launch_pool_means,
     load_rows,
-    padded_dim,
     sixteen_bits,
     units_of,
 )
