@@ -25,7 +25,7 @@ import _checkout
 _checkout.register()
 
 import torch  # noqa: E402
-from comfyui_paro.bench.attention import commit  # noqa: E402
+from comfyui_paro.bench.attention import commit, peak_mib  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, inputs  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
 from comfyui_paro.kernels.api import block_costs, block_statistics, row_logsumexp  # noqa: E402
@@ -78,7 +78,10 @@ def dense_ms(q, k, v, repeats: int) -> tuple[float, str]:
 
 
 def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) -> dict:
-    """One row: parts in ms, their ratio to dense attention, and memory in MiB beside the inputs (None on a CPU)."""
+    """One row: parts in ms, their ratio to dense attention, and memory in MiB beside the inputs (None on a CPU).
+
+    The mask and the tables of the orders are inputs.
+    """
     on_gpu = device.type == "cuda"
     q, k, v = inputs(shape, heads, torch.bfloat16 if on_gpu else torch.float32, device)
     layout = TokenLayout(shape.prefix, shape.grid, shape.suffix)
@@ -106,12 +109,8 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
         calibrators[0].observe(SITE, layout, q, k, v)
 
     observe()
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
     times["observe_ms"] = median_ms(observe, repeats, device)
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None
+    peak = peak_mib(observe, device)
     plans: list = []
     times["plan_ms"] = median_ms(lambda: plans.append(calibrators[0].plan({})), 1, device)
     mask = plans[0].sites[SITE].mask(device, 1)
@@ -132,6 +131,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
         "ratio": times["observe_ms"] / attention,
         "refresh_ratio": times["refresh_ms"] / attention,
         "peak_mib": peak,
+        "refresh_peak_mib": peak_mib(refresh, device),
     }
 
 

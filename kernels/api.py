@@ -200,7 +200,7 @@ def row_moments(
     if _tail_backend(backend, q) == "reference":
         run = row_moments_reference
     else:
-        from .triton_tail import launch_row_moments as run
+        from .triton_moments import launch_row_moments as run
     return run(q, k, v, geometry, tables, positions, levels, masks, pool=pool, scale=scale, key_bias=key_bias)
 
 

@@ -110,7 +110,8 @@ def _importable() -> bool:
     return True
 
 
-# Tensor descriptors, by the scratch tensor of K: making them takes longer than a launch.
+# Tensor descriptors, by the scratch tensor of K: making them takes longer than a launch. They hold the memory but not
+# that tensor, so they go with it: kept scratch keeps its descriptors, that of one call is free after the call.
 _sources = WeakTensorKeyDictionary()
 
 

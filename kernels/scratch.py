@@ -1,4 +1,7 @@
-"""Scratch memory of the kernels: one buffer per device and stream, reused by every layer."""
+"""Scratch memory of the kernels: small calls share a buffer per device and stream, large ones take theirs for the call.
+
+Memory that were kept between calls would stand beside the activations of the model's other layers, where its peak is.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,9 @@ ALIGNMENT = 256
 # A call whose scratch would be larger does its heads in groups. Some 8,000 query tiles share this much, sixty rounds of
 # an H100's multiprocessors: smaller groups would leave more of them idle at the end of each.
 BUDGET = 256 << 20
+# Scratch up to this size is kept with its views: some thousand tokens (4,608 of 24 heads of 128 channels take 41 MiB),
+# where making views takes as long as a launch and the model's peak is its weights. A call with more takes milliseconds.
+LARGEST_KEPT = 64 << 20
 
 
 class ScratchOutOfMemory(RuntimeError):  # noqa: N818
@@ -20,7 +26,7 @@ class ScratchOutOfMemory(RuntimeError):  # noqa: N818
 
 
 class ScratchLayout:
-    """Tensors that lie one behind the other in the shared buffer. shapes: name -> (shape, dtype); `bytes` in all."""
+    """Tensors that lie one behind the other in one buffer. shapes: name -> (shape, dtype); `bytes` in all."""
 
     def __init__(self, shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]):
         self.places: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
@@ -29,6 +35,12 @@ class ScratchLayout:
             size = math.prod(shape) * dtype.itemsize
             self.places[name] = (self.bytes, self.bytes + size, shape, dtype)
             self.bytes += -(-size // ALIGNMENT) * ALIGNMENT
+
+    def views(self, memory: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The tensors by name in `memory`, uint8 of at least `bytes`."""
+        return {
+            name: memory[start:end].view(dtype).view(shape) for name, (start, end, shape, dtype) in self.places.items()
+        }
 
 
 @dataclass
@@ -49,7 +61,14 @@ def _key(device: torch.device) -> tuple:
 
 
 def allocate(layout: ScratchLayout, device: torch.device) -> dict[str, torch.Tensor]:
-    """The layout's tensors by name, uninitialised. On torch.OutOfMemoryError the old buffer is gone."""
+    """The layout's tensors by name, uninitialised. Raises torch.OutOfMemoryError; the kept buffer may be gone then.
+
+    More than LARGEST_KEPT belongs to the caller alone and is free as soon as the last of these tensors is dropped,
+    which may be before the kernels have run: torch's allocators give memory to later work of the same stream only, and
+    that runs after them.
+    """
+    if layout.bytes > LARGEST_KEPT:
+        return layout.views(torch.empty(layout.bytes, dtype=torch.uint8, device=device))
     key = _key(device)
     with _lock:
         buffer = _buffers.get(key)
@@ -59,20 +78,17 @@ def allocate(layout: ScratchLayout, device: torch.device) -> dict[str, torch.Ten
             buffer = _buffers[key] = _Buffer(torch.empty(layout.bytes, dtype=torch.uint8, device=device))
         views = buffer.views.get(layout)
         if views is None:
-            views = buffer.views[layout] = {
-                name: buffer.memory[start:end].view(dtype).view(shape)
-                for name, (start, end, shape, dtype) in layout.places.items()
-            }
+            views = buffer.views[layout] = layout.views(buffer.memory)
         return views
 
 
 def scratch_bytes() -> int:
-    """Bytes that all scratch buffers hold now."""
+    """Bytes that are kept between calls, all devices and streams together."""
     with _lock:
         return sum(buffer.memory.numel() for buffer in _buffers.values())
 
 
 def release_scratch() -> None:
-    """Give all scratch memory back to torch's allocator (the end of a run, or when memory is short)."""
+    """Give what is kept back to torch's allocator (the end of a run, or when memory is short)."""
     with _lock:
         _buffers.clear()

@@ -3,9 +3,7 @@
 A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure it
 on the very queries and keys at hand: done in the first sparse step, and then ever more rarely (after 1, 3, 7, 15 ...
 steps), because the bias drifts with the noise level. It belongs to the mask it was measured under: the first step of
-each group of steps measures it anew, and that is all that the later groups need. On a GPU it costs more than the
-hundredth of a dense attention that it computes, since keys and values are brought into the heads' orders for it
-(`bench/calibration.py`).
+each group of steps measures it anew, and that is all that the later groups need.
 """
 
 from __future__ import annotations

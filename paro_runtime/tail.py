@@ -13,6 +13,7 @@ the dropped blocks. So a block costs |e^c y_j - x_j|^2, and the error of every b
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -68,9 +69,15 @@ def _of_key_heads(some: slice, group: int) -> slice:
     return slice(some.start // group, some.stop // group)
 
 
+@lru_cache(maxsize=16)
+def _biases(device: torch.device) -> torch.Tensor:
+    """BIASES as float32; kept, since bringing them to a GPU waits for all that was launched before."""
+    return torch.tensor(BIASES, device=device)
+
+
 def _bias_errors(seen: RowMoments) -> torch.Tensor:
     """Squared error of each of BIASES over all rows, mean over the batch: float32 `[H, masks, len(BIASES)]`."""
-    factor = torch.tensor(BIASES, device=seen.moved.device).exp()[:, None]
+    factor = _biases(seen.moved.device).exp()[:, None]
     moved, cross, other, mass, pooled = (
         x[..., None, :] for x in (seen.moved, seen.cross, seen.pooled_moved, seen.mass, seen.pooled)
     )
@@ -156,12 +163,13 @@ def observe_bias(
 ) -> torch.Tensor:
     """Squared error for each of BIASES under a known mask, from a share of the rows: float32 `[Hq, len(BIASES)]`.
 
-    Arguments as in `observe_tail`; mask bool `[Hq, q_blocks, k_blocks]`. At least 64 rows are looked at.
+    Arguments as in `observe_tail`; mask bool `[Hq, q_blocks, k_blocks]`. At least 64 rows are looked at. Nothing waits
+    for the device.
     """
     g = geometry
     count = min(g.grid_tokens, max(64, round(share * g.grid_tokens)))
     positions = ((torch.arange(count, device=q.device) + 0.5) / count * g.grid_tokens).long()
-    dropped = (~mask).to(torch.uint8)
+    dropped = (~mask).view(torch.uint8)
     seen = row_moments(
         q, k, v, g, tables, positions, dropped, 1, pool=pool, scale=scale, key_bias=key_bias, backend=backend
     )
@@ -170,12 +178,12 @@ def observe_bias(
 
 def best_bias(errors: torch.Tensor) -> torch.Tensor:
     """The bias of least error, float32 `[...]` from errors `[..., len(BIASES)]`, refined between the values tried."""
-    values = torch.tensor(BIASES, device=errors.device)
+    values = _biases(errors.device)
     at = errors.argmin(-1)
     inner = at.clamp(2, len(BIASES) - 2)
     left, middle, right = (errors.gather(-1, (inner + d)[..., None])[..., 0] for d in (-1, 0, 1))
     bend = (left + right - 2 * middle).clamp_min(1e-20)
-    shift = ((left - right) / (2 * bend)).clamp(-0.5, 0.5) * (values[3] - values[2])
+    shift = ((left - right) / (2 * bend)).clamp(-0.5, 0.5) * (BIASES[3] - BIASES[2])
     return values[at] + shift.where(at == inner, 0)
 
 

@@ -7,13 +7,14 @@ from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import MaskOptions
-from comfyui_paro.paro_runtime.tail import sampled_rows
+from comfyui_paro.paro_runtime.tail import observe_bias, sampled_rows
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels on hardware are not tested"),
 ]
+triton_moments = pytest.importorskip("comfyui_paro.kernels.triton_moments")
 GRID = (5, 13, 11)
 COSTS = ("moved", "cross", "pooled_moved", "mass", "pooled", "energy")
 
@@ -56,6 +57,43 @@ def test_values_with_a_large_common_part():
     call = (q, k, v + 10, g, tables, sampled_rows(g, q.device))
     found, expected = (block_costs(*call, pool=64, backend=backend) for backend in ("triton", "reference"))
     assert worst(found, expected, COSTS) < 1.5e-2
+
+
+@pytest.mark.parametrize("tile", [(128, 8, 3), (64, 8, 2)])
+@pytest.mark.parametrize("tokens_first", [True, False])
+def test_moments_of_many_rows(tile, tokens_first):
+    """Both tiles, several parts of the keys and groups of heads, the host's views; more rows than a tile has."""
+    g = Geometry(70, (9, 24, 25), 5, 128)
+    shape = (2, g.length, 6, 128) if tokens_first else (2, 6, g.length, 128)
+    q, k, v = (torch.randn(shape, device="cuda").bfloat16() for _ in range(3))
+    if tokens_first:
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    k, v = k[:, :3], v[:, :3]
+    tables = torch.stack([torch.randperm(g.grid_tokens, device="cuda") for _ in range(6)]).int()
+    levels = torch.randint(0, 2, (6, g.q_blocks, g.k_blocks), dtype=torch.uint8, device="cuda")
+    positions = torch.randperm(g.grid_tokens, device="cuda")[:300].sort().values
+    call = (q, k, v, g, tables, positions, levels, 1)
+    expected = row_moments(*call, pool=64, backend="reference")
+    for group_bytes in (1, triton_moments.GROUP_BYTES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(triton_moments, "GROUP_BYTES", group_bytes)
+            found = triton_moments.launch_row_moments(*call, pool=64, tile=triton_moments.MomentsTile(*tile))
+        assert worst(found, expected, COSTS[:5]) < 1.5e-2
+
+
+@pytest.mark.parametrize("grid, heads", [((21, 30, 52), 12), ((21, 45, 80), 10)])
+def test_measuring_the_bias_takes_little_memory(grid, heads):
+    """Beside its inputs: what is promised for a site of 75,600 tokens and 40 heads holds for less, too."""
+    g = Geometry(0, grid, 0, 128)
+    q, k, v = (torch.randn(1, g.length, heads, 128, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+               for _ in range(3))  # fmt: skip
+    tables = torch.arange(g.grid_tokens, device="cuda", dtype=torch.int32).expand(heads, -1).contiguous()
+    mask = torch.rand(heads, g.q_blocks, g.k_blocks, device="cuda") < 0.3
+    observe_bias(q, k, v, g, tables, mask, pool=64, share=0.01)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    observe_bias(q, k, v, g, tables, mask, pool=64, share=0.01)
+    assert torch.cuda.max_memory_allocated() - before < 128 << 20
 
 
 def test_a_plan_made_on_the_gpu_is_the_cpus():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -159,6 +160,36 @@ def test_every_argument_of_the_kernel_is_passed(kernels, mask, tail: bool, preci
     assert given["V"].block_shape == ([128, 64] if precision == "fp8" else [64, 128])
     assert (given["v_scales"] is not None) == (precision == "fp8")
     assert (given["group"], given["k_blocks"], given["k_blocks_grid"], given["pools"]) == (2, 5, 4, 4)
+
+
+@triton_launches
+@pytest.mark.parametrize("kept", [True, False])
+def test_descriptors_go_with_the_memory(kernels, monkeypatch, kept: bool):
+    """Kept scratch has its descriptors made once; those of a call's own scratch would hold it beyond the call."""
+    from comfyui_paro.kernels import attention, scratch
+
+    gluon, _ = kernels
+    scratch.release_scratch()
+    monkeypatch.setattr(scratch, "LARGEST_KEPT", (1 << 30) * kept)
+    memories = []
+
+    def noted(layout, device):
+        tensors = scratch.allocate(layout, device)
+        memories.append(weakref.ref(tensors["k"]._base))
+        return tensors
+
+    monkeypatch.setattr(attention, "allocate", noted)
+    q, k, v, pattern, _ = make(SPARSE)
+    for _ in range(2):
+        attention.launch_attention(q, k, v, pattern, PRECISIONS["fp8"])
+    first, second = (dict(zip(gluon.names, arguments, strict=False))["K"] for _, arguments, _ in gluon.calls)
+    assert (first is second) is kept
+    for recorder in (gluon, attention.channel_statistics, attention.finish_statistics, attention.prepare_keys_values):
+        recorder.calls.clear()
+    del first, second
+    assert [memory() is not None for memory in memories] == [kept, kept]
+    scratch.release_scratch()
+    assert not any(memory() for memory in memories)
 
 
 @triton_launches

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -146,6 +147,50 @@ class TestScratch:
         assert scratch.scratch_bytes() == held > 0
         scratch.release_scratch()
         assert scratch.scratch_bytes() == 0
+
+    @pytest.mark.parametrize("larger", [True, False])
+    def test_large_scratch_is_not_kept(self, monkeypatch, larger: bool):
+        """Neither the memory nor a view of it outlives its call, and the results are the same."""
+        from comfyui_paro.kernels.attention import pieces_of, prepare
+
+        q, k, v, pattern, _ = make(replace(SMALL, tail=True))
+        expected = sparse_attention(q, k, v, pattern, INT8, backend="triton")
+        (piece,) = pieces_of(q, k, v, torch.empty_like(q), pattern, INT8)
+        monkeypatch.setattr(scratch, "LARGEST_KEPT", piece.call.scratch.bytes - larger)
+        scratch.release_scratch()
+        assert torch.equal(sparse_attention(q, k, v, pattern, INT8, backend="triton"), expected)
+        assert scratch.scratch_bytes() == (0 if larger else piece.call.scratch.bytes)
+        first, second = prepare(piece, pattern), prepare(piece, pattern)
+        assert (first["k"].data_ptr() != second["k"].data_ptr()) is larger
+        memory = weakref.ref(first["k"]._base)
+        del first, second
+        assert (memory() is None) is larger
+
+    def test_missing_memory_for_large_scratch_is_told(self, monkeypatch):
+        """As with kept scratch: smaller groups of heads, then a typed error; nothing stays behind."""
+        q, k, v, pattern, _ = make(replace(SMALL, heads=4, kv_heads=4, tail=True))
+        whole = sparse_attention(q, k, v, pattern, INT8, backend="triton")
+        held, empty, asked = scratch.scratch_bytes(), torch.empty, []
+
+        def limited(*shape, dtype=None, **rest):
+            if dtype == torch.uint8 and rest.get("device") is not None:
+                asked.append(shape[0])
+                if shape[0] > limit:
+                    raise torch.OutOfMemoryError("no room")
+            return empty(*shape, dtype=dtype, **rest)
+
+        monkeypatch.setattr(scratch, "LARGEST_KEPT", 0)
+        monkeypatch.setattr(torch, "empty", limited)
+        for limit in (held // 3, 0):
+            scratch.release_scratch()
+            asked.clear()
+            if limit:
+                assert torch.equal(sparse_attention(q, k, v, pattern, INT8, backend="triton"), whole)
+                assert sum(size <= limit for size in asked) == 4
+            else:
+                with pytest.raises(ScratchOutOfMemory):
+                    sparse_attention(q, k, v, pattern, INT8, backend="triton")
+            assert scratch.scratch_bytes() == 0
 
     def test_short_of_memory_the_heads_are_done_in_groups(self, monkeypatch):
         from comfyui_paro.kernels import attention

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils._pytree
 from comfyui_paro.kernels.api import block_costs, row_moments
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.kernels.support import interpreted
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
+
+from comfyui_paro.kernels import triton_moments, triton_rows, triton_tail
 
 BOTH = ("triton", "reference")
 CASES = {
@@ -19,12 +23,17 @@ CASES = {
     "pools of 16": (Geometry(1, (3, 7, 11), 0), {"pool": 16}),
     "query blocks of 128, D 128": (Geometry(2, (3, 7, 11), 5, block_q=128), {"dim": 128, "dtype": torch.float16}),
     "grouped heads, a batch": (Geometry(0, (3, 7, 11), 3), {"heads": 4, "batch": 2, "dtype": torch.float16}),
+    "tokens before heads": (Geometry(5, (3, 7, 11), 64), {"heads": 4, "batch": 2, "views": True, "biased": True}),
     "key bias, D 72": (Geometry(4, (3, 7, 11), 3), {"dim": 72, "biased": True, "batch": 2}),
 }
 
 
-def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float32, biased=False, pool=64, rows=16):
-    """Fresh values every time; the first channel of V grows along the sequence, so that pools differ."""
+def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float32, biased=False, pool=64, rows=16,
+         views=False):  # fmt: skip
+    """Fresh values every time; the first channel of V grows along the sequence, so that pools differ.
+
+    views: q, k and v as the host has them, views of `[B, L, H, D]`, here with other channels behind.
+    """
     seed = torch.seed()
     q, k, v = (torch.randn(batch, n, g.length, dim) for n in (heads, kv_heads, kv_heads))
     v[..., 0] += torch.linspace(0, 3, g.length)
@@ -36,7 +45,10 @@ def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float
     if biased:
         bias = torch.randn(batch, g.length)
         bias[:, :3] = -torch.inf
-    return (q.to(dtype), k.to(dtype), v.to(dtype), g, tables), positions, {"pool": pool, "key_bias": bias}, seed
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if views:
+        q, k, v = (torch.cat([x, x + 1], 3).transpose(1, 2).contiguous()[..., :dim].transpose(1, 2) for x in (q, k, v))
+    return (q, k, v, g, tables), positions, {"pool": pool, "key_bias": bias}, seed
 
 
 def close(found, expected, names, seed):
@@ -65,10 +77,16 @@ def test_block_costs_of_other_row_counts(rows):
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
 
+@pytest.mark.parametrize("parts", ["one", "many"])
 @pytest.mark.parametrize("name", CASES)
-def test_row_moments(name):
+def test_row_moments(name, parts, monkeypatch):
     g, options = CASES[name]
     call, _, rest, seed = make(g, **options)
+    if parts == "many":  # a program per key block, a group per head
+        for constant, value in {"GROUP_BYTES": 1, "PROGRAMS": 1000, "LEAST_BLOCKS": 1}.items():
+            monkeypatch.setattr(triton_moments, constant, value)
+    blocks = g.k_blocks + -(-g.context_tokens // 64)
+    assert triton_moments.blocks_of_a_part(blocks, 8, torch.device("cpu")) == (1 if parts == "many" else blocks)
     positions = torch.randperm(g.grid_tokens)[:70].sort().values
     levels = torch.randint(0, 4, (call[0].shape[1], g.q_blocks, g.k_blocks), dtype=torch.uint8)
     found, expected = (row_moments(*call, positions, levels, 3, backend=b, **rest) for b in BOTH)
@@ -129,3 +147,51 @@ def test_weights_of_a_millionth_keep_their_precision():
     some = torch.arange(0, g.grid_tokens, 3)
     found, expected = (row_moments(q, k, v, g, tables, some, levels, 1, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
+
+
+class Allocated(TorchDispatchMode):
+    """Bytes of all new tensors, whether they are still there or not: no less than what is held at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in torch.utils._pytree.tree_leaves(args) if torch.is_tensor(x)}
+        for x in torch.utils._pytree.tree_leaves(out):
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() not in given:
+                self.bytes += x.untyped_storage().nbytes()
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("grid, heads", [((21, 45, 80), 40), ((31, 45, 80), 16), ((21, 30, 52), 12), ((1, 64, 64), 24)])
+def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
+    """Real sizes, kernels that run nothing: beside results, no copy of keys, values or of what is in their order."""
+
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: None
+
+    for module, names in ((triton_moments, ("_row_sums", "_row_moments")), (triton_rows, ("_pool_means",)),
+                          (triton_tail, ("_row_outputs", "_block_costs"))):  # fmt: skip
+        for name in names:
+            monkeypatch.setattr(module, name, Nothing())
+    monkeypatch.setattr(triton_moments, "processors", lambda device: 132)
+    g = Geometry(0, grid, 0, 128)
+    q = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(1, heads, g.length, 128)
+    tables = torch.zeros(1, dtype=torch.int32).expand(heads, g.grid_tokens)
+    if dtype == torch.float32:
+        # What they are depends on the values, of which there are too many for a test.
+        monkeypatch.setattr(triton_moments, "units_of", lambda *_: torch.ones(3, heads))
+        monkeypatch.setattr(triton_tail, "units_of", lambda *_: torch.ones(3, heads))
+    tables = tables.contiguous()
+    levels = torch.zeros(1, dtype=torch.uint8).expand(heads, g.q_blocks, g.k_blocks).contiguous()
+    positions = torch.zeros(max(64, g.grid_tokens // 100), dtype=torch.long)
+    with Allocated() as allocated:
+        triton_moments.launch_row_moments(q, q, q, g, tables, positions, levels, 1, pool=64)
+    assert allocated.bytes < 100 << 20
+    with Allocated() as allocated:
+        costs = triton_tail.launch_block_costs(q, q, q, g, tables, positions[:1].expand(g.q_blocks, 16), pool=64)
+    assert allocated.bytes - 5 * costs.mass.numel() * 4 < 100 << 20

@@ -1,0 +1,100 @@
+"""Rows of Q, K and V taken straight from the model's tensors by the kernels of the tail: no copy in a head's order.
+
+Import only where a launch is wanted: this module needs Triton. A row of D channels is contiguous, 256 bytes at D = 128
+in 16 bits, so taking rows one by one costs as little as a copy that lies in order, which would itself be a pass over
+all keys and as much memory. An *entry* is a head of a batch entry, number `batch * heads + head`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+import triton
+import triton.language as tl
+
+from .problem import Geometry
+
+LOG2E = math.log2(math.e)
+# Weights are multiplied by 2^15 before they are rounded: of 75,600 equal ones each would be subnormal in fp16.
+SHIFT = tl.constexpr(15.0)
+UNSHIFT = tl.constexpr(1.0 / 32768.0)
+
+
+@triton.jit
+def load_rows(X, token, stride_l, stride_d, channels, valid, D: tl.constexpr, PADDED_D: tl.constexpr):
+    """Rows `token [n]` of X as `[n, PADDED_D]`; zero where not `valid [n]`, and from channel D on."""
+    at = X + token.to(tl.int64)[:, None] * stride_l + channels[None, :] * stride_d
+    if D == PADDED_D:
+        return tl.load(at, valid[:, None], 0.0)
+    else:
+        return tl.load(at, valid[:, None] & (channels < D)[None, :], 0.0)
+
+
+@triton.jit
+def sixteen_bits(x, unit, WIDE: tl.constexpr):
+    """x as it is, or with WIDE (float32) in fp16, divided by the power of two `unit`."""
+    if WIDE:
+        return (x * (1.0 / unit)).to(tl.float16)
+    else:
+        return x
+
+
+@triton.jit
+def bias_of(key_bias, batch, stride_bias, token, valid):
+    """The bias of keys in log2 units, float32 like token."""
+    bias = tl.load(key_bias + batch.to(tl.int64) * stride_bias + token, valid, 0.0).to(tl.float32)
+    return tl.maximum(bias * 1.4426950408889634, -1e30)
+
+
+@triton.jit(do_not_specialize=["first", "heads", "group", "tokens", "prefix", "pools"])
+def _pool_means(
+    X, tables, means, stride_xb, stride_xh, stride_xl, stride_xd, stride_table,
+    first, heads, group, tokens, prefix, pools,
+    D: tl.constexpr, PADDED_D: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr,
+):  # fmt: skip
+    """Means over POOL keys in the head's order, float32 `[entries, pools, PADDED_D]`. Grid: (ceil(tokens / KEYS),
+    entries)."""
+    POOLS: tl.constexpr = KEYS // POOL
+    entry = first + tl.program_id(1)
+    batch, head = entry // heads, entry % heads
+    X += batch.to(tl.int64) * stride_xb + (head // group).to(tl.int64) * stride_xh
+    channels = tl.arange(0, PADDED_D)
+    place = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    token = tl.load(tables + head.to(tl.int64) * stride_table + place, place < tokens, 0) + prefix
+    x = load_rows(X, token, stride_xl, stride_xd, channels, place < tokens, D, PADDED_D).to(tl.float32)
+    pool = tl.program_id(0) * POOLS + tl.arange(0, POOLS)
+    counts = tl.minimum(tl.maximum(tokens - pool * POOL, 1), POOL).to(tl.float32)
+    mean = tl.sum(tl.reshape(x, [POOLS, POOL, PADDED_D]), 1) / counts[:, None]
+    at = (tl.program_id(1).to(tl.int64) * pools + pool)[:, None] * PADDED_D + channels[None, :]
+    tl.store(means + at, mean, (pool < pools)[:, None])
+
+
+def launch_pool_means(x: torch.Tensor, tables: torch.Tensor, g: Geometry, pool: int, first: int, means: torch.Tensor):
+    """Fill means float32 `[entries, pools, PADDED_D]` for the entries from `first` on.
+
+    x `[B, Hkv, L, D]`, tables int `[Hq, N]`; the last pool's mean is over what is there.
+    """
+    heads = tables.shape[0]
+    _pool_means[(g.k_blocks, means.shape[0])](
+        x, tables, means, *x.stride(), tables.stride(0), first, heads, heads // x.shape[1], g.grid_tokens, g.prefix,
+        means.shape[1], D=x.shape[3], PADDED_D=means.shape[2], POOL=pool, KEYS=g.block_k, num_warps=4,
+    )  # fmt: skip
+
+
+def units_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:
+    """Powers of two by which float32 inputs are divided to fit fp16: float32 `[3, B * Hq]`; None for 16-bit inputs."""
+    if q.dtype != torch.float32:
+        return None
+    # Smallest and largest value: the largest magnitude without a copy of the tensor.
+    largest = [torch.maximum(x.amax((2, 3)), -x.amin((2, 3))) for x in (q, k, v)]
+    group = q.shape[1] // k.shape[1]
+    largest = torch.stack([largest[0], *(x.repeat_interleave(group, 1) for x in largest[1:])]).clamp_min(1e-20)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent).flatten(1)
+
+
+@lru_cache(maxsize=16)
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; the interpreter stands in for a small one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
