@@ -1,4 +1,4 @@
-"""What mask and tail get wrong for the mean query of every 64 rows, in plain PyTorch: the kernel's reference.
+"""What mask and tail get wrong for the mean query of each query block, in plain PyTorch: the kernel's reference.
 
 Delta attention (arXiv 2505.11254) gives back to all rows what a sparse attention missed for one row in so many. Here it
 is missed for their *mean* query, and each head takes the share of it that helps (`paro_runtime.correction`): in heads
@@ -14,26 +14,21 @@ import torch
 from .problem import SparsePattern
 from .reference import pool_counts, pool_rows, reordered_index, take_rows
 
-# Rows that share a mean query: as many as the smallest block of queries has.
-GROUP_ROWS = 64
+# Keys per pool.
+POOL = 64
 
 
 def query_groups(pattern: SparsePattern) -> int:
-    """Groups of GROUP_ROWS rows of the grid; the last may be ragged."""
-    return -(-pattern.geometry.grid_tokens // GROUP_ROWS)
-
-
-def block_of_group(pattern: SparsePattern, device: torch.device) -> torch.Tensor:
-    """The block of queries, and so the row of the mask, that each group lies in: int64 `[groups]`."""
-    return torch.arange(query_groups(pattern), device=device) * GROUP_ROWS // pattern.geometry.block_q
+    """Rows that share a mean query are those of a query block, which share a row of the mask: as many as those."""
+    return pattern.geometry.q_blocks
 
 
 def problem_with_correction(q: torch.Tensor, pattern: SparsePattern, heads: torch.Tensor) -> str | None:
     """Say in one line what makes a correction impossible, or None; the call itself has been checked."""
     if pattern.mask is None or pattern.tail_bias is None:
         return "correction: the pattern has no mask or no tail"
-    if pattern.pool != GROUP_ROWS:
-        return f"correction: pools of {GROUP_ROWS} keys are supported, got {pattern.pool}"
+    if pattern.pool != POOL:
+        return f"correction: pools of {POOL} keys are supported, got {pattern.pool}"
     if heads.dim() != 1 or heads.dtype != torch.int32 or heads.device != q.device:
         return f"correction: heads must be int32 [n] on {q.device}, got {heads.dtype} {list(heads.shape)}"
     return None
@@ -49,17 +44,17 @@ def query_corrections_reference(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Dense attention of each group's mean query minus that with the group's row of the mask and the tail.
+    """Dense attention of each query block's mean query minus that with the block's row of the mask and the tail.
 
     q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, heads int32 `[n]`: the query heads wanted. key_bias `[B, L]`, additive.
-    Returns float32 (float64 of float64) `[B, n, groups, D]`, groups of GROUP_ROWS rows in the head's order.
+    Returns float32 (float64 of float64) `[B, n, q_blocks, D]`, blocks of rows in the head's order.
     """
     g = pattern.geometry
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[3] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     index = reordered_index(pattern, q.shape[1])
-    kept = pattern.kept[:, block_of_group(pattern, q.device)]
+    kept = pattern.kept
     log_counts = pool_counts(g.grid_tokens, pattern.pool, q.device).to(work).log()
     result = torch.empty(q.shape[0], heads.numel(), query_groups(pattern), q.shape[3], dtype=work, device=q.device)
     for i, head in enumerate(heads.tolist()):
@@ -70,7 +65,7 @@ def query_corrections_reference(
         )
         queries, pooled_keys, pooled_values = (
             pool_rows(x[:, : g.grid_tokens], size)
-            for x, size in ((queries, GROUP_ROWS), (keys, pattern.pool), (values, pattern.pool))
+            for x, size in ((queries, g.block_q), (keys, pattern.pool), (values, pattern.pool))
         )
         logits = queries @ keys.transpose(1, 2) * scale
         if key_bias is not None:
@@ -90,7 +85,7 @@ def add_corrections_reference(
     """Add to the grid rows of out `[B, Hq, L, D]`, in place, the share of its head `[Hq]` of each row's correction."""
     g = pattern.geometry
     index = reordered_index(pattern, out.shape[1])[heads.long(), : g.grid_tokens]
-    rows = corrections.repeat_interleave(GROUP_ROWS, 2)[:, :, : g.grid_tokens] * shares[heads.long(), None, None]
+    rows = corrections.repeat_interleave(g.block_q, 2)[:, :, : g.grid_tokens] * shares[heads.long(), None, None]
     where = index[None, :, :, None].expand(out.shape[0], -1, -1, out.shape[3])
     some = out[:, heads.long()]
     out[:, heads.long()] = some.scatter(2, where, (some.gather(2, where) + rows).to(out.dtype))

@@ -26,7 +26,9 @@ from .triton_rows import (
     load_rows,
     processors,
     sixteen_bits,
+    tokens_of,
     units_of,
+    valid_keys,
 )
 from .triton_statistics import balanced
 
@@ -60,26 +62,6 @@ def moments_tile(capability: tuple[int, int] | None, wide: bool) -> MomentsTile:
     if capability is not None and capability[0] in (9, 10) and not wide:
         return MomentsTile(128, 8, 3)
     return MomentsTile(64, 8, 1 if wide else 2)
-
-
-@triton.jit
-def _valid_keys(block, columns, tokens, context, k_blocks, KEYS: tl.constexpr):
-    """Which keys of a block there are: the grid's fill the blocks up to `k_blocks`, the context's those that follow."""
-    return block * KEYS + columns < tl.where(block < k_blocks, tokens, k_blocks * KEYS + context)
-
-
-@triton.jit
-def _tokens_of(table, block, columns, tokens, prefix, context, k_blocks, KEYS: tl.constexpr):
-    """Tokens of the keys of a block, in the head's order and then those of the context, int32.
-
-    Some token of the sequence for keys that are not there, beyond the last block too.
-    """
-    place = block * KEYS + columns
-    valid = _valid_keys(block, columns, tokens, context, k_blocks, KEYS)
-    on_grid = tl.load(table + place, place < tokens, 0).to(tl.int32)
-    outside = place - k_blocks * KEYS
-    outside = tl.where(outside < prefix, outside, outside + tokens)
-    return tl.where(block < k_blocks, on_grid + prefix, tl.where(valid, outside, 0))
 
 
 @triton.jit(do_not_specialize=[
@@ -128,10 +110,10 @@ def _row_sums(
     dropped = tl.zeros([ROWS, PADDED_D], tl.float32)
     begin = split * blocks_each
     # Where the next keys are is known a step ahead: a load that feeds an address in its own step holds up the pipeline.
-    token = _tokens_of(tables, begin, columns, tokens, prefix, context, k_blocks, KEYS)
+    token = tokens_of(tables, begin, columns, tokens, prefix, context, k_blocks, KEYS)
     level = tl.load(levels + begin, begin < k_blocks, 0)
     for block in range(begin, tl.minimum(begin + blocks_each, blocks)):
-        valid = _valid_keys(block, columns, tokens, context, k_blocks, KEYS)
+        valid = valid_keys(block, columns, tokens, context, k_blocks, KEYS)
         k = sixteen_bits(load_rows(K, token, stride_kl, stride_kd, channels, valid, D, PADDED_D), k_unit, WIDE)
         v = sixteen_bits(load_rows(V, token, stride_vl, stride_vd, channels, valid, D, PADDED_D), v_unit, WIDE)
         score = tl.dot(q, tl.trans(k)) * factor
@@ -139,7 +121,7 @@ def _row_sums(
             score += bias_of(key_bias, batch, stride_bias, token, valid)[None, :]
         score = tl.where(valid[None, :], score, float("-inf"))
         is_dropped = level.to(tl.int32) > mask
-        token = _tokens_of(tables, block + 1, columns, tokens, prefix, context, k_blocks, KEYS)
+        token = tokens_of(tables, block + 1, columns, tokens, prefix, context, k_blocks, KEYS)
         level = tl.load(levels + (block + 1), block + 1 < k_blocks, 0)
         highest = tl.maximum(peak, tl.max(score, 1))
         shrink = tl.exp2(peak - highest)

@@ -23,6 +23,26 @@ UNSHIFT = tl.constexpr(1.0 / 32768.0)
 
 
 @triton.jit
+def valid_keys(block, columns, tokens, context, k_blocks, KEYS: tl.constexpr):
+    """Which keys of a block there are: the grid's fill the blocks up to `k_blocks`, the context's those that follow."""
+    return block * KEYS + columns < tl.where(block < k_blocks, tokens, k_blocks * KEYS + context)
+
+
+@triton.jit
+def tokens_of(table, block, columns, tokens, prefix, context, k_blocks, KEYS: tl.constexpr):
+    """Tokens of the keys of a block, in the head's order and then those of the context, int32.
+
+    Some token of the sequence for keys that are not there, beyond the last block too.
+    """
+    place = block * KEYS + columns
+    valid = valid_keys(block, columns, tokens, context, k_blocks, KEYS)
+    on_grid = tl.load(table + place, place < tokens, 0).to(tl.int32)
+    outside = place - k_blocks * KEYS
+    outside = tl.where(outside < prefix, outside, outside + tokens)
+    return tl.where(block < k_blocks, on_grid + prefix, tl.where(valid, outside, 0))
+
+
+@triton.jit
 def load_rows(X, token, stride_l, stride_d, channels, valid, D: tl.constexpr, PADDED_D: tl.constexpr):
     """Rows `token [n]` of X as `[n, PADDED_D]`; zero where not `valid [n]`, and from channel D on."""
     at = X + token.to(tl.int64)[:, None] * stride_l + channels[None, :] * stride_d

@@ -1,6 +1,6 @@
-"""What mask and tail get wrong on average over 64 neighbouring rows, given back to them.
+"""What mask and tail get wrong on average over the rows of a query block, given back to them.
 
-The mean query of 64 rows is a row more to compute, exactly and with the mask: 1/64 of a dense attention. In a head that
+The mean query of a block of 64 or 128 rows is a row more to compute, with every key and with those kept. In a head that
 looks everywhere the difference is what all those rows miss; in a head that looks at one place the mean query looks at
 no place in particular and tells nothing. So each head takes the share of its correction that was best on sampled rows,
 whose exact output is known (least squares, 0 to 1), and heads that gain little take none and cost nothing. Measured
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from ..kernels.api import TAIL_HEAD_DIM, add_corrections, query_corrections
-from ..kernels.correction_reference import GROUP_ROWS
+from ..kernels.correction_reference import POOL
 from ..kernels.problem import SparsePattern
 from ..kernels.reference import reordered_index, take_rows
 
@@ -83,7 +83,7 @@ class QueryCorrection:
     def suits(self, q: torch.Tensor, pattern: SparsePattern) -> bool:
         """Whether a call can be corrected, and on a GPU by its kernel: the reference would take too long there."""
         served = not q.is_cuda or (q.dtype != torch.float32 and q.shape[3] <= TAIL_HEAD_DIM)
-        return served and pattern.mask is not None and pattern.tail_bias is not None and pattern.pool == GROUP_ROWS
+        return served and pattern.mask is not None and pattern.tail_bias is not None and pattern.pool == POOL
 
     def apply(
         self,
@@ -128,7 +128,7 @@ class QueryCorrection:
         rows = reordered_index(pattern, q.shape[1])[:, positions]
         exact = exact_rows(q, k, v, rows, scale=scale, key_bias=key_bias).float()
         error = exact - take_rows(out, rows).float()
-        correction = corrections[:, :, positions // GROUP_ROWS].float()
+        correction = corrections[:, :, positions // pattern.geometry.block_q].float()
         sums = torch.stack(
             [(a * b).sum((0, 2, 3)) for a, b in ((error, error), (error, correction), (correction,) * 2)]
         )

@@ -11,7 +11,7 @@ DIMS = (128, 64)
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `sums`, `moments`, `correct`."""
+    """One kernel to compile with bf16 inputs; for the names see `compile_row`."""
 
     capability: int
     dim: int
@@ -20,7 +20,7 @@ class CalibrationRow:
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[CalibrationRow]:
     """Every kernel at every head dimension; quick: the costs of blocks at D = 128, which is the tightest."""
-    kernels = ("costs",) if quick else ("lse", "blocks", "rows", "costs", "sums", "moments", "correct")
+    kernels = ("costs",) if quick else ("lse", "blocks", "rows", "costs", "sums", "moments", "correct", "finish")
     return [
         CalibrationRow(c, d, kernel) for c in capabilities for d in (DIMS[:1] if quick else DIMS) for kernel in kernels
     ]
@@ -51,13 +51,15 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         if row.kernel == "blocks":
             constants |= {"PER_BLOCK": 128, "KEYS": 64, "BLOCKS": keys // 64, "DETAILED": False}
             constants |= {"maximum": None, "small": None}
-    elif row.kernel == "correct":
-        rows, warps = triton_correction.correction_tile(capability, row.dim)
-        keys, stages = 64, triton_correction.STAGES
-        kernel = triton_correction._corrections
-        pointers |= {"out": "*fp32", "tail_bias": "*fp32", "kept_words": "*i64"}
+    elif row.kernel in ("correct", "finish"):
+        rows, warps, stages = triton_correction.correction_tile(capability, row.dim)
+        keys, kernel = 64, triton_correction._query_sums
+        if row.kernel == "finish":
+            rows, warps, stages = triton_correction.FINISH_ROWS, 4, 2
+            kernel = triton_correction._query_corrections
+        words = "*i64" if row.kernel == "finish" else "*i32"
+        pointers |= {"out": "*fp32", "tail_bias": "*fp32", "kept_words": words}
         pointers |= dict.fromkeys(("order_of_head", "heads"), "*i32")
-        constants |= {"GROUPS_PER_BLOCK": 2, "STAGES": stages}
     elif row.kernel == "sums":
         tile = triton_moments.moments_tile(capability, wide=False)
         rows, keys, warps, stages = tile.rows, 64, tile.warps, tile.stages
@@ -78,7 +80,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     compiled = _compile.compile_kernel(kernel, pointers, constants, row.capability, warps, stages)
     found = _compile.inspect(compiled, warps, rows * keys)
     # Few rows in TF32: no warpgroup's product.
-    expected = DEFAULT if row.kernel == "moments" else EXPECTED.get(row.capability, DEFAULT)
+    expected = DEFAULT if row.kernel in ("moments", "finish") else EXPECTED.get(row.capability, DEFAULT)
     problems = []
     if not {name.split(".")[0] for name in found.mma} & expected:
         problems.append(f"no {' or '.join(sorted(expected))}")

@@ -46,8 +46,8 @@ def test_gives_back_all_that_was_missed_where_the_queries_of_a_group_are_alike(n
     (q, k, v, pattern), bias, seed = make(g, **{**options, "dtype": torch.float64})
     for head in range(q.shape[1]):
         rows = pattern.tables[head // (q.shape[1] // k.shape[1])].long() + g.prefix
-        for start in range(0, g.grid_tokens, 64):
-            q[:, head, rows[start : start + 64]] = q[:, head, rows[start : start + 1]]
+        for start in range(0, g.grid_tokens, g.block_q):
+            q[:, head, rows[start : start + g.block_q]] = q[:, head, rows[start : start + 1]]
     heads = torch.arange(q.shape[1]).int()
     rest = {"key_bias": bias, "backend": "reference"}
     sparse = sparse_attention(q, k, v, pattern, EXACT, **rest)
