@@ -11,7 +11,7 @@ comes from a few hundred rows. All of it is at most three dense attentions (`tes
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 
@@ -125,28 +125,7 @@ def observe(
     heads, kv_heads = q.shape[1], k.shape[1]
     tables = [_table_on(name, layout.grid, q.device) for name in candidates]
     rest = {"scale": scale, "backend": backend}
-
-    @cache
-    def lse() -> torch.Tensor:
-        """Of every row: a product Q K^T that the usual path on a GPU does without."""
-        return row_logsumexp(q, k, key_bias=key_bias, **rest)
-
-    scores = torch.zeros(heads, len(candidates), device=q.device)
-    masses = None
-    if layout.grid_tokens <= SHARED_TOKENS and options.order != "paper":
-        if len(candidates) > 1 or layout.grid_tokens <= SHARED_ROWS:
-            found = sums_under_orders(q, k, geometry, candidates, scale=scale, key_bias=key_bias, rows=SHARED_ROWS)
-            scores = mass_kept_scores([BlockStatistics(mass) for mass in found], options.density)
-            # A sample of the rows tells orders apart, not block from block.
-            masses = found if layout.grid_tokens <= SHARED_ROWS else None
-    elif len(candidates) > 1 and options.order == "paper":
-        sample = order_sample(geometry.q_blocks, q.device)
-        looks = {"q_blocks": sample, "epsilon": 1 / geometry.grid_tokens, **rest}
-        seen = [block_statistics(q, k, lse(), geometry, table.expand(heads, -1), **looks) for table in tables]
-        scores = paper_scores(seen, options.alpha, options.sigma)
-    elif len(candidates) > 1:
-        seen = sampled_sums(q, k, geometry, tables, key_bias, rest)
-        scores = mass_kept_scores(seen, options.density)
+    scores, masses = order_scores(q, k, geometry, options, key_bias=key_bias, **rest)
     total = scores if previous_scores is None else scores + previous_scores.to(scores.device)
     per_group = total.unflatten(0, (kv_heads, heads // kv_heads)).mean(1)
     choice = first_best(per_group).repeat_interleave(heads // kv_heads)
@@ -162,10 +141,44 @@ def observe(
     elif pool is None and tail is not None and not options.every_row:
         full = BlockStatistics(tail.mass)
     else:
-        full = block_statistics(q, k, lse(), geometry, rows, pool=pool, **rest)
+        lse = row_logsumexp(q, k, key_bias=key_bias, **rest)
+        full = block_statistics(q, k, lse, geometry, rows, pool=pool, **rest)
     falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias)
     errors = logit_errors(q, k, geometry, rows, scale=scale)
     return Observation(candidates, scores, choice, full.mass, falloff, full.pooled, tail, errors)
+
+
+def order_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: Geometry,
+    options: StatisticsOptions,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """How well each candidate order suits each head, float32 `[Hq, candidates]`, higher is better; and the block sums
+    of every row under each of them, `[Hq, q_blocks, k_blocks]`, where comparing orders took those, or None."""
+    names, heads = options.candidates(g.grid), q.shape[1]
+    rest = {"scale": scale, "backend": backend}
+    if options.order != "paper" and g.grid_tokens <= SHARED_ROWS:
+        masses = sums_under_orders(q, k, g, names, scale=scale, key_bias=key_bias)
+        return mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density), masses
+    if len(names) == 1:
+        return torch.zeros(heads, 1, device=q.device), None
+    tables = [_table_on(name, g.grid, q.device) for name in names]
+    if options.order == "paper":
+        looks = {"q_blocks": order_sample(g.q_blocks, q.device), "epsilon": 1 / g.grid_tokens, **rest}
+        lse = row_logsumexp(q, k, key_bias=key_bias, **rest)
+        seen = [block_statistics(q, k, lse, g, table.expand(heads, -1), **looks) for table in tables]
+        return paper_scores(seen, options.alpha, options.sigma), None
+    if g.grid_tokens <= SHARED_TOKENS:
+        sums = sums_under_orders(q, k, g, names, scale=scale, key_bias=key_bias)
+        seen = [BlockStatistics(mass) for mass in sums]
+    else:
+        seen = sampled_sums(q, k, g, tables, key_bias, rest)
+    return mass_kept_scores(seen, options.density), None
 
 
 def sampled_sums(q, k, g: Geometry, tables: list[torch.Tensor], key_bias, rest: dict) -> list[BlockStatistics]:

@@ -157,13 +157,13 @@ class TinyBench:
         return found
 
     def watch(self, seeds, see: Callable, steps) -> None:
-        """Sample densely and show `see(site, q, k)` the calls of some steps."""
+        """Sample densely and show `see(site, q, k, v)` the calls of some steps."""
         context, noise = self.start(seeds)
         now = [0]
 
         def attention(q, k, v, *, layer):
             if now[0] in steps:
-                see(Site("block", layer), q, k)
+                see(Site("block", layer), q, k, v)
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
         def on_step(step, _):

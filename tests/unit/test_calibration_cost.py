@@ -148,7 +148,8 @@ def test_launches_are_counted_right(launches, monkeypatch, every_row):
     """Every product of the interpreter, on a grid that is observed as a large one is."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    monkeypatch.setattr("comfyui_paro.paro_runtime.statistics.SHARED_TOKENS", 0)
+    for name in ("SHARED_TOKENS", "SHARED_ROWS"):
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.statistics.{name}", 0)
     launches.run, done, create_dot = True, Counter(), InterpreterBuilder.create_dot
 
     def counting(self, a, b, *rest):

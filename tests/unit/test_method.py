@@ -221,7 +221,8 @@ def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
 
 
 def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(planted, monkeypatch):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.statistics.SHARED_TOKENS", 0)
+    for name in ("SHARED_TOKENS", "SHARED_ROWS"):
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.statistics.{name}", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     sampled = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original"), v=v)
     exact = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original", every_row=True), v=v)
