@@ -144,7 +144,7 @@ def tiny_calibration_tables(reports: list[dict]) -> list[str]:
         "From `bench/results/tiny_calibration*.json`, which `python bench/calibration.py --tiny` printed: one step of "
         "the tiny trained model, its four layers together, float32, in ms, medians. `in all` is what the calibrating "
         "step pays beside its attention, plan included; its largest parts stand before it. `times attention` is the "
-        "median of the repeats' ratios.",
+        "median of the repeats' ratios, `the first time` what a process pays once.",
         "",
     ]
     for report in reports:
@@ -154,12 +154,14 @@ def tiny_calibration_tables(reports: list[dict]) -> list[str]:
             f"torch {report['torch']}, Python {report['python']}, {report['date']}, commit {report['commit']}, "
             f"{report['repeats']} repeats.",
             "",
-            "| grid | tokens | attention | orders | tail | falloff | rotation | in all | times attention |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "| grid | tokens | attention | orders | tail | falloff | rotation | in all | times attention "
+            "| the first time |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in report["rows"]:
             times = [row.get(f"{name}_ms") for name in ("attention", "orders", "tail", "falloff", "rotation", "all")]
-            cells = [row["grid"], f"{row['length']}", *map(cell, times), cell(row.get("ratio"))]
+            cells = [row["grid"], f"{row['length']}", *map(cell, times)]
+            cells += [cell(row.get("ratio")), cell(row.get("first_ratio"))]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
