@@ -258,7 +258,7 @@ def sums_under_orders(
         for h in range(heads):
             queries = q[b, h, bags.tokens + g.prefix].float() * scale
             keys = k[b, h // (heads // k.shape[1])].float()
-            by_row = []
+            by_chunk = []
             for some in queries.split(step):
                 weights = buffer[: g.length * some.shape[0]].view(g.length, -1)
                 torch.mm(keys, some.T, out=weights)
@@ -268,8 +268,8 @@ def sums_under_orders(
                 by_key = _bag_sums(bags.keys, weights[grid], bags.key_starts)
                 # All keys of a row: those of the grid are added up already.
                 total = by_key[: g.k_blocks].sum(0) + weights[: grid.start].sum(0) + weights[grid.stop :].sum(0)
-                by_row.append(by_key.T / total[:, None])
-            per_order = torch.cat(by_row).split(g.k_blocks, 1)
+                by_chunk.append(by_key.div_(total))
+            per_order = torch.cat(by_chunk, 1).T.contiguous().split(g.k_blocks, 1)
             for found, (members, first, share), part in zip(sums, bags.rows, per_order, strict=True):
                 found[h] += _bag_sums(members, part.contiguous(), first) * (share / batch)
     return sums
