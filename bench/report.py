@@ -154,6 +154,7 @@ def tiny_calibration_tables(reports: list[dict]) -> list[str]:
             f"torch {report['torch']}, Python {report['python']}, {report['date']}, commit {report['commit']}, "
             f"{report['repeats']} repeats.",
             "",
+            *([report["note"], ""] if report.get("note") else []),
             "| grid | tokens | attention | orders | tail | falloff | rotation | in all | times attention "
             "| the first time |",
             "|---|---|---|---|---|---|---|---|---|---|",

@@ -15,8 +15,8 @@ import torch
 from .problem import Geometry
 from .reference import pool_counts, pool_rows
 
-# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB.
-CHUNK_ELEMENTS = 1 << 18
+# Elements of one chunk of per-block contributions: what a CPU's cache holds a few times; on a GPU some hundred MB.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_GPU = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ def blocks_of(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
         shape[dim] = missing
         x = torch.cat([x, x.new_zeros(shape)], dim)
     return x.unflatten(dim, (-1, size))
+
+
+def _chunk_elements(q: torch.Tensor) -> int:
+    return CHUNK_ELEMENTS_ON_GPU if q.is_cuda else CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -168,7 +172,7 @@ def block_costs_reference(
     tables_of_costs = torch.zeros(5, heads, g.q_blocks, g.k_blocks, device=q.device)
     energy = torch.zeros(heads, device=q.device)
     rows = positions.shape[1]
-    step = max(1, CHUNK_ELEMENTS // (rows * g.k_blocks * dim))
+    step = max(1, _chunk_elements(q) // (rows * g.k_blocks * dim))
     group = heads // k.shape[1]
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
@@ -209,7 +213,7 @@ def row_moments_reference(
     scale = dim**-0.5 if scale is None else scale
     result = torch.zeros(5, batch, heads, masks, positions.numel(), device=q.device)
     group = heads // k.shape[1]
-    step = max(1, CHUNK_ELEMENTS // (g.k_blocks * dim))
+    step = max(1, _chunk_elements(q) // (g.k_blocks * dim))
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
         for h in range(heads):

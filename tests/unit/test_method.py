@@ -246,7 +246,7 @@ def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypa
     whole = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
     kept = kept_on_rows(q, k, g, tables, entry.mask())
     monkeypatch.setattr("comfyui_paro.paro_runtime.tail.GROUP_BYTES", 1)
-    monkeypatch.setattr("comfyui_paro.kernels.tail_reference.CHUNK_ELEMENTS", 1 << 18)
+    monkeypatch.setattr("comfyui_paro.kernels.tail_reference.CHUNK_ELEMENTS", 1 << 12)
     parts = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
     for name in ("error", "mass", "curves", "energy"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-6)
