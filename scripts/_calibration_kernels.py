@@ -11,7 +11,8 @@ DIMS = (128, 64)
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `sums`, `moments`, `correct`."""
+    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `sums`, `few` (the same
+    for few rows), `moments`, `correct`."""
 
     capability: int
     dim: int
@@ -20,7 +21,7 @@ class CalibrationRow:
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[CalibrationRow]:
     """Every kernel at every head dimension; quick: the costs of blocks at D = 128, which is the tightest."""
-    kernels = ("costs",) if quick else ("lse", "blocks", "rows", "costs", "sums", "moments", "correct")
+    kernels = ("costs",) if quick else ("lse", "blocks", "rows", "costs", "sums", "few", "moments", "correct")
     return [
         CalibrationRow(c, d, kernel) for c in capabilities for d in (DIMS[:1] if quick else DIMS) for kernel in kernels
     ]
@@ -58,8 +59,8 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         pointers |= {"out": "*fp32", "tail_bias": "*fp32", "kept_words": "*i64"}
         pointers |= dict.fromkeys(("order_of_head", "heads"), "*i32")
         constants |= {"GROUPS_PER_BLOCK": 2, "STAGES": stages}
-    elif row.kernel == "sums":
-        tile = triton_moments.moments_tile(capability, wide=False)
+    elif row.kernel in ("sums", "few"):
+        tile = triton_moments.moments_tile(capability, wide=False, rows=64 if row.kernel == "few" else 128)
         rows, keys, warps, stages = tile.rows, 64, tile.warps, tile.stages
         kernel = triton_moments._row_sums
         constants |= {"KEYS": keys}

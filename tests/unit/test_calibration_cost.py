@@ -20,6 +20,7 @@ from comfyui_paro.paro_runtime.tokens import TokenLayout
 from torch.utils.flop_counter import FlopCounterMode
 
 TILE = 64
+H100 = (9, 0)
 # Smallest sizes, images, one frame after another, prime sides, and both sides of every size at which the way changes.
 GRIDS = (
     (8, 8, 8),
@@ -63,6 +64,11 @@ def _statistics(a: dict, grid: tuple[int, ...]) -> int:
     return math.prod(grid) * _cells(a, rows, -(-a["k_blocks"] // a["BLOCKS"]) * a["BLOCKS"] * a["KEYS"], 1)
 
 
+def _moments(a: dict, grid: tuple[int, ...]) -> int:
+    tiles, parts, entries = grid
+    return tiles * parts // a["splits"] * entries * _cells(a, a["ROWS"], a["blocks"] * a["KEYS"], 3)
+
+
 # Multiply-adds of one launch: from its arguments by name, and its grid.
 LAUNCHES = {
     "triton_statistics._take_rows": lambda a, grid: 0,
@@ -70,11 +76,15 @@ LAUNCHES = {
         math.prod(grid) * _cells(a, a["ROWS"], -(-a["length"] // a["KEYS"]) * a["KEYS"], 1)
     ),
     "triton_statistics._block_statistics": _statistics,
+    "triton_rows._pool_means": lambda a, grid: 0,
     "triton_tail._row_outputs": lambda a, grid: (
         math.prod(grid) * _cells(a, a["ROWS"], -(-a["length"] // a["KEYS"]) * a["KEYS"], 2)
     ),
     "triton_tail._block_costs": lambda a, grid: math.prod(grid) * _cells(a, a["ROWS"], a["k_blocks"] * a["KEYS"], 4),
-    "triton_tail._dropped_sums": lambda a, grid: math.prod(grid) * _cells(a, a["ROWS"], a["k_blocks"] * a["KEYS"], 2),
+    "triton_moments._row_sums": _moments,
+    "triton_moments._row_moments": lambda a, grid: (
+        math.prod(grid) * _cells(a, a["ROWS"], -(-a["pools"] // a["POOLS"]) * a["POOLS"], 2)
+    ),
 }
 
 
@@ -82,9 +92,9 @@ LAUNCHES = {
 def launches(monkeypatch):
     """Counts multiply-adds by kernel, of a GPU's path; `launches.run = True` also runs the kernels."""
     pytest.importorskip("triton")
-    from comfyui_paro.kernels import triton_statistics, triton_tail
+    from comfyui_paro.kernels import triton_moments, triton_rows, triton_statistics, triton_tail
 
-    modules = {"triton_statistics": triton_statistics, "triton_tail": triton_tail}
+    modules = {m.__name__.split(".")[-1]: m for m in (triton_moments, triton_rows, triton_statistics, triton_tail)}
     found = Counter()
     found.run = False
 
@@ -105,7 +115,6 @@ def launches(monkeypatch):
     for path, count in LAUNCHES.items():
         module, name = path.split(".")
         kernel = getattr(modules[module], name)
-        # `take_rows` reaches both modules through one of them.
         monkeypatch.setattr(modules[module], name, Launch(name, kernel, count))
     monkeypatch.setattr(api, "chosen_backend", lambda *_: "triton")
     return found
@@ -121,12 +130,17 @@ def multiply_adds(grid, dim: int, every_row: bool, dtype=torch.float32, prefix: 
 
 
 @of_every_case
-def test_on_a_gpu(launches, grid, dim, every_row):
-    """Dense attention in tiles of 64 x 64 as well. What the kernels would compute is left out, and what is in its place
-    does not matter: what is launched depends on sizes only."""
+def test_on_a_gpu(launches, monkeypatch, grid, dim, every_row):
+    """With the tiles of an H100, the tallest; dense attention in tiles of 64 x 64. What the kernels would compute is left
+    out, and what is in its place does not matter: what is launched depends on sizes only."""
+    from comfyui_paro.kernels import triton_moments, triton_statistics
+
+    tile = triton_statistics.statistics_tile(H100, dim, wide=False)
+    monkeypatch.setattr(triton_statistics, "tile_of", lambda _: tile)
+    monkeypatch.setattr(triton_moments, "capability_of", lambda _: H100)
     torch_products = multiply_adds(grid, dim, every_row, torch.float16)
     dense = 2 * (-(-math.prod(grid) // TILE) * TILE) ** 2 * dim
-    assert launches["_block_costs"] and launches["_dropped_sums"]
+    assert launches["_block_costs"] and launches["_row_sums"]
     assert 0.5 < (sum(launches.values()) + torch_products) / dense <= 3
 
 
