@@ -131,8 +131,8 @@ def multiply_adds(grid, dim: int, every_row: bool, dtype=torch.float32, prefix: 
 
 @of_every_case
 def test_on_a_gpu(launches, monkeypatch, grid, dim, every_row):
-    """With the tiles of an H100, the tallest; dense attention in tiles of 64 x 64. What the kernels would compute is left
-    out, and what is in its place does not matter: what is launched depends on sizes only."""
+    """With the tiles of an H100, the tallest; dense attention in tiles of 64 x 64. What the kernels would compute is
+    left out, and what is in its place does not matter: what is launched depends on sizes only."""
     from comfyui_paro.kernels import triton_moments, triton_statistics
 
     tile = triton_statistics.statistics_tile(H100, dim, wide=False)
