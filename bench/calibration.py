@@ -1,17 +1,24 @@
-"""What calibrating one site costs against the host's dense attention of that site, part by part, on a GPU.
+"""What calibrating costs against dense attention, part by part: one site of large models on a GPU, or a whole step of
+the tiny model on one core of a CPU.
 
 python bench/calibration.py [--shapes wan720p,wan480p_small,flux] [--heads 8] [--json FILE]
+python bench/calibration.py --tiny [--repeats 15] [--json FILE]
 
 Times are wall-clock medians in milliseconds that wait for the device. `observe` is what a calibrating step pays per
 site: block sums of some rows under every order, the tail's errors and curves, copies to the CPU and all that lies
 between. `refresh` measures the tail's bias again in a sparse step, `plan` makes the three masks of one site at the end;
-`every_row` is what masks by mass would need instead of the tail. On a CPU nothing is measured.
+`every_row` is what masks by mass would need instead of the tail. Without a GPU the first form measures nothing.
+
+`--tiny` records queries, keys and values of the tiny trained model in the third of eight steps and alternates between
+the attention of its four layers as torch computes it (float32) and all that a calibrating step does beside it: four
+observations and the plan. `ratio` is the median over the repeats, `first_ratio` that of the first time in a process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import time
@@ -26,16 +33,18 @@ _checkout.register()
 
 import torch  # noqa: E402
 from comfyui_paro.bench.attention import commit, peak_mib  # noqa: E402
+from comfyui_paro.bench.paro_bench.tiny import GRIDS, LAYERS, TinyBench, Variant  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, inputs  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
 from comfyui_paro.kernels.api import block_costs, block_statistics, row_logsumexp  # noqa: E402
 from comfyui_paro.paro_runtime.calibration import Calibrator  # noqa: E402
+from comfyui_paro.paro_runtime.falloff import observe_falloff  # noqa: E402
 from comfyui_paro.paro_runtime.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import MaskOptions, query_block  # noqa: E402
 from comfyui_paro.paro_runtime.refresh import ROWS_SHARE  # noqa: E402
-from comfyui_paro.paro_runtime.selection import mass_kept_scores  # noqa: E402
-from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, sampled_sums  # noqa: E402
+from comfyui_paro.paro_runtime.rotation import logit_errors  # noqa: E402
+from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, order_scores  # noqa: E402
 from comfyui_paro.paro_runtime.tail import observe_bias, observe_tail, sampled_rows  # noqa: E402
 from comfyui_paro.paro_runtime.tokens import TokenLayout  # noqa: E402
 
@@ -95,7 +104,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
         return block_statistics(q, k, row_logsumexp(q, k), g, rows)
 
     parts = {
-        "orders": lambda: mass_kept_scores(sampled_sums(q, k, g, tables, None, {}), DENSITY),
+        "orders": lambda: order_scores(q, k, g, StatisticsOptions(DENSITY)),
         "costs": lambda: block_costs(q, k, v, g, rows, sampled_rows(g, device), pool=POOL),
         "tail": lambda: observe_tail(q, k, v, g, rows, density=DENSITY, pool=POOL),
         "every_row": every_row,
@@ -135,12 +144,92 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     }
 
 
+def recorded(bench: TinyBench, seed: int, step: int) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Queries, keys and values `[1, H, L, D]` of every layer in one step of a dense run."""
+    found = []
+
+    def see(_, *call):
+        found.append(tuple(x.clone(memory_format=torch.preserve_format) for x in call))
+
+    bench.watch([seed], see, {step})
+    return found
+
+
+def measure_tiny(grid: tuple[int, int, int], repeats: int, step: int = 2, seed: int = 1000) -> dict:
+    """One row: a calibrating step of the tiny model in ms, medians, and its ratio to the attention of that step."""
+    bench = TinyBench(grid, seeds=())
+    calls = recorded(bench, seed, step)
+    variant = Variant("ours, passing", DENSITY, step + 1, plan="passing")
+    layout, options = bench.layout, StatisticsOptions(DENSITY)
+    g = geometry_of(layout, query_block(layout.grid_tokens))
+    names = options.candidates(grid)
+    rows = torch.stack([order_table(names[head % len(names)], grid) for head in range(calls[0][0].shape[1])])
+
+    def calibrate():
+        calibrator = Calibrator(IDENTITY, variant.options(), method=variant.method.in_passing(pure_noise=step == 0))
+        for layer, (q, k, v) in enumerate(calls):
+            calibrator.observe(Site("block", layer), layout, q, k, v, step=step)
+        return calibrator.plan({})
+
+    parts = {
+        "attention": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v),
+        "orders": lambda q, k, v: order_scores(q, k, g, options),
+        "tail": lambda q, k, v: observe_tail(q, k, v, g, rows, density=DENSITY, pool=POOL),
+        "falloff": lambda q, k, v: observe_falloff(q, k, layout),
+        "rotation": lambda q, k, v: logit_errors(q, k, g, rows),
+    }
+    whole = {"all": calibrate}
+    whole |= {name: lambda run=run: [run(*call) for call in calls] for name, run in parts.items()}
+    times: dict[str, list[float]] = {name: [] for name in whole}
+    for _ in range(repeats + 1):
+        for name, run in whole.items():
+            began = time.perf_counter()
+            run()
+            times[name].append((time.perf_counter() - began) * 1e3)
+    # A process pays more the first time: tables of orders, and torch's own start.
+    first = {name: found.pop(0) for name, found in times.items()}
+    row = {"grid": "x".join(map(str, grid)), "length": layout.length, "layers": LAYERS, "step": step}
+    row |= {f"{name}_ms": statistics.median(found) for name, found in times.items()}
+    row["first_ratio"] = first["all"] / first["attention"]
+    return row | {"ratio": statistics.median(map(float.__truediv__, times["all"], times["attention"]))}
+
+
+def cpu_name() -> str:
+    """As Linux knows it, else what Python knows."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def tiny_main(repeats: int, path: Path | None) -> int:
+    """Measure every grid of the tiny model on one core."""
+    torch.set_num_threads(1)
+    made_on = {"cpu": cpu_name(), "threads": 1, "torch": torch.__version__, "python": platform.python_version()}
+    results = {"benchmark": "tiny calibration", **made_on, "date": date.today().isoformat(), "commit": commit()}
+    results |= {"repeats": repeats, "rows": []}
+    for grid in GRIDS:
+        results["rows"].append(measure_tiny(grid, repeats))
+        print(_line(results["rows"][-1]), flush=True)
+    if path:
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _line(row: dict) -> str:
+    return json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in row.items()})
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default="wan720p,wan480p_small,flux", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--heads", type=int, help="heads at most (default: the model's)")
+    parser.add_argument("--tiny", action="store_true", help="the tiny model on one core of this CPU instead")
+    parser.add_argument("--repeats", type=int, default=15, help="of --tiny")
     parser.add_argument("--json", type=Path, help="write the results here")
     args = parser.parse_args(arguments)
+    if args.tiny:
+        return tiny_main(args.repeats, args.json)
     unknown = [name for name in args.shapes.split(",") if name not in SHAPES]
     if unknown:
         parser.error(f"--shapes: {', '.join(unknown)} is none of {', '.join(SHAPES)}")
@@ -161,7 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in args.shapes.split(","):
         shape = SHAPES[name]
         row = {"shape": name, **measure(shape, min(args.heads or shape.heads, shape.heads), torch.device("cuda"))}
-        print(json.dumps({a: round(b, 4) if isinstance(b, float) else b for a, b in row.items()}), flush=True)
+        print(_line(row), flush=True)
         results["rows"].append(row)
         if args.json:
             args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -136,6 +136,38 @@ def calibration_tables(reports: list[dict]) -> list[str]:
     return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
 
 
+def tiny_calibration_tables(reports: list[dict]) -> list[str]:
+    """Markdown: what a calibrating step of the tiny model costs on one core, a table per CPU."""
+    lines = [
+        "# Calibration in passing on a CPU",
+        "",
+        "From `bench/results/tiny_calibration*.json`, which `python bench/calibration.py --tiny` printed: one step of "
+        "the tiny trained model, its four layers together, float32, in ms, medians. `in all` is what the calibrating "
+        "step pays beside its attention, plan included; its largest parts stand before it. `times attention` is the "
+        "median of the repeats' ratios, `the first time` what a process pays once.",
+        "",
+    ]
+    for report in reports:
+        lines += [
+            f"## {report['cpu']}, {report['threads']} thread",
+            "",
+            f"torch {report['torch']}, Python {report['python']}, {report['date']}, commit {report['commit']}, "
+            f"{report['repeats']} repeats.",
+            "",
+            *([report["note"], ""] if report.get("note") else []),
+            "| grid | tokens | attention | orders | tail | falloff | rotation | in all | times attention "
+            "| the first time |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in report["rows"]:
+            times = [row.get(f"{name}_ms") for name in ("attention", "orders", "tail", "falloff", "rotation", "all")]
+            cells = [row["grid"], f"{row['length']}", *map(cell, times)]
+            cells += [cell(row.get("ratio")), cell(row.get("first_ratio"))]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
+
+
 def read(pattern: str) -> list[dict]:
     """The committed results whose file names match."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob(pattern))]
@@ -175,6 +207,7 @@ def main() -> int:
     reports = read("attention*.json")
     TARGET.parent.mkdir(exist_ok=True)
     rest = [*step_tables(read("end_to_end*.json")), *calibration_tables(read("calibration*.json"))]
+    rest += tiny_calibration_tables(read("tiny_calibration*.json"))
     page = render(reports) + "\n" + "\n".join(rest)
     TARGET.write_text(page.rstrip() + "\n", encoding="utf-8")
     print(f"{TARGET.relative_to(ROOT)}: {sum(len(r['rows']) for r in reports)} rows")

@@ -22,7 +22,8 @@ def hadamard_matrix(size: int, device=None, dtype=torch.float32) -> torch.Tensor
 def fake_quantize(x: torch.Tensor, levels: int, dim: int | tuple[int, ...]) -> torch.Tensor:
     """Round x to `2*levels+1` symmetric steps with one scale per slice along `dim` (amax / levels)."""
     scale = x.abs().amax(dim=dim, keepdim=True).clamp_min(1e-12) / levels
-    return (x / scale).round().clamp(-levels, levels) * scale
+    # The largest value is `levels` to within a rounding error, so nothing is beyond it after rounding.
+    return (x / scale).round_().mul_(scale)
 
 
 def fake_quantize_blocks(x: torch.Tensor, levels: int, block: int) -> torch.Tensor:

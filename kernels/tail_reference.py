@@ -15,8 +15,8 @@ import torch
 from .problem import Geometry
 from .reference import pool_counts, pool_rows
 
-# Elements of one chunk of per-block contributions: bounds the scratch memory to some hundred MB.
-CHUNK_ELEMENTS = 1 << 24
+# Elements of one chunk of per-block contributions: what a CPU's cache holds a few times; on a GPU some hundred MB.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_GPU = 1 << 18, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -66,46 +66,54 @@ def blocks_of(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
     return x.unflatten(dim, (-1, size))
 
 
+def _chunk_elements(q: torch.Tensor) -> int:
+    return CHUNK_ELEMENTS_ON_GPU if q.is_cuda else CHUNK_ELEMENTS
+
+
 @dataclass(frozen=True)
 class _Head:
-    """One head of one batch entry, keys and values of the grid in the head's order, in float32 or float64."""
+    """One head of one batch entry in float32 or float64: keys and values in the head's order, zeros up to whole blocks,
+    then the context.
+
+    q `[N, D]` of the grid, in natural order, times the scale; keys `[k_blocks * block_k + context, D]`; key_bias, one
+    for each of them, or None; value_blocks `[k_blocks, block_k, D]`, context_values `[context, D]`; pooled_keys
+    `[pools, D]`, pooled_blocks `[k_blocks, pools per block, D]`; log_counts `[pools]`; table int64 `[N]`.
+    """
 
     q: torch.Tensor
-    all_keys: torch.Tensor
+    keys: torch.Tensor
     key_bias: torch.Tensor | None
-    values: torch.Tensor
+    value_blocks: torch.Tensor
     context_values: torch.Tensor
     pooled_keys: torch.Tensor
-    pooled_values: torch.Tensor
+    pooled_blocks: torch.Tensor
     log_counts: torch.Tensor
-    columns: torch.Tensor
-    context: torch.Tensor
-    scale: float
+    table: torch.Tensor
 
 
 def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, scale: float) -> _Head:
-    columns, context = table.long() + g.prefix, context_index(g, q.device)
+    table, context = table.long(), context_index(g, q.device)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
-    keys, values = k[columns].to(work), v[columns].to(work)
-    log_counts = pool_counts(g.grid_tokens, pool, q.device).to(work).log()
+    keys, values = (x.index_select(0, table + g.prefix).to(work) for x in (k, v))
+    key_blocks, value_blocks = (blocks_of(x, g.block_k, 0) for x in (keys, values))
+    if bias is not None:
+        bias = torch.cat([blocks_of(bias[table + g.prefix], g.block_k, 0).flatten(), bias[context]]).to(work)
     return _Head(
-        q.to(work),
-        k.to(work),
+        q[g.prefix : g.prefix + g.grid_tokens].to(work) * scale,
+        torch.cat([key_blocks.flatten(0, 1), k[context].to(work)]),
         bias,
-        values,
+        value_blocks,
         v[context].to(work),
         pool_rows(keys, pool),
-        pool_rows(values, pool),
-        log_counts,
-        columns,
-        context,
-        scale,
+        blocks_of(pool_rows(values, pool), g.block_k // pool, 0),
+        pool_counts(g.grid_tokens, pool, q.device).to(work).log(),
+        table,
     )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """x and y `[rows, k_blocks, D]`, mass and pooled `[rows, k_blocks]`, energy `[rows]`."""
+    """x and y `[k_blocks, rows, D]`, mass and pooled `[rows, k_blocks]`, energy `[rows]`."""
 
     x: torch.Tensor
     y: torch.Tensor
@@ -115,24 +123,29 @@ class _Rows:
 
 
 def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows:
-    queries = head.q[head.columns[positions]] * head.scale
-    logits = queries @ head.all_keys.T
+    queries = head.q.index_select(0, head.table[positions])
+    logits = queries @ head.keys.T
     if head.key_bias is not None:
-        logits += head.key_bias.to(logits.dtype)
-    lse = logits.logsumexp(1, keepdim=True)
-    weights = (logits - lse).exp()
-    on_grid, on_context = weights[:, head.columns], weights[:, head.context]
-    tiles = blocks_of(on_grid, g.block_k, 1)
+        logits += head.key_bias
+    padded = g.k_blocks * g.block_k
+    logits[:, g.grid_tokens : padded] = -torch.inf
+    # Written out, since logsumexp makes a second pass of exponentials.
+    highest = logits.amax(1, keepdim=True)
+    weights = logits.sub_(highest).exp_()
+    total = weights.sum(1, keepdim=True)
+    weights /= total
+    tiles = weights[:, :padded].unflatten(1, (-1, g.block_k))
     mass = tiles.sum(2)
-    sums = torch.einsum("rbk,bkd->rbd", tiles, blocks_of(head.values, g.block_k, 0))
-    out = sums.sum(1) + on_context @ head.context_values
-    pooled_weights = (queries @ head.pooled_keys.T + head.log_counts - lse).exp()
-    per_block = g.block_k // pool
-    pooled_tiles = blocks_of(pooled_weights, per_block, 1)
+    sums = tiles.transpose(0, 1) @ head.value_blocks
+    out = sums.sum(0) + weights[:, padded:] @ head.context_values
+    pooled_weights = (queries @ head.pooled_keys.T + head.log_counts - highest).exp_() / total
+    pooled_tiles = blocks_of(pooled_weights, g.block_k // pool, 1)
     pooled = pooled_tiles.sum(2)
-    pooled_sums = torch.einsum("rbk,bkd->rbd", pooled_tiles, blocks_of(head.pooled_values, per_block, 0))
-    x = sums - mass[..., None] * out[:, None]
-    y = pooled_sums - pooled[..., None] * out[:, None]
+    # With one pool a block, a product of one column and one row: cheaper as a plain multiplication.
+    product = torch.mul if g.block_k == pool else torch.matmul
+    pooled_sums = product(pooled_tiles.transpose(0, 1), head.pooled_blocks)
+    x = sums.addcmul_(mass.T[..., None], out, value=-1)
+    y = pooled_sums.addcmul_(pooled.T[..., None], out, value=-1)
     return _Rows(x, y, mass, pooled, out.square().sum(1))
 
 
@@ -159,7 +172,7 @@ def block_costs_reference(
     tables_of_costs = torch.zeros(5, heads, g.q_blocks, g.k_blocks, device=q.device)
     energy = torch.zeros(heads, device=q.device)
     rows = positions.shape[1]
-    step = max(1, CHUNK_ELEMENTS // (rows * g.k_blocks * dim))
+    step = max(1, _chunk_elements(q) // (rows * g.k_blocks * dim))
     group = heads // k.shape[1]
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
@@ -168,8 +181,10 @@ def block_costs_reference(
             for first in range(0, g.q_blocks, step):
                 part = slice(first, min(first + step, g.q_blocks))
                 seen = _rows(head, g, pool, positions[part].flatten())
-                moved, cross, other = seen.x.square().sum(2), (seen.x * seen.y).sum(2), seen.y.square().sum(2)
-                found = torch.stack([moved, cross, other, seen.mass, seen.pooled]).unflatten(1, (-1, rows)).sum(2)
+                moved, other = (torch.linalg.vector_norm(each, dim=2).square() for each in (seen.x, seen.y))
+                cross = seen.x.mul_(seen.y).sum(2)
+                found = torch.stack([moved.T, cross.T, other.T, seen.mass, seen.pooled])
+                found = found.unflatten(1, (-1, rows)).sum(2)
                 tables_of_costs[:, h, part] += (found / batch).float()
                 energy[h] += seen.energy.sum() / batch
     return BlockCosts(*tables_of_costs, energy)
@@ -198,7 +213,7 @@ def row_moments_reference(
     scale = dim**-0.5 if scale is None else scale
     result = torch.zeros(5, batch, heads, masks, positions.numel(), device=q.device)
     group = heads // k.shape[1]
-    step = max(1, CHUNK_ELEMENTS // (g.k_blocks * dim))
+    step = max(1, _chunk_elements(q) // (g.k_blocks * dim))
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
         for h in range(heads):
@@ -206,11 +221,10 @@ def row_moments_reference(
             for first in range(0, positions.numel(), step):
                 part = slice(first, first + step)
                 seen = _rows(head, g, pool, positions[part])
-                for mask in range(masks):
-                    dropped = (levels[h, positions[part] // g.block_q] > mask).to(seen.x.dtype)
-                    x = torch.einsum("rb,rbd->rd", dropped, seen.x)
-                    y = torch.einsum("rb,rbd->rd", dropped, seen.y)
-                    found = (x.square().sum(1), (x * y).sum(1), y.square().sum(1))
-                    weights = ((dropped * seen.mass).sum(1), (dropped * seen.pooled).sum(1))
-                    result[:, b, h, mask, part] = torch.stack([*found, *weights]).float()
+                level = levels[h, positions[part] // g.block_q]
+                dropped = torch.stack([(level > mask).to(seen.x.dtype) for mask in range(masks)], 1)
+                x, y = (dropped @ each.transpose(0, 1) for each in (seen.x, seen.y))
+                found = [x.square().sum(2), (x * y).sum(2), y.square().sum(2)]
+                found += [(dropped @ each[..., None])[..., 0] for each in (seen.mass, seen.pooled)]
+                result[:, b, h, :, part] = torch.stack(found).transpose(1, 2).float()
     return RowMoments(*result)

@@ -53,13 +53,14 @@ class MomentsTile:
     stages: int
 
 
-def moments_tile(capability: tuple[int, int] | None, wide: bool) -> MomentsTile:
-    """The tile of `_row_sums`, which holds two sums of `[rows, D]` in registers: eight warps, or it spills.
+def moments_tile(capability: tuple[int, int] | None, wide: bool, rows: int) -> MomentsTile:
+    """The tile of `_row_sums` for so many rows: it holds two sums of `[tile rows, D]` in registers: eight warps, or it
+    spills.
 
-    Tall tiles read keys and values less often, but fit data-centre GPUs only. None: an AMD GPU. wide: float32 inputs,
-    which are converted on the way.
+    Tall tiles read keys and values less often, but fit data-centre GPUs only, and would be half empty for few rows.
+    None: an AMD GPU. wide: float32 inputs, which are converted on the way.
     """
-    if capability is not None and capability[0] in (9, 10) and not wide:
+    if capability is not None and capability[0] in (9, 10) and not wide and rows > 64:
         return MomentsTile(128, 8, 3)
     return MomentsTile(64, 8, 1 if wide else 2)
 
@@ -245,7 +246,7 @@ def launch_row_moments(
     device, padded, wide = q.device, padded_dim(dim), q.dtype == torch.float32
     scale_log2 = (dim**-0.5 if scale is None else scale) * LOG2E
     rows, entries = positions.numel(), batch * heads
-    tile = tile or moments_tile(capability_of(device), wide)
+    tile = tile or moments_tile(capability_of(device), wide, rows)
     tiles = -(-rows // tile.rows)
     size, pools = tiles * tile.rows, -(-g.grid_tokens // pool)
     blocks = g.k_blocks + -(-g.context_tokens // g.block_k)

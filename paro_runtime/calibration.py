@@ -34,19 +34,30 @@ class Method:
     """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
 
     criterion: blocks are kept by `error`, the squared output error, relative to the head's own output, that leaving
-    them to the tail would cost, or by `mass`. Without a tail or without values it is always mass.
+    them to the tail would cost, or by `mass`. `auto` is error, but mass in plans made in passing from a step that
+    begins with nothing but noise: errors measured there mislead (docs/method.md). Without a tail or without values it
+    is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. alpha, sigma: of the paper's metric.
     time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
     all observations for all masks. What a resumed calibration had observed before counts for all groups.
     """
 
-    criterion: str = "error"
+    criterion: str = "auto"
     bias: str = "error"
     tiles: bool = True
     alpha: float = 0.5
     sigma: float = 1.0
     time_groups: Schedule | None = None
+
+    def in_passing(self, pure_noise: bool) -> Method:
+        """This method for a plan that a run makes of one of its own steps; pure_noise: that step begins with noise."""
+        return replace(self, criterion="mass") if pure_noise and self.criterion == "auto" else self
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether blocks are kept by their mass even where errors are known."""
+        return self.criterion == "mass"
 
 
 class Calibrator:
@@ -127,7 +138,7 @@ class Calibrator:
             options.pool,
             method.tiles,
             options.pool is not None and method.bias == "mass",
-            method.criterion == "mass",
+            method.by_mass,
             method.alpha,
             method.sigma,
         )
@@ -149,7 +160,7 @@ class Calibrator:
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
         look = glimpse(seen, self.options.compared_density)
-        fresh = stored(seen, with_error=self.method.criterion == "error")
+        fresh = stored(seen, with_error=not self.method.by_mass)
         with self._lock:
             label = (self.prompt, step)
             self._glimpses[(site, *label)] = look
@@ -193,6 +204,7 @@ class Calibrator:
             "candidates": list(sums[0].candidates),
             "stability": self.stability().as_dict(),
             "int8_logit_error": self._logit_error(sums),
+            "criterion": "mass" if any(map(self._by_mass, sums)) else "error",
             **made,
         }
         block_q, pool = query_block(layout.grid_tokens), self.options.pool or 64
@@ -250,9 +262,12 @@ class Calibrator:
         }
         return replace(total, **parts)
 
+    def _by_mass(self, s: SiteSums) -> bool:
+        return s.error is None or self.method.by_mass
+
     def _criterion(self, s: SiteSums) -> torch.Tensor:
         """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""
-        if s.error is None or self.method.criterion == "mass":
+        if self._by_mass(s):
             return s.mass / s.weight[:, None, None].to(s.mass.dtype)
         return s.error / s.energy[:, None, None].clamp_min(1e-20).to(s.error.dtype)
 

@@ -106,9 +106,10 @@ def observe_falloff(
             if key_bias is not None:
                 logits += key_bias[b].float()
             weights = logits.softmax(2)[:, :, on_grid]
-            along_w = weights.reshape(*weights.shape[:2], f * h, w) @ by_w
-            along_h = along_w.unflatten(2, (f, h)).transpose(3, 4) @ by_h[:, None]
-            total[part] += torch.einsum("xrfcb,rfa->xabc", along_h, by_f)
+            # Frames first: the longest rows then stay whole.
+            along_f = by_f.transpose(1, 2) @ weights.reshape(*weights.shape[:2], f, h * w)
+            along_w = along_f.unflatten(3, (h, w)).flatten(2, 3) @ by_w
+            total[part] += torch.einsum("xrahc,rhb->xabc", along_w.unflatten(2, (-1, h)), by_h)
     return (total / (batch * pairs.clamp_min(1))).flatten(1)
 
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
 from .attention import resolve_backend, resolve_precision, self_check
-from .calibration import Calibrator
+from .calibration import Calibrator, Method
 from .correction import DENSE_STEPS, QueryCorrection
 from .evaluation import Evaluation
 from .patterns import PatternCache
@@ -34,6 +34,8 @@ from .settings import Settings
 from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
+# A step that begins at this share of the model's highest noise begins with nothing else.
+PURE_NOISE = 0.99
 
 
 def _moved(plan: Plan, layout: TokenLayout) -> Plan:
@@ -93,12 +95,16 @@ class Session:
         refresh: bool = True,
         correct: bool | None = None,
         can_redo: bool = False,
+        method: Method | None = None,
+        highest_noise: float | None = None,
     ) -> None:
         """sigmas: the run's noise levels, falling, last one included (steps + 1 values).
 
         refresh: measure the tail's bias again in some sparse steps; False keeps the plan's.
         correct: give rows back what their mean query shows them to miss; None: where few steps are dense.
         can_redo: the caller runs an evaluation again when its `end` says so, which spares a wait in every call.
+        method: how the run's own plans are made of what passes by (default: what measured best).
+        highest_noise: the model's, in the units of sigmas; None: not known, any run may begin with noise.
         With a calibrator the whole run is dense and the calibrator sees `calibrate_steps` (default: every step).
         """
         self.policy = policy
@@ -114,6 +120,8 @@ class Session:
         self.precision = self.settings.precision  # `auto` until the device is known
         self.calibrator = calibrator
         self.calibrate_steps = calibrate_steps
+        self.method = method or Method()
+        self.highest_noise = highest_noise
         self.counts = Counts()
         self.notes: list[str] = []
         self.sites: set[Site] = set()
@@ -143,11 +151,11 @@ class Session:
         with self.lock:
             grid = self._grids.get(layout.grid)
             if grid is None:
-                grid = self._grids[layout.grid] = self._open_grid(layout)
+                grid = self._grids[layout.grid] = self._open_grid(layout, step)
             if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
                 self._close_calibration(grid)
             if grid.check is not None and step != self._clock.step:
-                self._judge_moved_plan(grid)
+                self._judge_moved_plan(grid, step)
             if step != self._clock.step:
                 kind = self._step_kind(step, grid)
                 self._clock.next(step, kind)
@@ -178,7 +186,7 @@ class Session:
 
     # Below: used by Evaluation.
 
-    def _open_grid(self, layout: TokenLayout) -> Grid:
+    def _open_grid(self, layout: TokenLayout, step: int) -> Grid:
         grid = Grid(layout)
         if self.calibrator is not None:
             grid.source = "calibrating"
@@ -209,10 +217,10 @@ class Session:
             if note:
                 self.note(f"{note}; calibrating anew")
         if self.settings.calibrate:
-            grid.calibrator, grid.source = Calibrator(self.policy.identity, self.options), "calibrated on the way"
+            grid.calibrator, grid.source = self._calibrator(step), "calibrated on the way"
         return grid
 
-    def _judge_moved_plan(self, grid: Grid) -> None:
+    def _judge_moved_plan(self, grid: Grid, step: int) -> None:
         verdict = grid.check.verdict()
         if verdict is None:
             return
@@ -227,8 +235,15 @@ class Session:
             if self.correction is not None:
                 self.correction.forget()
             if self.settings.calibrate:
-                grid.calibrator = Calibrator(self.policy.identity, self.options)
+                grid.calibrator = self._calibrator(step)
                 grid.source = "calibrated on the way"
+
+    def _calibrator(self, step: int) -> Calibrator:
+        """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
+        first = max(step, self.schedule.dense_steps - 1) == 0
+        # A run that starts from a picture (denoise below 1) has something to see in its first step.
+        pure_noise = first and (self.highest_noise is None or self.sigmas[0] >= PURE_NOISE * self.highest_noise)
+        return Calibrator(self.policy.identity, self.options, method=self.method.in_passing(pure_noise))
 
     def _close_calibration(self, grid: Grid) -> None:
         began = time.perf_counter()

@@ -1,22 +1,23 @@
 """From one site's queries and keys to block statistics: which order suits each head, and what its blocks hold.
 
-No pass looks at more rows than it must. Some rows of some query blocks under every candidate order, to choose: their
-log-sum-exp, then their block sums. Then, under the chosen orders and where the values are at hand, the tail's errors on
-a few rows of every block, which tell the block sums too. For ten orders on 75,600 tokens that is half a product Q K^T
-and half a dense attention. Without values, or for masks by mass, block sums of every row instead: two products more.
-The falloff with distance comes from a few hundred rows.
+No pass looks at more rows than it must. To choose, some rows under every candidate order: on small grids the same rows
+for all orders, all of them on the smallest; on large ones some rows of some query blocks of each, their log-sum-exp
+first. Then, under the chosen orders and where the values are at hand, the tail's errors on a few rows of every block,
+which tell the block sums too. For ten orders on 75,600 tokens that is half a product Q K^T and half a dense attention.
+Without values, or for masks by mass, block sums of every row instead: two products more. The falloff with distance
+comes from a few hundred rows. All of it is at most three dense attentions (`tests/unit/test_calibration_cost.py`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import torch
 
 from ..kernels.api import block_statistics, row_logsumexp
 from ..kernels.problem import Geometry
-from ..kernels.statistics_reference import BlockStatistics, block_positions
+from ..kernels.statistics_reference import BlockStatistics, block_positions, block_sizes
 from .falloff import observe_falloff
 from .orders import ORIGINAL, candidate_orders, order_table, tiled_orders
 from .rotation import logit_errors
@@ -28,9 +29,11 @@ from .tokens import TokenLayout
 # depends on how many rows were seen, not on their share. Fewer where there are few, for the cost's sake.
 ORDER_BLOCKS, ORDER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
 ORDER_ROWS = 32
-# Up to this many grid tokens every row is looked at, under all orders in one go (`masses_by_membership`): samples of so
-# few rows took orders that cost 1 to 3 dB on the tiny model.
-MEMBERSHIP_TOKENS = 4096
+# Up to SHARED_TOKENS grid tokens the same rows are looked at under all orders in one go (`sums_under_orders`): all, or
+# SHARED_ROWS of them. Samples of 512 rows took orders that cost 1 to 3 dB on the tiny model.
+SHARED_TOKENS, SHARED_ROWS = 8192, 4096
+# Attention weights of one chunk of rows: what a CPU's cache holds, and half of a large GPU's.
+ELEMENTS_IN_CACHE, ELEMENTS_ON_GPU = 1 << 18, 1 << 23
 
 
 @dataclass(frozen=True)
@@ -122,25 +125,7 @@ def observe(
     heads, kv_heads = q.shape[1], k.shape[1]
     tables = [_table_on(name, layout.grid, q.device) for name in candidates]
     rest = {"scale": scale, "backend": backend}
-
-    @cache
-    def lse() -> torch.Tensor:
-        """Of every row: a product Q K^T that the usual path on a GPU does without."""
-        return row_logsumexp(q, k, key_bias=key_bias, **rest)
-
-    scores = torch.zeros(heads, len(candidates), device=q.device)
-    masses = None
-    if layout.grid_tokens <= MEMBERSHIP_TOKENS and options.order != "paper":
-        masses = masses_by_membership(q, k, lse(), geometry, tables, scale)
-        scores = mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density)
-    elif len(candidates) > 1 and options.order == "paper":
-        sample = order_sample(geometry.q_blocks, q.device)
-        looks = {"q_blocks": sample, "epsilon": 1 / geometry.grid_tokens, **rest}
-        seen = [block_statistics(q, k, lse(), geometry, table.expand(heads, -1), **looks) for table in tables]
-        scores = paper_scores(seen, options.alpha, options.sigma)
-    elif len(candidates) > 1:
-        seen = sampled_sums(q, k, geometry, tables, key_bias, rest)
-        scores = mass_kept_scores(seen, options.density)
+    scores, masses = order_scores(q, k, geometry, options, key_bias=key_bias, **rest)
     total = scores if previous_scores is None else scores + previous_scores.to(scores.device)
     per_group = total.unflatten(0, (kv_heads, heads // kv_heads)).mean(1)
     choice = first_best(per_group).repeat_interleave(heads // kv_heads)
@@ -156,10 +141,44 @@ def observe(
     elif pool is None and tail is not None and not options.every_row:
         full = BlockStatistics(tail.mass)
     else:
-        full = block_statistics(q, k, lse(), geometry, rows, pool=pool, **rest)
+        lse = row_logsumexp(q, k, key_bias=key_bias, **rest)
+        full = block_statistics(q, k, lse, geometry, rows, pool=pool, **rest)
     falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias)
     errors = logit_errors(q, k, geometry, rows, scale=scale)
     return Observation(candidates, scores, choice, full.mass, falloff, full.pooled, tail, errors)
+
+
+def order_scores(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: Geometry,
+    options: StatisticsOptions,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
+    """How well each candidate order suits each head, float32 `[Hq, candidates]`, higher is better; and the block sums
+    of every row under each of them, `[Hq, q_blocks, k_blocks]`, where comparing orders took those, or None."""
+    names, heads = options.candidates(g.grid), q.shape[1]
+    rest = {"scale": scale, "backend": backend}
+    if options.order != "paper" and g.grid_tokens <= SHARED_ROWS:
+        masses = sums_under_orders(q, k, g, names, scale=scale, key_bias=key_bias)
+        return mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density), masses
+    if len(names) == 1:
+        return torch.zeros(heads, 1, device=q.device), None
+    tables = [_table_on(name, g.grid, q.device) for name in names]
+    if options.order == "paper":
+        looks = {"q_blocks": order_sample(g.q_blocks, q.device), "epsilon": 1 / g.grid_tokens, **rest}
+        lse = row_logsumexp(q, k, key_bias=key_bias, **rest)
+        seen = [block_statistics(q, k, lse, g, table.expand(heads, -1), **looks) for table in tables]
+        return paper_scores(seen, options.alpha, options.sigma), None
+    if g.grid_tokens <= SHARED_TOKENS:
+        sums = sums_under_orders(q, k, g, names, scale=scale, key_bias=key_bias)
+        seen = [BlockStatistics(mass) for mass in sums]
+    else:
+        seen = sampled_sums(q, k, g, tables, key_bias, rest)
+    return mass_kept_scores(seen, options.density), None
 
 
 def sampled_sums(q, k, g: Geometry, tables: list[torch.Tensor], key_bias, rest: dict) -> list[BlockStatistics]:
@@ -173,30 +192,92 @@ def sampled_sums(q, k, g: Geometry, tables: list[torch.Tensor], key_bias, rest: 
     return [block_statistics(q, k, lse, g, table.expand(q.shape[1], -1), **looks) for table in tables]
 
 
-def masses_by_membership(
-    q: torch.Tensor, k: torch.Tensor, lse: torch.Tensor, g: Geometry, tables: list[torch.Tensor], scale: float | None
+@dataclass(frozen=True)
+class _Bags:
+    """What is added to what, for some orders of a grid; on one device.
+
+    tokens int64 `[n]`: rows that are looked at. keys int64 `[orders * N]`, key_starts `[orders * k_blocks]`: the grid
+    tokens of each block of keys of each order, and where each block begins. rows: per order the same for query blocks
+    (numbers within `tokens`, begins), and tokens in a block per token that is looked at, float32 `[q_blocks, 1]`.
+    """
+
+    tokens: torch.Tensor
+    keys: torch.Tensor
+    key_starts: torch.Tensor
+    rows: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+
+
+@lru_cache(maxsize=4)
+def _bags(g: Geometry, names: tuple[str, ...], rows: int, device: torch.device) -> _Bags:
+    """Every site of a run asks for the same."""
+    tokens = torch.arange(g.grid_tokens, device=device)
+    if rows < g.grid_tokens:
+        # At random: a regular stride would see every other column of some grids, and some blocks of some orders never.
+        tokens = torch.randperm(g.grid_tokens, generator=torch.Generator().manual_seed(0))[:rows].sort().values
+        tokens = tokens.to(device)
+    tables = [_table_on(name, g.grid, device).long() for name in names]
+    blocks = torch.arange(g.q_blocks, device=device)
+    of_orders = []
+    for table in tables:
+        # The inverse of a permutation: where each grid token stands in the order.
+        place, members = table.argsort()[tokens].sort()
+        first = torch.searchsorted(place, blocks * g.block_q)
+        seen = torch.cat([first[1:], first.new_full((1,), tokens.numel())]) - first
+        of_orders.append((members, first, (block_sizes(g, blocks) / seen.clamp_min(1))[:, None]))
+    starts = torch.arange(len(tables), device=device)[:, None] * g.grid_tokens
+    starts = starts + torch.arange(g.k_blocks, device=device) * g.block_k
+    return _Bags(tokens, torch.cat(tables), starts.flatten(), tuple(of_orders))
+
+
+@torch.no_grad()
+def sums_under_orders(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    g: Geometry,
+    names: tuple[str, ...],
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    rows: int = SHARED_ROWS,
 ) -> list[torch.Tensor]:
     """Block sums under every order from one product Q K^T: float32 `[Hq, q_blocks, k_blocks]` per order.
 
-    Multiplies the weights by a table of 0 and 1 that says which block a key belongs to; cheap while blocks are few.
+    Arguments as in `kernels.api.block_statistics`; names: of the orders; rows: at most so many query rows are looked
+    at, and the sums of all estimated from them. Weights lie key by row, so that adding up the keys of a block adds
+    whole vectors: `embedding_bag` fetches and adds them in one go, so orders cost additions but no multiplications.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    one_hot = torch.nn.functional.one_hot
-    # The inverse of a permutation: where each grid token stands in the order.
-    positions = [table.long().argsort() for table in tables]
-    belongs = torch.cat([one_hot(p // g.block_k, g.k_blocks) for p in positions], 1).float()
-    rows_of = [one_hot(p // g.block_q, g.q_blocks).float().T for p in positions]
-    grid = slice(g.prefix, g.prefix + g.grid_tokens)
     batch, heads = q.shape[:2]
-    sums = [torch.zeros(heads, g.q_blocks, g.k_blocks, device=q.device) for _ in tables]
+    bags = _bags(g, names, min(rows, g.grid_tokens), q.device)
+    sums = [torch.zeros(heads, g.q_blocks, g.k_blocks, device=q.device) for _ in names]
+    step = max(16, (ELEMENTS_ON_GPU if q.is_cuda else ELEMENTS_IN_CACHE) // g.length // 16 * 16)
+    # One buffer for all chunks: fresh memory costs a CPU more than what is done in it.
+    buffer = torch.empty(g.length * min(step, bags.tokens.numel()), device=q.device)
+    grid = slice(g.prefix, g.prefix + g.grid_tokens)
     for b in range(batch):
         for h in range(heads):
-            keys = k[b, h // (heads // k.shape[1]), grid].float()
-            weights = (q[b, h, grid].float() * scale @ keys.T - lse[b, h, grid, None]).exp_()
-            per_row = (weights @ belongs / batch).split(g.k_blocks, 1)
-            for total, member, rows in zip(sums, rows_of, per_row, strict=True):
-                total[h] += member @ rows
+            queries = q[b, h, bags.tokens + g.prefix].float() * scale
+            keys = k[b, h // (heads // k.shape[1])].float()
+            by_chunk = []
+            for some in queries.split(step):
+                weights = buffer[: g.length * some.shape[0]].view(g.length, -1)
+                torch.mm(keys, some.T, out=weights)
+                if key_bias is not None:
+                    weights += key_bias[b].float()[:, None]
+                weights.sub_(weights.amax(0)).exp_()
+                by_key = _bag_sums(bags.keys, weights[grid], bags.key_starts)
+                # All keys of a row: those of the grid are added up already.
+                total = by_key[: g.k_blocks].sum(0) + weights[: grid.start].sum(0) + weights[grid.stop :].sum(0)
+                by_chunk.append(by_key.div_(total))
+            per_order = torch.cat(by_chunk, 1).T.contiguous().split(g.k_blocks, 1)
+            for found, (members, first, share), part in zip(sums, bags.rows, per_order, strict=True):
+                found[h] += _bag_sums(members, part.contiguous(), first) * (share / batch)
     return sums
+
+
+def _bag_sums(index: torch.Tensor, values: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
+    """Sums of values `[n, m]` over the rows `index [starts[i] : starts[i + 1]]`: `[len(starts), m]`."""
+    return torch.nn.functional.embedding_bag(index, values, starts, mode="sum")
 
 
 def first_best(scores: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:

@@ -11,7 +11,8 @@ DIMS = (128, 64)
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One kernel to compile with bf16 inputs; for the names see `compile_row`."""
+    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `sums`, `few` (the same for few rows),
+    `moments`, `correct`, `finish`."""
 
     capability: int
     dim: int
@@ -20,7 +21,8 @@ class CalibrationRow:
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[CalibrationRow]:
     """Every kernel at every head dimension; quick: the costs of blocks at D = 128, which is the tightest."""
-    kernels = ("costs",) if quick else ("lse", "blocks", "rows", "costs", "sums", "moments", "correct", "finish")
+    every = ("lse", "blocks", "rows", "costs", "sums", "few", "moments", "correct", "finish")
+    kernels = ("costs",) if quick else every
     return [
         CalibrationRow(c, d, kernel) for c in capabilities for d in (DIMS[:1] if quick else DIMS) for kernel in kernels
     ]
@@ -60,8 +62,8 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         words = "*i64" if row.kernel == "finish" else "*i32"
         pointers |= {"out": "*fp32", "tail_bias": "*fp32", "kept_words": words}
         pointers |= dict.fromkeys(("order_of_head", "heads"), "*i32")
-    elif row.kernel == "sums":
-        tile = triton_moments.moments_tile(capability, wide=False)
+    elif row.kernel in ("sums", "few"):
+        tile = triton_moments.moments_tile(capability, wide=False, rows=64 if row.kernel == "few" else 128)
         rows, keys, warps, stages = tile.rows, 64, tile.warps, tile.stages
         kernel = triton_moments._row_sums
         constants |= {"KEYS": keys}

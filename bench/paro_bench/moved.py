@@ -144,8 +144,8 @@ def tiny(
 
     (_, first), (bench, fresh) = calibrator_on(old), calibrator_on(new)
     judged = _Judged(first, fresh, TokenLayout(0, new), densities)
-    bench.watch(videos[1:2], judged.show_oracle, steps)
-    bench.watch(videos[2:], judged.judge, steps)
+    bench.watch(videos[1:2], lambda site, q, k, _: judged.show_oracle(site, q, k), steps)
+    bench.watch(videos[2:], lambda site, q, k, _: judged.judge(site, q, k), steps)
     return judged.records(**{"bed": "tiny", "from": _name(old), "to": _name(new), "seed": videos[2]})
 
 

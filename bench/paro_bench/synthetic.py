@@ -16,7 +16,7 @@ from ...kernels.statistics_reference import BlockStatistics
 from ...paro_runtime.attention import build_pattern, run_kernel
 from ...paro_runtime.orders import ORIGINAL, candidate_orders, order_table, tiled_orders
 from ...paro_runtime.selection import mass_kept_scores, per_head_masks, shared_masks, tail_bias
-from ...paro_runtime.statistics import StatisticsOptions, first_best, geometry_of, masses_by_membership, observe
+from ...paro_runtime.statistics import StatisticsOptions, first_best, geometry_of, observe, sums_under_orders
 from ...paro_runtime.tail import bias_at, observe_tail
 from ...paro_runtime.tokens import TokenLayout
 from .baselines import band_mask, radial_mask, random_mask
@@ -52,8 +52,7 @@ class SyntheticCase:
 
     def _all_orders(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, torch.Tensor]:
         """Block sums of every head under every order: the oracle's knowledge, and the selectors' ground truth."""
-        tables = [order_table(name, self.layout.grid) for name in self.candidates]
-        masses = masses_by_membership(q, k, row_logsumexp(q, k), self.geometry, tables, None)
+        masses = sums_under_orders(q, k, self.geometry, self.candidates)
         return dict(zip(self.candidates, masses, strict=True))
 
     def _gather(self, seen: dict[str, torch.Tensor], orders: tuple[str, ...]) -> torch.Tensor:

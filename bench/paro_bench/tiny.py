@@ -122,9 +122,8 @@ class TinyBench:
 
     def session(self, variant: Variant, **more) -> Session:
         policy = Policy(IDENTITY, recipe_for("wan"), variant.settings(), more.pop("plan", None), None)
-        return Session(
-            policy, sigmas=sampler.sigmas(STEPS).tolist(), refresh=variant.refresh, correct=variant.correct, **more
-        )
+        common = {"sigmas": sampler.sigmas(STEPS).tolist(), "refresh": variant.refresh, "correct": variant.correct}
+        return Session(policy, method=variant.method, **common, **more)
 
     def offline_plan(self, variant: Variant) -> Plan:
         """From all steps of other videos. Sums taken at density 0.1 serve every density, budget and criterion."""
@@ -147,7 +146,7 @@ class TinyBench:
             session = self.session(variant, calibrator=calibrator, calibrate_steps=frozenset({step}))
             self.sample(self.seeds, session, apart=True)
             self._calibrators[key] = calibrator
-        found = []
+        found, method = [], method.in_passing(pure_noise=step == 0)
         for video in range(len(self.seeds)):
             heads = slice(video * HEADS, (video + 1) * HEADS)
             one = Calibrator(IDENTITY, options, method=method)
@@ -158,13 +157,13 @@ class TinyBench:
         return found
 
     def watch(self, seeds, see: Callable, steps) -> None:
-        """Sample densely and show `see(site, q, k)` the calls of some steps."""
+        """Sample densely and show `see(site, q, k, v)` the calls of some steps."""
         context, noise = self.start(seeds)
         now = [0]
 
         def attention(q, k, v, *, layer):
             if now[0] in steps:
-                see(Site("block", layer), q, k)
+                see(Site("block", layer), q, k, v)
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
         def on_step(step, _):

@@ -43,7 +43,8 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
 
 
 def passing_variants(densities=(0.1, 0.2, 0.3)) -> list[Variant]:
-    """On the fly, three dense steps and one; offline with one too, to compare with."""
+    """On the fly, three dense steps and one; offline with one too, to compare with. By default blocks are kept by error
+    after three dense steps and by mass after one."""
     made = []
     theirs = {"method": PAPER, "schedule": "constant"}
     for dense, density in itertools.product((3, 1), densities):
@@ -53,6 +54,7 @@ def passing_variants(densities=(0.1, 0.2, 0.3)) -> list[Variant]:
             Variant("ours, passing, constant density", **passing, schedule="constant"),
             Variant("ours, passing, drop", **passing, tail=False),
             Variant("ours, passing, blocks by mass", **passing, method=Method(criterion="mass")),
+            Variant("ours, passing, blocks by error", **passing, method=Method(criterion="error")),
             Variant("ours, passing, bias kept", **passing, refresh=False),
             Variant("ours, passing, never corrected", **passing, correct=False),
             Variant("ours, passing, always corrected", **passing, correct=True),

@@ -46,7 +46,8 @@ def patch_model(
     policy = policy_for(clone, family, settings, plan, store)
 
     def start(sigmas: list[float]) -> Session:
-        session = Session(policy, sigmas=sigmas, on_status=on_status)
+        highest = float(clone.get_model_object("model_sampling").sigma_max)
+        session = Session(policy, sigmas=sigmas, on_status=on_status, highest_noise=highest)
         session.notes.extend([note] if note else [])
         return session
 

@@ -7,6 +7,7 @@ from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.statistics import StatisticsOptions, sums_under_orders
 from comfyui_paro.paro_runtime.tail import observe_bias, sampled_rows
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
@@ -94,6 +95,19 @@ def test_measuring_the_bias_takes_little_memory(grid, heads):
     torch.cuda.reset_peak_memory_stats()
     observe_bias(q, k, v, g, tables, mask, pool=64, share=0.01)
     assert torch.cuda.max_memory_allocated() - before < 128 << 20
+
+
+@pytest.mark.parametrize("grid, dtype", [(GRID, torch.bfloat16), ((16, 16, 17), torch.float16)])
+def test_sums_under_all_orders_are_the_cpus(grid, dtype):
+    """Every row, and 4,096 of 4,352."""
+    g = Geometry(3, grid, 2)
+    q, k = torch.randn(2, 1, 2, g.length, 64, device="cuda").to(dtype)
+    bias = torch.randn(1, g.length, device="cuda")
+    names = StatisticsOptions(0.2).candidates(grid)
+    found = sums_under_orders(q, k, g, names, key_bias=bias)
+    expected = sums_under_orders(q.cpu(), k.cpu(), g, names, key_bias=bias.cpu())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-3, rtol=1e-3)
 
 
 def test_a_plan_made_on_the_gpu_is_the_cpus():

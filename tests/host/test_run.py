@@ -20,10 +20,20 @@ def test_sparse_run_and_its_report(comfy, wan, store):
     report = comfy.report(model)
     assert report.sites == report.sites_sparse == comfy.LAYERS
     assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS}
-    assert abs(report.density - 0.4) < 0.05
+    assert abs(report.density - 0.4) < 0.05 and report.plan.made["criterion"] == "mass"  # seen in pure noise
     assert not report.fallbacks and not report.passed
     assert torch.isfinite(out).all() and (out - dense).abs().max() > 0.01  # the exact tests' tolerance is far below
     assert said[-1] == report.status()
+
+
+def test_a_run_that_starts_from_a_picture_sees_no_pure_noise(comfy, wan, store):
+    model = comfy.patched(wan, store=store, **SPARSE)
+    empty, noise = comfy.latent(GRID), torch.randn(comfy.latent(GRID).shape)
+    texts = comfy.text(1), comfy.text(2)
+    options = {"denoise": 0.6, "disable_pbar": True, "seed": 0}
+    comfy.comfy.sample.sample(model, noise, 3, 1.0, "euler", "simple", *texts, empty, **options)
+    report = comfy.report(model)
+    assert report.dense_steps == 1 and report.plan.made["criterion"] == "error"
 
 
 @pytest.mark.parametrize("sampler, evaluations", [("euler", 4), ("heun", 7)])

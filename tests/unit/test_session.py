@@ -9,7 +9,7 @@ from comfyui_paro.kernels.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime import evaluation as evaluation_module
 from comfyui_paro.paro_runtime import patterns as patterns_module
 from comfyui_paro.paro_runtime.attention import resolve_backend
-from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.patterns import PatternCache
 from comfyui_paro.paro_runtime.plan import ModelIdentity, PlanError, Site
 from comfyui_paro.paro_runtime.plan_file import load_plan
@@ -343,6 +343,54 @@ def test_a_calibrating_run_is_dense_and_feeds_the_chosen_steps():
     assert sorted(plan.sites) == SITES and plan.density == pytest.approx(0.3, abs=0.02)
     with pytest.raises(PlanError, match="began on the grid"):
         calibrator.observe(SITES[0], TokenLayout(0, (2, 8, 10)), *tensors(SITES[0], 0, TokenLayout(0, (2, 8, 10)))[:2])
+
+
+@pytest.mark.parametrize(
+    "change, criterion",
+    [
+        ({"dense_steps": 0}, "mass"),
+        ({"dense_steps": 1}, "mass"),
+        ({"dense_steps": 2}, "error"),
+        ({"dense_steps": 1, "highest_noise": 1.005}, "mass"),
+        ({"dense_steps": 1, "highest_noise": 1.4}, "error"),
+        ({"dense_steps": 1, "method": Method(criterion="error")}, "error"),
+        ({"dense_steps": 2, "method": Method(criterion="mass")}, "mass"),
+        ({"dense_steps": 2, "tail": "off"}, "mass"),
+    ],
+    ids=["none dense", "one dense", "two dense", "noise", "from a picture", "errors forced", "mass forced", "dropping"],
+)
+def test_what_blocks_are_kept_by_depends_on_the_step_that_was_seen(tmp_path, change, criterion):
+    """A first step of pure noise: by mass; a later one, or one with a picture in it: by error. The plan says which."""
+    own = {name: change.pop(name) for name in ("method", "highest_noise") if name in change}
+    masks = {}
+    for name, more in (("found", own), *((kind, {"method": Method(criterion=kind)}) for kind in ("mass", "error"))):
+        store = PlanStore([], tmp_path / name)
+        session = Session(policy(Settings(**change), store), sigmas=SIGMAS, **more)
+        sample(session)
+        session.finish()
+        plan = load_plan(next(store.writable.glob("*.safetensors")))
+        masks[name] = plan.sites[SITES[0]].packed
+        if name == "found":
+            assert plan.made["criterion"] == criterion
+    assert torch.equal(masks["found"], masks[criterion])
+    assert torch.equal(masks["mass"], masks["error"]) == (change.get("tail") == "off")
+
+
+def test_a_grid_that_comes_later_is_not_seen_in_pure_noise():
+    session = Session(policy(Settings(dense_steps=1)), sigmas=SIGMAS)
+    for step in (2, 3):
+        evaluation = session.begin(layout=LAYOUT, sigma=SIGMAS[step])
+        for site in SITES:
+            q, k, v = tensors(site, step)
+            evaluation.attend(site, q, k, v, dense=lambda q=q, k=k, v=v: sdpa(q, k, v), blocks=3)
+    assert session.finish().plan.made["criterion"] == "error"
+
+
+def test_a_calibrating_run_keeps_blocks_by_error_whatever_steps_it_sees():
+    """What is right for one video's first step was not measured for many; the offline default stays."""
+    calibrator = Calibrator(IDENTITY, mask_options(Settings(), recipe_for("wan")))
+    sample(Session(policy(), sigmas=SIGMAS, calibrator=calibrator, calibrate_steps=frozenset({0}), highest_noise=1.0))
+    assert calibrator.plan({}).made["criterion"] == "error"
 
 
 def test_state_does_not_cross_sessions():
