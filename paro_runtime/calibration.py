@@ -34,9 +34,9 @@ class Method:
     """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
 
     criterion: blocks are kept by `error`, the squared output error, relative to the head's own output, that leaving
-    them to the tail would cost, or by `mass`. `auto` is error, but mass in plans made in passing from a step that
-    begins with nothing but noise: errors measured there mislead (docs/method.md). Without a tail or without values it
-    is always mass.
+    them to the tail would cost, or by `mass`. `auto` is error, but mass where the first step, which begins with nothing
+    but noise, counts most, since errors measured there mislead (docs/method.md): in plans made in passing from that
+    step, and in those for runs without a dense step. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. alpha, sigma: of the paper's metric.
     time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
@@ -263,7 +263,8 @@ class Calibrator:
         return replace(total, **parts)
 
     def _by_mass(self, s: SiteSums) -> bool:
-        return s.error is None or self.method.by_mass
+        sparse_from_noise_on = self.method.criterion == "auto" and self.options.density_schedule == "steep"
+        return s.error is None or self.method.by_mass or sparse_from_noise_on
 
     def _criterion(self, s: SiteSums) -> torch.Tensor:
         """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""

@@ -14,7 +14,7 @@ from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.portability import EXTRA, move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.schedule import Schedule, falling_densities
+from comfyui_paro.paro_runtime.schedule import FALL, STEEP_FALL, Schedule, falling_densities
 from comfyui_paro.paro_runtime.selection import shared_masks
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
@@ -54,6 +54,22 @@ def test_masks_of_later_groups_lie_within_those_of_earlier_ones(planted, budget,
         alone = calibrator.plan({}).sites[SITE]
         assert torch.equal(alone.packed[0], entry.packed[group])
         assert torch.equal(alone.tail_bias[0], entry.tail_bias[group])
+
+
+def test_runs_without_dense_steps_fall_more_steeply_and_keep_blocks_by_mass(planted):
+    plans = {}
+    for schedule, criterion in (("falling", "auto"), ("steep", "auto"), ("steep", "error")):
+        options = MaskOptions(0.25, "mass", "shared", 64, 0.0, schedule)
+        calibrator = Calibrator(IDENTITY, options, method=Method(criterion=criterion))
+        calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+        plans[schedule, criterion] = plan = calibrator.plan({})
+        by_mass = (schedule, criterion) == ("steep", "auto")
+        assert plan.made["criterion"] == ("mass" if by_mass else "error")
+        fall = STEEP_FALL if schedule == "steep" else FALL
+        assert plan.densities == pytest.approx(list(falling_densities(0.25, fall)), abs=0.02)
+        assert plan.density == pytest.approx(0.25, abs=0.02)
+    kept = [plans["steep", criterion].mass_kept for criterion in ("auto", "error")]
+    assert kept[0] > kept[1]
 
 
 def test_groups_may_have_masks_from_their_own_steps(planted):
