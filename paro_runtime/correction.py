@@ -80,9 +80,9 @@ class QueryCorrection:
             found = list(self._shares.values())
         return sum(one.heads.numel() for one in found), sum(one.shares.numel() for one in found)
 
-    def suits(self, q: torch.Tensor, pattern: SparsePattern) -> bool:
-        """Whether a call can be corrected, and on a GPU by its kernel: the reference would take too long there."""
-        served = not q.is_cuda or (q.dtype != torch.float32 and q.shape[3] <= TAIL_HEAD_DIM)
+    def suits(self, q: torch.Tensor, pattern: SparsePattern, backend: str) -> bool:
+        """Whether a call can be corrected, and by the kernel where the attention is: its reference takes too long."""
+        served = backend == "reference" or (q.dtype != torch.float32 and q.shape[3] <= TAIL_HEAD_DIM)
         return served and pattern.mask is not None and pattern.tail_bias is not None and pattern.pool == POOL
 
     def apply(

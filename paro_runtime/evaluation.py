@@ -222,7 +222,7 @@ class Evaluation:
         """Give the rows of a sparse result what their mean query shows them to miss. Trouble ends that for the run."""
         session = self.session
         correction = session.correction
-        if correction is None or not correction.suits(q, pattern):
+        if correction is None or not correction.suits(q, pattern, session.backend):
             return
         began = time.perf_counter()
         call = ((site, self.layout.grid), self.step, measures, q, k, v, out, pattern)

@@ -1,5 +1,7 @@
 """Corrections by mean queries within a run: which heads take them, when they are measured, what trouble does."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_paro.kernels.api import sparse_attention
@@ -145,6 +147,17 @@ def test_without_a_tail_or_a_measured_bias_nothing_is_corrected():
     for more in ({"settings": {"tail": "off"}}, {"refresh": False}):
         session, errors = run(1, correct=True, **more)
         assert errors and session.finish().heads_corrected == 0
+
+
+def test_what_the_kernel_does_not_serve_is_left_alone_beside_the_kernel():
+    q, _, _, pattern = problem()
+    correction = QueryCorrection()
+    wide = torch.zeros(1, 4, 1, 256, dtype=torch.float16)
+    assert correction.suits(q, pattern, "reference") and correction.suits(wide, pattern, "reference")
+    assert correction.suits(q.half(), pattern, "triton")
+    assert not correction.suits(q, pattern, "triton") and not correction.suits(wide, pattern, "triton")
+    for change in ({"mask": None}, {"tail_bias": None}, {"pool": 16}):
+        assert not correction.suits(q, replace(pattern, **change), "reference")
 
 
 def test_trouble_ends_the_corrections_and_not_the_run(monkeypatch):
