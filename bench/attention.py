@@ -115,7 +115,7 @@ def time_rivals(shape, heads, q, k, v, p: SparsePattern, names: list[str]) -> li
     rows = []
     for name in names:
         rival = RIVALS[name]
-        if rival.sparse == (p.mask is None):
+        if rival.sparse == (p.kept_words is None):
             continue
         row = {"name": name, "tail": False}
         try:

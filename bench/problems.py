@@ -82,10 +82,12 @@ def pattern(
 ) -> SparsePattern:
     """A pattern of this density; density 1 keeps everything without a list."""
     geometry = Geometry(shape.prefix, shape.grid, shape.suffix, block_q)
-    mask = None if density >= 1 else block_mask(kind, density, heads, geometry, device)
     bias = torch.full((heads,), 0.4, device=device) if tail else None
     orders = torch.arange(heads, device=device, dtype=torch.int32) % len(AXES)
-    return SparsePattern(geometry, order_tables(shape.grid, device), orders, mask, bias)
+    tables = order_tables(shape.grid, device)
+    if density >= 1:
+        return SparsePattern(geometry, tables, orders, None, bias)
+    return SparsePattern.from_mask(geometry, tables, orders, block_mask(kind, density, heads, geometry, device), bias)
 
 
 def exact_rows(q, k, v, p: SparsePattern, head: int, rows: torch.Tensor) -> torch.Tensor:
@@ -95,13 +97,13 @@ def exact_rows(q, k, v, p: SparsePattern, head: int, rows: torch.Tensor) -> torc
     kf, vf = k[0, head].float(), v[0, head].float()
     scale = q.shape[3] ** -0.5
     scores = q[0, head, rows].float() @ kf.T * scale
-    if p.mask is None:
+    if p.kept_words is None:
         return scores.softmax(1) @ vf
     position = torch.empty_like(table)
     position[table] = torch.arange(table.numel(), device=table.device)
     in_grid = (rows >= g.prefix) & (rows < g.prefix + g.grid_tokens)
     q_block = position[(rows - g.prefix).clamp(0, g.grid_tokens - 1)] // g.block_q
-    kept = p.kept[head][q_block] | ~in_grid[:, None]
+    kept = p.mask[head][q_block] | ~in_grid[:, None]
     keep_key = torch.ones_like(scores, dtype=torch.bool)
     keep_key[:, g.prefix : g.prefix + g.grid_tokens] = kept[:, position // g.block_k]
     scores = scores.masked_fill(~keep_key, -torch.inf)

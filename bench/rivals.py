@@ -40,7 +40,7 @@ def _flex(q, k, v, pattern):
     g = pattern.geometry
     if g.context_tokens:
         raise ValueError("context tokens have no place in its block mask")
-    kept = pattern.kept
+    kept = pattern.mask
     # Its blocks are 128 x 128 here; ours are pooled so that it keeps at least what we keep.
     wide = 128 // g.block_q
     rows, columns = -(-kept.shape[1] // wide), -(-kept.shape[2] // 2)

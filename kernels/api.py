@@ -73,9 +73,9 @@ def sparse_attention(
         from .operator import attention_operator
 
         result = attention_operator(
-            q, k, v, pattern.tables, pattern.order_of_head, pattern.mask, pattern.tail_bias, key_bias,
-            pattern.geometry.prefix, list(pattern.geometry.grid), pattern.geometry.suffix, pattern.geometry.block_q,
-            pattern.pool, precision.qk, precision.pv, precision.hadamard, scale, backend,
+            q, k, v, pattern.tables, pattern.order_of_head, pattern.kept_words, pattern.tail_bias,
+            key_bias, pattern.geometry.prefix, list(pattern.geometry.grid), pattern.geometry.suffix,
+            pattern.geometry.block_q, pattern.pool, precision.qk, precision.pv, precision.hadamard, scale, backend,
         )  # fmt: skip
         _tell_nonfinite(result, nonfinite)
         return result if out is None else out.copy_(result)

@@ -15,6 +15,7 @@ from .configs import Tile
 from .problem import Precision, SparsePattern, empty_output
 from .scratch import ScratchOutOfMemory, allocate, release_scratch
 from .triton_attention import attention_forward
+from .triton_lists import write_lists
 from .triton_prepass import channel_statistics, finish_statistics, prepare_keys_values
 
 log = logging.getLogger("paro")
@@ -33,7 +34,19 @@ class Piece:
     out: torch.Tensor
     order_of_head: torch.Tensor
     tail_bias: torch.Tensor | None
+    kept_words: torch.Tensor | None
     lists: BlockList | None
+
+    def listed(self, prepared: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """The lists as the kernels take them: head_order, row_order, start, full, count, blocks; None without a mask.
+
+        prepared: what `prepare` left.
+        """
+        lists = self.lists
+        if lists is None:
+            return (None,) * 6
+        blocks = prepared["blocks"] if lists.blocks is None else lists.blocks
+        return lists.head_order, lists.row_order, lists.start, lists.full, lists.count, blocks
 
 
 def pieces_of(
@@ -50,16 +63,18 @@ def pieces_of(
 ) -> list[Piece]:
     """The call in groups of at most `most` key heads that respect the scratch budget (see `call.parts_of`)."""
     batch, kv_heads, _, dim = k.shape
-    lists = None if pattern.mask is None else block_list(pattern)
+    words = pattern.kept_words
+    lists = None if words is None else block_list(pattern)
     bias = None if lists is None else pattern.tail_bias
     gluon = q.stride(3) == 1 and gluon_launch.wanted(dim, precision, lists is not None, bias is not None)
     key = CallKey(
         batch, kv_heads, q.shape[1] // kv_heads, dim, q.dtype, capability_of(q.device), pattern.geometry, precision,
-        pattern.pool, bias is not None, biased, lists is not None, tile, gluon,
+        pattern.pool, bias is not None, biased, lists is not None, lists is not None and lists.blocks is None, tile,
+        gluon,
     )  # fmt: skip
     parts = parts_of(key, most or kv_heads)
     if len(parts) == 1:
-        return [Piece(parts[0].call, q, k, v, out, pattern.order_of_head, bias, lists)]
+        return [Piece(parts[0].call, q, k, v, out, pattern.order_of_head, bias, words, lists)]
     return [
         Piece(
             part.call,
@@ -69,6 +84,7 @@ def pieces_of(
             out[:, part.rows],
             pattern.order_of_head[part.kv],
             None if bias is None else bias[part.rows],
+            None if words is None else words[part.rows],
             None if lists is None else lists.of_heads(part.rows),
         )
         for part in parts
@@ -78,11 +94,14 @@ def pieces_of(
 def prepare(
     piece: Piece, pattern: SparsePattern, key_bias: torch.Tensor | None = None
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Reorder, smooth, rotate, quantise and pool K and V `[B, Hkv, L, D]` into scratch memory; returns its tensors."""
+    """Reorder, smooth, rotate, quantise and pool K and V `[B, Hkv, L, D]` into scratch memory, and write the lists of
+    kept blocks where none are kept; returns its tensors."""
     call, k, v, g = piece.call, piece.k, piece.v, pattern.geometry
     s = allocate(call.scratch, k.device)
     heads = k.shape[1]
     rotation = rotation_matrix(k.shape[3], k.device, k.dtype) if call.rotate else None
+    if call.key.lists:
+        write_lists(piece.kept_words, g, s["blocks"])
     if call.smooth or call.values_scaled:
         channel_statistics[call.statistics_grid](
             k, v, s["sums"], s["largest"], *k.stride(), *v.stride(), g.length, heads, **call.statistics_options
@@ -115,16 +134,13 @@ def forward(
         if gluon_launch.launch(piece, prepared, pattern, scale_log2, nonfinite):
             return
         piece = replace(piece, call=call_of(replace(piece.call.key, gluon=False)))
-    call, q, out, s, lists, g = piece.call, piece.q, piece.out, prepared, piece.lists, pattern.geometry
+    call, q, out, s, g = piece.call, piece.q, piece.out, prepared, pattern.geometry
     heads = q.shape[1]
     rotation = rotation_matrix(q.shape[3], q.device, q.dtype) if call.rotate else None
-    listed = (None,) * 7 if lists is None else (
-        lists.kept_words, lists.head_order, lists.row_order, lists.start, lists.full, lists.count, lists.blocks,
-    )  # fmt: skip
     attention_forward[call.attention_grid](
         q, out, nonfinite, s["q_scales"], s["q_excess"], s["k"], s["v"], s["k_scales"], s["v_scales"], s["key_bias"],
         s["pooled_k"], s["pooled_v"], s["pooled_scales"], piece.tail_bias, pattern.tables, piece.order_of_head,
-        rotation, *listed, *q.stride(), *out.stride()[:3],
+        rotation, piece.kept_words, *piece.listed(s), *q.stride(), *out.stride()[:3],
         heads, heads // piece.k.shape[1], g.grid_tokens, g.prefix, g.length, call.q_blocks, call.q_blocks_grid,
         call.blocks, g.k_blocks, call.pools, scale_log2, **call.attention_options,
     )  # fmt: skip

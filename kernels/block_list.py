@@ -1,4 +1,4 @@
-"""From a block mask to the lists of kept blocks that the attention kernel walks."""
+"""From the kept blocks in bits to the lists that the attention kernel walks."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from dataclasses import dataclass, field
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .problem import SparsePattern
+from .kept_words import count_bits, row_words
+from .problem import Geometry, SparsePattern
 
-# Bytes of index scratch while one group of heads is compacted.
-COMPACTION_BYTES = 1 << 27
-# The kernel's carried next indices read this far past the end of the last row.
+# The kernel's carried next indices read this far past the end of a row.
 LIST_PADDING = 4
+# Lists of one pattern up to this size are kept with it, larger ones made for each call, in its scratch memory: 40 heads
+# of 14,000 tokens in blocks of 128 queries have as many. Sixty sites keep 120 MiB at most, and a call with more takes a
+# millisecond, which hides a launch that writes a few megabytes.
+LARGEST_KEPT_LIST = 2 << 20
 
 
 @dataclass(frozen=True)
 class BlockList:
     """Key blocks per (head, row of query blocks); row q_blocks of each head stands for all context rows.
 
-    blocks int16 `[entries]`: in each row the full blocks rising, context included, then the ragged ones.
-    start, full, count int32 `[H, q_blocks + 1]`: where a row begins, its full blocks, all its blocks.
-    kept_words int64 `[H, q_blocks, words + 1]`: the mask, bit b of word w for key block 64 w + b; one word of padding.
     head_order int32 `[H]`, row_order int32 `[H, q_blocks + context q blocks]`: the longest first.
+    start, full, count int32 `[H, q_blocks + 1]`: where a row begins, its full blocks, all its blocks.
+    blocks int16 `[H, q_blocks + 1, row_length]`: in each row the full blocks rising, context included, then the ragged
+    ones; None where they are made for each call.
     """
 
-    blocks: torch.Tensor
+    head_order: torch.Tensor
+    row_order: torch.Tensor
     start: torch.Tensor
     full: torch.Tensor
     count: torch.Tensor
-    kept_words: torch.Tensor
-    head_order: torch.Tensor
-    row_order: torch.Tensor
+    blocks: torch.Tensor | None
 
     _of_heads: dict[tuple[int, int], BlockList] = field(default_factory=dict, compare=False, repr=False)
 
@@ -41,27 +43,27 @@ class BlockList:
         if key not in self._of_heads:
             count = self.count[heads]
             self._of_heads[key] = BlockList(
-                self.blocks,
-                self.start[heads],
-                self.full[heads],
-                count,
-                self.kept_words[heads],
                 _longest_heads_first(count),
                 self.row_order[heads],
+                self.start[: count.shape[0]],
+                self.full[heads],
+                count,
+                None if self.blocks is None else self.blocks[heads],
             )
         return self._of_heads[key]
 
 
-# By mask, not by pattern: a compiled graph carries the mask tensor alone from call to call.
+# By words, not by pattern: a compiled graph carries that tensor alone from call to call.
 _lists = WeakTensorKeyDictionary()
 
 
 def block_list(pattern: SparsePattern) -> BlockList:
-    """The list of the pattern's mask, made on first use and kept as long as the mask lives."""
-    key = (pattern.geometry, pattern.mask._version)
-    found = _lists.get(pattern.mask)
+    """The pattern's lists, made on first use and kept as long as its words live. Needs Triton."""
+    words = pattern.kept_words
+    key = (pattern.geometry, words._version)
+    found = _lists.get(words)
     if found is None or found[0] != key:
-        found = _lists[pattern.mask] = (key, _build(pattern))
+        found = _lists[words] = (key, _build(pattern))
     return found[1]
 
 
@@ -70,56 +72,62 @@ def context_blocks(tokens: int, block: int) -> int:
     return -(-tokens // block)
 
 
+def list_shape(geometry: Geometry, heads: int) -> tuple[int, int, int]:
+    """Of `BlockList.blocks`. A row has room for every block and begins at 16 bytes, whatever heads are taken."""
+    row = geometry.k_blocks + context_blocks(geometry.context_tokens, geometry.block_k) + LIST_PADDING
+    return heads, geometry.q_blocks + 1, -(-row // 8) * 8
+
+
+def made_for_each_call(geometry: Geometry, heads: int) -> bool:
+    """Whether a pattern of so many query heads has lists too large to be kept."""
+    rows = list_shape(geometry, heads)
+    return 2 * rows[0] * rows[1] * rows[2] > LARGEST_KEPT_LIST
+
+
+def held_bytes(geometry: Geometry, heads: int) -> int:
+    """What a pattern's words and lists hold of the device's memory between calls."""
+    g, (_, rows, row_length) = geometry, list_shape(geometry, heads)
+    words = 8 * g.q_blocks * row_words(g.k_blocks)
+    rest = 4 * (1 + g.q_blocks + context_blocks(g.context_tokens, g.block_q) + 3 * rows)
+    kept = 0 if made_for_each_call(g, heads) else 2 * rows * row_length
+    return heads * (words + rest + kept)
+
+
 def _longest_heads_first(count: torch.Tensor) -> torch.Tensor:
     return count.sum(1).argsort(dim=0, descending=True, stable=True).int()
 
 
 def _build(pattern: SparsePattern) -> BlockList:
-    g, kept = pattern.geometry, pattern.kept
-    device, heads = kept.device, kept.shape[0]
-    grid_full, grid_ragged = divmod(g.grid_tokens, g.block_k)
+    g, words = pattern.geometry, pattern.kept_words
+    heads = words.shape[0]
+    shape = _, rows, row_length = list_shape(g, heads)
+    grid_ragged = int(g.grid_tokens % g.block_k > 0)
     context_full, context_ragged = divmod(g.context_tokens, g.block_k)
-    ids = [*range(grid_full), *range(g.k_blocks, g.k_blocks + context_full)]
-    ragged = [g.k_blocks - 1] * bool(grid_ragged) + [g.k_blocks + context_full] * bool(context_ragged)
-    if len(ids) + len(ragged) >= 1 << 15:
+    context = context_full + bool(context_ragged)
+    if g.k_blocks + context >= 1 << 15:
         raise ValueError(f"length: {g.length} tokens are more than the kernel's 16-bit block lists can name")
-    columns = torch.tensor(ids + ragged, dtype=torch.int16, device=device)
+    last = g.k_blocks - 1
+    ragged = (words[:, :, last // 64] >> (last % 64) & 1) * grid_ragged
+    count = count_bits(words).sum(2)
 
-    always_full = torch.ones(1, 1, context_full, dtype=torch.bool, device=device)
-    always_ragged = torch.ones(1, 1, int(bool(context_ragged)), dtype=torch.bool, device=device)
-    parts, fulls, counts, words = [], [], [], []
-    bits = 1 << torch.arange(64, device=device)
-    # nonzero needs three int64 per kept block.
-    step = max(1, COMPACTION_BYTES // (24 * max(1, kept[0].numel())))
-    for first in range(0, heads, step):
-        some = kept[first : first + step]
-        shape = (some.shape[0], g.q_blocks, -1)
-        wide = torch.cat(
-            [some[..., :grid_full], always_full.expand(shape), some[..., grid_full:], always_ragged.expand(shape)], 2
-        )
-        parts.append(columns[wide.nonzero()[:, 2]])
-        counts.append(wide.sum(2))
-        padded = torch.nn.functional.pad(some, (0, -g.k_blocks % 64 + 64)).unflatten(2, (-1, 64))
-        words.append((padded * bits).sum(3))
-        fulls.append(wide[..., : grid_full + context_full].sum(2))
-    entries = sum(part.numel() for part in parts)
-    padding = torch.zeros(LIST_PADDING, dtype=torch.int16, device=device)
-    blocks = torch.cat([*parts, columns, padding])
+    def with_context_row(of_grid: torch.Tensor, value: int) -> torch.Tensor:
+        return torch.nn.functional.pad(of_grid, (0, 1), value=value).int()
 
-    def with_context_row(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-        return torch.nn.functional.pad(torch.cat(rows), (0, 1), value=value).int()
-
-    count = torch.cat(counts)
-    start = (count.flatten().cumsum(0) - count.flatten()).view_as(count)
     row_order = torch.nn.functional.pad(
-        count, (0, context_blocks(g.context_tokens, g.block_q)), value=columns.numel()
+        count + context, (0, context_blocks(g.context_tokens, g.block_q)), value=g.k_blocks + context
     ).argsort(dim=1, descending=True, stable=True)
+    start = torch.arange(heads * rows, dtype=torch.int32, device=words.device).view(heads, rows) * row_length
+    blocks = None
+    if not made_for_each_call(g, heads):
+        from .triton_lists import write_lists
+
+        blocks = torch.empty(shape, dtype=torch.int16, device=words.device)
+        write_lists(words, g, blocks)
     return BlockList(
-        blocks,
-        with_context_row([start], entries),
-        with_context_row(fulls, len(ids)),
-        with_context_row(counts, columns.numel()),
-        torch.cat(words),
         _longest_heads_first(count),
         row_order.int(),
+        start,
+        with_context_row(count - ragged + context_full, g.k_blocks - grid_ragged + context_full),
+        with_context_row(count + context, g.k_blocks + context),
+        blocks,
     )

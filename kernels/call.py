@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 
 from . import gluon_launch, scratch
-from .block_list import context_blocks
+from .block_list import context_blocks, list_shape
 from .configs import Tile, in_channel_halves, needs_separate_tail, tail_stages, tile_for
 from .problem import Geometry, Precision
 from .quantization import hadamard_matrix
@@ -39,8 +39,8 @@ class CallKey:
     """All that decides how a call is done. kv_heads may be fewer than the tensors have: see `parts_of`.
 
     capability: of the GPU, None on AMD; see `capability_of`. tail: there is a bias for the pooled tail. biased: with a
-    bias per key. listed: with a mask. tile: another one of the Triton kernel than the table's. gluon: the Gluon kernel
-    may do it.
+    bias per key. listed: with a mask. lists: its lists are made for this call. tile: another one of the Triton kernel
+    than the table's. gluon: the Gluon kernel may do it.
     """
 
     batch: int
@@ -55,6 +55,7 @@ class CallKey:
     tail: bool
     biased: bool
     listed: bool
+    lists: bool = False
     tile: Tile | None = None
     gluon: bool = False
 
@@ -137,6 +138,7 @@ def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: 
     pool_rows = -(-pools // 64) * 64
     key_row = padded // 2 if packs(key.precision, padded) else padded
     shapes = {
+        "blocks": (list_shape(g, key.kv_heads * key.group) if key.lists else (1,), torch.int16),
         "k": ((heads, blocks, 64, key_row), k_type),
         "v": ((heads, blocks, 64, padded), v_type),
         "k_scales": ((heads, blocks), torch.float32),

@@ -25,7 +25,7 @@ def query_groups(pattern: SparsePattern) -> int:
 
 def problem_with_correction(q: torch.Tensor, pattern: SparsePattern, heads: torch.Tensor) -> str | None:
     """Say in one line what makes a correction impossible, or None; the call itself has been checked."""
-    if pattern.mask is None or pattern.tail_bias is None:
+    if pattern.kept_words is None or pattern.tail_bias is None:
         return "correction: the pattern has no mask or no tail"
     if pattern.pool != POOL:
         return f"correction: pools of {POOL} keys are supported, got {pattern.pool}"
@@ -54,7 +54,7 @@ def query_corrections_reference(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     index = reordered_index(pattern, q.shape[1])
-    kept = pattern.kept
+    kept = pattern.mask
     log_counts = pool_counts(g.grid_tokens, pattern.pool, q.device).to(work).log()
     result = torch.empty(q.shape[0], heads.numel(), query_groups(pattern), q.shape[3], dtype=work, device=q.device)
     for i, head in enumerate(heads.tolist()):

@@ -155,16 +155,13 @@ def launch(piece, s: dict[str, torch.Tensor], pattern, scale_log2: float, nonfin
 def _launch(piece, s, pattern, scale_log2, nonfinite) -> None:
     from .gluon_attention import gluon_forward
 
-    call, q, out, lists, g = piece.call, piece.q, piece.out, piece.lists, pattern.geometry
+    call, q, out, g = piece.call, piece.q, piece.out, pattern.geometry
     heads, tail = q.shape[1], piece.tail_bias is not None
     keys, values, pooled_k, pooled_v = _sources_of(s, q.shape[3], tail)
-    listed = (None,) * 6 if lists is None else (
-        lists.head_order, lists.row_order, lists.start, lists.full, lists.count, lists.blocks,
-    )  # fmt: skip
     gluon_forward[call.attention_grid](
         q, out, nonfinite, keys, values, s["k_scales"], s["v_scales"] if call.values_scaled else None,
         pooled_k, pooled_v, s["pooled_scales"] if tail else None, piece.tail_bias,
-        pattern.tables, piece.order_of_head, lists.kept_words if tail else None, *listed,
+        pattern.tables, piece.order_of_head, piece.kept_words if tail else None, *piece.listed(s),
         *q.stride()[:3], *out.stride()[:3],
         heads, heads // piece.k.shape[1], g.grid_tokens, g.prefix, g.length, call.q_blocks, call.q_blocks_grid,
         call.blocks, g.k_blocks, call.pools, scale_log2, **call.attention_options,

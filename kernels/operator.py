@@ -19,7 +19,7 @@ def attention_operator(
     v: torch.Tensor,
     tables: torch.Tensor,
     order_of_head: torch.Tensor,
-    mask: torch.Tensor | None,
+    kept_words: torch.Tensor | None,
     tail_bias: torch.Tensor | None,
     key_bias: torch.Tensor | None,
     prefix: int,
@@ -37,7 +37,7 @@ def attention_operator(
     from .api import sparse_attention
 
     geometry = Geometry(prefix, tuple(grid), suffix, block_q)
-    pattern = SparsePattern(geometry, tables, order_of_head, mask, tail_bias, pool)
+    pattern = SparsePattern(geometry, tables, order_of_head, kept_words, tail_bias, pool)
     precision = Precision(qk, pv, hadamard)
     return sparse_attention(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=backend)
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
+
+from .kept_words import count_bits, mask_of_words, pack_bits, row_words, words_of_bits
 
 BLOCK_K = 64
 BLOCK_Q_CHOICES = (64, 128)
@@ -84,7 +85,8 @@ class SparsePattern:
     tables        int32 [n_orders, grid_tokens]: tables[o, j] is the grid index (F slowest, W fastest) of the token
                   that stands at position j of order o.
     order_of_head int32 [kv_heads]: the order of each key/value head; the query heads of a group share it.
-    mask          bool [q_heads, q_blocks, k_blocks], True = kept; None keeps every block.
+    kept_words    int64 [q_heads, q_blocks, row_words(k_blocks)]: the kept blocks in bits (`kept_words`), at least one
+                  in every row; None keeps every block.
     tail_bias     float32 [q_heads]: adds the pooled tail with this bias per head; None drops what is not kept.
     pool          tokens per pooled key; divides block_k.
     """
@@ -92,31 +94,43 @@ class SparsePattern:
     geometry: Geometry
     tables: torch.Tensor
     order_of_head: torch.Tensor
-    mask: torch.Tensor | None = None
+    kept_words: torch.Tensor | None = None
     tail_bias: torch.Tensor | None = None
     pool: int = BLOCK_K
+
+    @classmethod
+    def from_mask(
+        cls,
+        geometry: Geometry,
+        tables: torch.Tensor,
+        order_of_head: torch.Tensor,
+        mask: torch.Tensor,
+        tail_bias: torch.Tensor | None = None,
+        pool: int = BLOCK_K,
+    ) -> SparsePattern:
+        """From a bool mask `[q_heads, q_blocks, k_blocks]`, True = kept; ValueError with one line for another."""
+        if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[1:] != (geometry.q_blocks, geometry.k_blocks):
+            expected = f"[q_heads, {geometry.q_blocks}, {geometry.k_blocks}]"
+            raise ValueError(f"mask: expected bool {expected}, got {mask.dtype} {list(mask.shape)}")
+        words = words_of_bits(pack_bits(mask), mask.shape[0], geometry)
+        return cls(geometry, tables, order_of_head, words, tail_bias, pool)
 
     @property
     def kv_heads(self) -> int:
         return self.order_of_head.shape[0]
 
-    @cached_property
+    @property
     def density(self) -> float:
         """Kept blocks / all blocks over the grid-to-grid part, mean over heads."""
-        return 1.0 if self.mask is None else self.mask.float().mean().item()
+        if self.kept_words is None:
+            return 1.0
+        blocks = self.kept_words.shape[0] * self.geometry.q_blocks * self.geometry.k_blocks
+        return count_bits(self.kept_words).sum().item() / blocks
 
-    @cached_property
-    def kept(self) -> torch.Tensor | None:
-        """`mask` in which a row of blocks that keeps nothing keeps the block at its own place: no row may be empty."""
-        if self.mask is None:
-            return None
-        empty = ~self.mask.any(2)
-        if not empty.any():
-            return self.mask
-        g = self.geometry
-        own = torch.arange(g.q_blocks, device=self.mask.device) * g.block_q // g.block_k
-        diagonal = own[:, None] == torch.arange(g.k_blocks, device=self.mask.device)
-        return self.mask | (empty[:, :, None] & diagonal)
+    @property
+    def mask(self) -> torch.Tensor | None:
+        """bool `[q_heads, q_blocks, k_blocks]`, True = kept; unpacked whenever it is asked for."""
+        return None if self.kept_words is None else mask_of_words(self.kept_words, self.geometry.k_blocks)
 
     def to(self, device: torch.device | str) -> SparsePattern:
         """The same pattern on another device."""
@@ -130,7 +144,7 @@ class SparsePattern:
             self.geometry,
             move(self.tables),
             move(self.order_of_head),
-            move(self.mask),
+            move(self.kept_words),
             move(self.tail_bias),
             self.pool,
         )
@@ -171,12 +185,13 @@ def problem_with(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Spa
         return (
             f"block sizes: queries {BLOCK_Q_CHOICES} and keys {BLOCK_K} are supported, got {g.block_q} and {g.block_k}"
         )
-    if pattern.mask is not None:
-        expected = (q.shape[1], g.q_blocks, g.k_blocks)
-        if tuple(pattern.mask.shape) != expected or pattern.mask.dtype != torch.bool:
-            return f"mask: expected bool {expected}, got {pattern.mask.dtype} {tuple(pattern.mask.shape)}"
-        if pattern.mask.device != q.device:
-            return f"mask: on {pattern.mask.device}, q is on {q.device}"
+    words = pattern.kept_words
+    if words is not None:
+        expected = (q.shape[1], g.q_blocks, row_words(g.k_blocks))
+        if tuple(words.shape) != expected or words.dtype != torch.int64:
+            return f"kept_words: expected int64 {expected}, got {words.dtype} {tuple(words.shape)}"
+        if words.device != q.device:
+            return f"kept_words: on {words.device}, q is on {q.device}"
     if pattern.tail_bias is not None and tuple(pattern.tail_bias.shape) != (q.shape[1],):
         return f"tail_bias: expected [{q.shape[1]}], got {tuple(pattern.tail_bias.shape)}"
     if pattern.pool < 1 or g.block_k % pattern.pool:

@@ -78,17 +78,20 @@ def _quantize_weights(p: torch.Tensor, pv: str, g: Geometry) -> torch.Tensor:
 
 
 def _chunk_bias(
-    pattern: SparsePattern, rows: slice, heads: int, dtype: torch.dtype
+    pattern: SparsePattern, kept_blocks: torch.Tensor | None, rows: slice, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Additive masks for query rows `rows` of the reordered sequence: over keys `[H, n, L]`, over pools `[H, n, P]`."""
+    """Additive masks for query rows `rows` of the reordered sequence: over keys `[H, n, L]`, over pools `[H, n, P]`.
+
+    kept_blocks: the pattern's mask.
+    """
     g = pattern.geometry
-    if pattern.mask is None:
+    if kept_blocks is None:
         return None, None
-    device = pattern.mask.device
+    device = kept_blocks.device
     positions = torch.arange(rows.start, rows.stop, device=device)
     is_context = positions >= g.grid_tokens
     blocks = (positions // g.block_q).clamp_max(g.q_blocks - 1)
-    kept = pattern.kept[:, blocks] | is_context[None, :, None]
+    kept = kept_blocks[:, blocks] | is_context[None, :, None]
     over_grid = kept.repeat_interleave(g.block_k, 2)[:, :, : g.grid_tokens]
     over_keys = torch.nn.functional.pad(over_grid, (0, g.context_tokens), value=True)
     keys = torch.zeros(over_keys.shape, dtype=dtype, device=device).masked_fill_(~over_keys, -math.inf)
@@ -124,7 +127,7 @@ def sparse_attention_reference(
     heads = q.shape[1]
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[3] ** -0.5 if scale is None else scale
-    index = reordered_index(pattern, heads)
+    index, mask = reordered_index(pattern, heads), pattern.mask
     group = heads // k.shape[1]
     rq = take_rows(q.to(work), index)
     rk = take_rows(k.to(work).repeat_interleave(group, 1), index)
@@ -135,7 +138,7 @@ def sparse_attention_reference(
             rotation = hadamard_matrix(q.shape[3], q.device, work)
             rq, rk = rq @ rotation, rk @ rotation
     pooled_k = pooled_v = None
-    if pattern.mask is not None and pattern.tail_bias is not None:
+    if mask is not None and pattern.tail_bias is not None:
         pooled_k = pool_rows(rk[:, :, : g.grid_tokens], pattern.pool)
         pooled_v = pool_rows(rv[:, :, : g.grid_tokens], pattern.pool)
     if precision.qk != "16":
@@ -156,7 +159,7 @@ def sparse_attention_reference(
     for start in range(0, g.length, step):
         rows = slice(start, min(start + step, g.length))
         scores = (rq[:, :, rows] @ rk.transpose(2, 3)) * scale
-        keys_bias, pools_bias = _chunk_bias(pattern, rows, heads, work)
+        keys_bias, pools_bias = _chunk_bias(pattern, mask, rows, work)
         if keys_bias is not None:
             scores += keys_bias
         if bias_in_order is not None:

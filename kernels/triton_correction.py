@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .block_list import block_list, context_blocks
+from .block_list import context_blocks
 from .call import capability_of, padded_dim
 from .configs import generation
 from .correction_reference import query_groups
@@ -260,7 +260,7 @@ def launch_query_corrections(
     peaks = torch.empty(entries, splits, size, device=device)
     totals = torch.empty(entries, splits, 2, size, device=device)
     sums = torch.empty(entries, splits, 2, size, padded, device=device)
-    kept_words = block_list(pattern).kept_words
+    kept_words = pattern.kept_words
     _query_sums[(tiles, splits, entries)](
         means[0], k, v, pattern.tables, pattern.order_of_head, heads, kept_words.view(torch.int32), key_bias,
         peaks, totals, sums,

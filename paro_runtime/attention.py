@@ -11,9 +11,10 @@ from functools import lru_cache
 import torch
 
 from ..kernels.api import sparse_attention as run_kernel
+from ..kernels.kept_words import words_of_bits
 from ..kernels.problem import PRECISIONS, Precision, SparsePattern
 from ..kernels.support import triton_reason
-from .orders import ORIGINAL, order_table
+from .orders import ORIGINAL, order_number, order_tables
 from .plan import SitePlan
 from .statistics import geometry_of
 from .tokens import TokenLayout
@@ -46,28 +47,25 @@ def build_pattern(
     per_key_head = list(orders[::group])
     if any(orders[i] != per_key_head[i // group] for i in range(len(orders))):
         raise ValueError("orders: query heads that share a key head must share its order")
-    names = list(dict.fromkeys(per_key_head))
-    tables = torch.stack([order_table(name, layout.grid) for name in names]).to(device)
-    index = torch.tensor([names.index(name) for name in per_key_head], dtype=torch.int32, device=device)
+    index = torch.tensor([order_number(name) for name in per_key_head], dtype=torch.int32, device=device)
+    tables = order_tables(layout.grid, index.device)
     bias = None if tail_bias is None else tail_bias.float().to(device)
-    mask = None if mask is None else mask.to(device)
-    return SparsePattern(geometry_of(layout, block_q), tables, index, mask, bias, pool)
+    geometry = geometry_of(layout, block_q)
+    if mask is None:
+        return SparsePattern(geometry, tables, index, None, bias, pool)
+    return SparsePattern.from_mask(geometry, tables, index, mask.to(device), bias, pool)
 
 
 def pattern_of(
     entry: SitePlan, layout: TokenLayout, *, group: int, block_q: int, pool: int, kv_heads: int, device: torch.device
 ) -> SparsePattern:
     """The kernels' pattern of a planned site, on `device`."""
-    return build_pattern(
-        layout,
-        entry.orders,
-        entry.mask(device, group),
-        None if entry.tail_bias is None else entry.tail_bias[group],
-        block_q=block_q,
-        pool=pool,
-        kv_heads=kv_heads,
-        device=device,
-    )
+    bias = None if entry.tail_bias is None else entry.tail_bias[group]
+    sizes = {"block_q": block_q, "pool": pool, "kv_heads": kv_heads}
+    pattern = build_pattern(layout, entry.orders, None, bias, device=device, **sizes)
+    # From bits to bits: the mask itself would take eight times as much.
+    words = words_of_bits(entry.packed[group].to(device), len(entry.orders), pattern.geometry)
+    return replace(pattern, kept_words=words)
 
 
 def sparse_attention(

@@ -83,7 +83,8 @@ class QueryCorrection:
     def suits(self, q: torch.Tensor, pattern: SparsePattern, backend: str) -> bool:
         """Whether a call can be corrected, and by the kernel where the attention is: its reference takes too long."""
         served = backend == "reference" or (q.dtype != torch.float32 and q.shape[3] <= TAIL_HEAD_DIM)
-        return served and pattern.mask is not None and pattern.tail_bias is not None and pattern.pool == POOL
+        tail = pattern.kept_words is not None and pattern.tail_bias is not None
+        return served and tail and pattern.pool == POOL
 
     def apply(
         self,

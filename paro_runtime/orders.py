@@ -45,14 +45,20 @@ def _tile(name: str) -> tuple[int, ...]:
     return tuple(map(int, name.split("x")))
 
 
+def order_number(name: str) -> int:
+    """Place in ALL_ORDERS. Raises ValueError for a name that is no order."""
+    if name not in ALL_ORDERS:
+        raise ValueError(f"order: {name!r} is none of {', '.join(ALL_ORDERS)}")
+    return ALL_ORDERS.index(name)
+
+
 @lru_cache(maxsize=64)
 def order_table(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
     """int32 `[F*H*W]` on the CPU: the grid index of the token at each position of the order.
 
     Raises ValueError for a name that is no order.
     """
-    if name not in ALL_ORDERS:
-        raise ValueError(f"order: {name!r} is none of {', '.join(ALL_ORDERS)}")
+    order_number(name)
     f, h, w = grid
     index = torch.arange(f * h * w, dtype=torch.int32).view(f, h, w)
     if name in TILED_ORDERS:
@@ -64,6 +70,12 @@ def order_table(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
             boxes = boxes * -(-extent // size) + (torch.arange(extent) // size).view(shape)
         return index.flatten()[boxes.flatten().argsort(stable=True)].contiguous()
     return index.permute(["FHW".index(axis) for axis in name]).reshape(-1).contiguous()
+
+
+@lru_cache(maxsize=4)
+def order_tables(grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """int32 `[len(ALL_ORDERS), F*H*W]`: every order's table on the device, which all sites share."""
+    return torch.stack([order_table(name, grid) for name in ALL_ORDERS]).to(device)
 
 
 @lru_cache(maxsize=64)

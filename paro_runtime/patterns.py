@@ -10,17 +10,16 @@ from dataclasses import replace
 
 import torch
 
+from ..kernels.block_list import held_bytes
 from ..kernels.problem import SparsePattern
 from .attention import pattern_of
 from .plan import Plan, Site
 from .tokens import TokenLayout
 
-# Patterns stay on the device up to about this share of its memory. Making one anew on an H100 costs a fifth of its
-# attention at density 0.3, so the share is what the sites of a 14B model at 720p need there.
-CACHE_SHARE = 1 / 24
+# Patterns stay on the device up to about this share of its memory: the 40 sites of a 14B model at 720p, 4.2 MB each, do
+# so on any GPU of 12 GB or more. What does not fit is brought from the host anew in every call.
+CACHE_SHARE = 1 / 64
 CACHE_BYTES = 1 << 30  # where the device does not tell its memory
-# A mask, its bits, and a 16-bit list of what is kept.
-BYTES_PER_BLOCK = 2
 
 
 class PatternCache:
@@ -59,7 +58,7 @@ class PatternCache:
             sizes = {"block_q": plan.block_q, "pool": plan.pool, "kv_heads": kv_heads}
             pattern = pattern_of(plan.sites[site], layout, group=group, device=device, **sizes)
             self._keep(key, group, pattern)
-        # The lists that the kernels derive from the mask travel along in `cache`.
+        # What the kernels derive from the kept blocks goes by their words, and so travels along.
         return pattern if bias is None or pattern.tail_bias is None else replace(pattern, tail_bias=bias.to(device))
 
     def clear(self) -> None:
@@ -80,13 +79,13 @@ class PatternCache:
                 return
             # Sites come round in the same order in every evaluation: dropping the oldest would drop each just before
             # it is wanted again, so what does not fit is made anew every time instead.
-            if self._bytes + size <= _cache_bytes(pattern.mask.device):
+            if self._bytes + size <= _cache_bytes(pattern.kept_words.device):
                 self._patterns[key] = pattern
                 self._bytes += size
 
 
 def _size(pattern: SparsePattern) -> int:
-    return pattern.mask.numel() * BYTES_PER_BLOCK
+    return held_bytes(pattern.geometry, pattern.kept_words.shape[0])
 
 
 def _cache_bytes(device: torch.device) -> int:

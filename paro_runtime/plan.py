@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 
+from ..kernels.kept_words import pack_bits, unpack_bits
 from ..kernels.problem import BLOCK_K
 from .orders import ALL_ORDERS
 from .tokens import TokenLayout
@@ -42,18 +42,6 @@ class ModelIdentity:
     family: str
     architecture: str
     weights: str
-
-
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """bool tensor -> uint8 `[ceil(n / 8)]`, lowest bit first."""
-    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Inverse of `pack_bits`."""
-    bits = packed[:, None] >> torch.arange(8, dtype=torch.uint8, device=packed.device) & 1
-    return bits.flatten()[: math.prod(shape)].view(shape).bool()
 
 
 # What a site has for each group of sparse steps.

@@ -16,10 +16,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ..kernels.kept_words import unpack_bits
 from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES
 from .falloff import packed_width
 from .orders import ALL_ORDERS
-from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan, unpack_bits
+from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .tokens import TokenLayout
 
 FORMAT = 3

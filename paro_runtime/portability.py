@@ -19,10 +19,11 @@ from itertools import groupby
 
 import torch
 
+from ..kernels.kept_words import pack_bits, unpack_bits
 from ..kernels.problem import BLOCK_K, Geometry
 from .falloff import axis_bins, stretch, unpack_falloff
 from .orders import order_table
-from .plan import Plan, PlanError, Site, SitePlan, pack_bits, unpack_bits
+from .plan import Plan, PlanError, Site, SitePlan
 from .recipes import query_block
 from .selection import mass_kept
 from .statistics import StatisticsOptions, first_best

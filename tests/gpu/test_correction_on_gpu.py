@@ -26,7 +26,7 @@ def test_corrections(grid, dim, block_q, biased, dtype):
     mask = torch.rand(4, g.q_blocks, g.k_blocks, device="cuda") < 0.3
     mask[:, :, 0] = True
     order_of_head = torch.tensor([1, 0], dtype=torch.int32, device="cuda")
-    pattern = SparsePattern(g, tables, order_of_head, mask, torch.randn(4, device="cuda"))
+    pattern = SparsePattern.from_mask(g, tables, order_of_head, mask, torch.randn(4, device="cuda"))
     bias = torch.randn(2, g.length, device="cuda") if biased else None
     heads = torch.tensor([3, 0, 1], dtype=torch.int32, device="cuda")
     found = query_corrections(q, k, v, pattern, heads, key_bias=bias, backend="triton")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfyui_paro.kernels.problem import Geometry, SparsePattern
@@ -64,6 +64,12 @@ def geometry(case: Case) -> Geometry:
     return Geometry(case.prefix, case.grid, case.suffix, case.block_q)
 
 
+def with_mask(pattern: SparsePattern, mask: torch.Tensor) -> SparsePattern:
+    """The pattern with another mask `[H, q_blocks, k_blocks]`."""
+    made = SparsePattern.from_mask(pattern.geometry, pattern.tables, pattern.order_of_head, mask)
+    return replace(pattern, kept_words=made.kept_words)
+
+
 def make(case: Case, seed: int = 0):
     """q, k, v `[B, H, L, D]` with channel outliers in K, the pattern and the key bias of a case."""
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +107,9 @@ def make(case: Case, seed: int = 0):
         bias[:, case.prefix // 2 : case.prefix] = -torch.inf
         bias[:, -1] = 0.7
     tail = torch.randn(case.heads, generator=generator) * 0.5 if case.tail else None
-    pattern = SparsePattern(g, tables.int(), order_of_head.int(), mask, tail, case.pool)
+    pattern = SparsePattern(g, tables.int(), order_of_head.int(), None, tail, case.pool)
+    if mask is not None:
+        pattern = with_mask(pattern, mask)
     return q.to(case.dtype), k.to(case.dtype), v.to(case.dtype), pattern, bias
 
 
@@ -118,10 +126,7 @@ def oracle(q, k, v, pattern: SparsePattern, bias=None) -> torch.Tensor:
         allowed = torch.ones(g.length, g.length, dtype=torch.bool)
         grid = slice(g.prefix, g.prefix + g.grid_tokens)
         if pattern.mask is not None:
-            blocks = pattern.mask[h].clone()
-            for row in range(blocks.shape[0]):
-                if not blocks[row].any():
-                    blocks[row, row * g.block_q // g.block_k] = True
+            blocks = pattern.mask[h]
             allowed[grid, grid] = blocks[place // g.block_q][:, place // g.block_k]
         for b in range(q.shape[0]):
             scores = q[b, h] @ k[b, h // group].T * q.shape[3] ** -0.5

@@ -33,7 +33,7 @@ def problem(batch=1, heads=4, kv_heads=2, dim=32):
     mask = torch.rand(heads, g.q_blocks, g.k_blocks) < 0.4
     mask[:, :, 0] = True
     mask[:, :, -1] = False
-    return q, k, v, SparsePattern(g, tables, torch.arange(kv_heads).int(), mask, torch.zeros(heads))
+    return q, k, v, SparsePattern.from_mask(g, tables, torch.arange(kv_heads).int(), mask, torch.zeros(heads))
 
 
 def dense_of(q, k, v, bias=None):

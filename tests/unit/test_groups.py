@@ -124,11 +124,11 @@ def session_with(store=None, plan=None, **settings):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Masks `[heads, q, k]` and biases `[heads]` that the kernel is given, in the order of the calls."""
+    """The patterns that the kernel is given, in the order of the calls."""
     calls, run_kernel = [], evaluation_module.run_kernel
 
     def watch(q, k, v, pattern, *arguments, **options):
-        calls.append((pattern.mask, pattern.tail_bias))
+        calls.append(pattern)
         return run_kernel(q, k, v, pattern, *arguments, **options)
 
     monkeypatch.setattr(evaluation_module, "run_kernel", watch)
@@ -137,7 +137,7 @@ def seen(monkeypatch):
 
 def densities_of(calls) -> list[float]:
     """Mean over the sites, a value per step."""
-    each = [mask.float().mean().item() for mask, _ in calls]
+    each = [pattern.density for pattern in calls]
     return [sum(each[i : i + len(SITES)]) / len(SITES) for i in range(0, len(each), len(SITES))]
 
 
@@ -156,13 +156,13 @@ def test_a_run_goes_through_three_densities_whose_mean_is_the_one_asked_for(plan
     assert report.density == pytest.approx(0.3, abs=0.01) and report.densities == report.plan.densities
     assert load_plan(next(tmp_path.glob("*.safetensors"))).groups == 3
     # A second run finds the plan and goes the same way.
-    once = [mask for mask, _ in seen]
+    once = [pattern.kept_words for pattern in seen]
     seen.clear()
     again = session_with(store)
     for step in range(8):
         begin(again, step, planted)
     assert again.finish().plan_source == "plan found"
-    assert all(torch.equal(a, b) for a, (b, _) in zip(once, seen, strict=True))
+    assert all(torch.equal(a, b.kept_words) for a, b in zip(once, seen, strict=True))
 
 
 def test_a_sampler_may_go_back_to_an_earlier_group(planted, seen):
@@ -177,7 +177,7 @@ def test_the_bias_is_measured_under_the_mask_it_is_used_with(planted, seen, monk
     measured, measure = [], BiasRefresh.measure
 
     def watch(self, key, step, q, k, v, pattern, **options):
-        measured.append((step, pattern.mask))
+        measured.append((step, pattern.kept_words))
         return measure(self, key, step, q, k, v, pattern, **options)
 
     monkeypatch.setattr(BiasRefresh, "measure", watch)
@@ -186,9 +186,9 @@ def test_the_bias_is_measured_under_the_mask_it_is_used_with(planted, seen, monk
         begin(session, step, planted)
     # In the first group's first steps, and whenever another group begins.
     assert [step for step, _ in measured] == [s for s in (2, 3, 4, 6) for _ in SITES]
-    for number, (step, mask) in enumerate(measured):
-        assert torch.equal(seen[(step - DENSE) * len(SITES) + number % len(SITES)][0], mask)
-    biases = [bias for _, bias in seen[:: len(SITES)]]
+    for number, (step, words) in enumerate(measured):
+        assert torch.equal(seen[(step - DENSE) * len(SITES) + number % len(SITES)].kept_words, words)
+    biases = [pattern.tail_bias for pattern in seen[:: len(SITES)]]
     assert not torch.equal(biases[0], biases[4])
 
 
@@ -201,7 +201,7 @@ def test_a_constant_density_is_another_plan_of_one_mask(planted, seen, tmp_path)
         assert session.finish().plan_source == "calibrated on the way"
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     assert densities_of(seen)[6:] == pytest.approx([0.3] * 6, abs=0.01)
-    assert len({mask.data_ptr() for mask, _ in seen[-6 * len(SITES) :]}) == len(SITES)  # made once
+    assert len({pattern.kept_words.data_ptr() for pattern in seen[-6 * len(SITES) :]}) == len(SITES)  # made once
     assert "density 0.30 · " in session.finish().status()
 
 
@@ -212,9 +212,9 @@ def test_patterns_of_another_layout_stay(planted):
     other = TokenLayout(TEXT + 5, GRID)
     one = cache.get(SITE, plan, 0, LAYOUT, 12, device)
     cache.get(SITE, plan, 2, other, 12, device)
-    assert len(cache) == 2 and cache.get(SITE, plan, 0, LAYOUT, 12, device).mask is one.mask
+    assert len(cache) == 2 and cache.get(SITE, plan, 0, LAYOUT, 12, device).kept_words is one.kept_words
     cache.get(SITE, plan, 1, LAYOUT, 12, device)
-    assert len(cache) == 2 and cache.get(SITE, plan, 0, LAYOUT, 12, device).mask is not one.mask
+    assert len(cache) == 2 and cache.get(SITE, plan, 0, LAYOUT, 12, device).kept_words is not one.kept_words
 
 
 def test_a_moved_plan_moves_every_group(planted):

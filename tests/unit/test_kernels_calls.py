@@ -12,7 +12,6 @@ import pytest
 import torch
 from comfyui_paro.kernels import scratch
 from comfyui_paro.kernels.api import chosen_backend, sparse_attention
-from comfyui_paro.kernels.block_list import block_list
 from comfyui_paro.kernels.configs import TILES, tile_for
 from comfyui_paro.kernels.problem import PRECISIONS, Precision, SparsePattern
 from comfyui_paro.kernels.reference import sparse_attention_reference
@@ -39,9 +38,9 @@ def refusals():
         "key and value shapes": ((q, k, v[:, :, :-1], p, {}), "fit together"),
         "mixed dtypes": ((q, k.float(), v, p, {}), "dtype"),
         "integers": ((q.int(), k.int(), v.int(), p, {}), "dtype"),
-        "mask shape": ((q, k, v, with_pattern(p, mask=p.mask[:, :, :-1]), {}), "mask"),
-        "mask dtype": ((q, k, v, with_pattern(p, mask=p.mask.int()), {}), "mask"),
-        "mask device": ((q, k, v, with_pattern(p, mask=p.mask.to("meta")), {}), "mask"),
+        "shape of the words": ((q, k, v, with_pattern(p, kept_words=p.kept_words[:, :, :-1]), {}), "kept_words"),
+        "dtype of the words": ((q, k, v, with_pattern(p, kept_words=p.kept_words.int()), {}), "kept_words"),
+        "device of the words": ((q, k, v, with_pattern(p, kept_words=p.kept_words.to("meta")), {}), "kept_words"),
         "input device": ((q, k.to("meta"), v, p, {}), "device"),
         "table length": ((q, k, v, with_pattern(p, tables=p.tables[:, :-1]), {}), "tables"),
         "heads of the pattern": ((q, k, v, with_pattern(p, order_of_head=p.order_of_head[:1]), {}), "order_of_head"),
@@ -117,23 +116,6 @@ def test_every_call_has_a_tile_that_divides_its_blocks(capability, block_q: int,
 
 def test_every_tile_says_why():
     assert all(entry.reason for entry in TILES.values())
-
-
-def test_lists_follow_the_mask_and_die_with_it():
-    _, _, _, pattern, _ = make(Case("", grid=(3, 7, 11), suffix=70))
-    lists = block_list(pattern)
-    assert block_list(pattern) is lists
-    g = pattern.geometry
-    for h in range(2):
-        for row in range(g.q_blocks):
-            start, count, full = (int(x[h, row]) for x in (lists.start, lists.count, lists.full))
-            named = lists.blocks[start : start + count].tolist()
-            kept = pattern.kept[h, row].nonzero().flatten().tolist()
-            context = [g.k_blocks, g.k_blocks + 1]
-            assert sorted(named) == kept + context
-            assert named[:full] == [b for b in kept + context[:1] if b != g.k_blocks - 1]
-    pattern.mask[0, 0] = ~pattern.mask[0, 0]
-    assert block_list(pattern) is not lists
 
 
 @needs_interpreter
@@ -248,7 +230,20 @@ def test_the_operator_is_sound():
 
     q, k, v, p, _ = make(replace(SMALL, dtype=torch.float32))
     g = p.geometry
-    arguments = (q, k, v, p.tables, p.order_of_head, p.mask, None, None, g.prefix, list(g.grid), g.suffix, g.block_q)
+    arguments = (
+        q,
+        k,
+        v,
+        p.tables,
+        p.order_of_head,
+        p.kept_words,
+        None,
+        None,
+        g.prefix,
+        list(g.grid),
+        g.suffix,
+        g.block_q,
+    )
     torch.library.opcheck(
         attention_operator,
         (*arguments, 64, "int8", "16", False, None, "reference"),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from comfyui_paro.kernels.api import add_corrections, query_corrections, sparse_attention
 from comfyui_paro.kernels.problem import Geometry, Precision, SparsePattern
 from comfyui_paro.kernels.support import interpreted
+
+from .kernel_cases import with_mask
 
 EXACT = Precision("16", "16")
 CASES = {
@@ -31,7 +35,7 @@ def make(g, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float16, biased
     mask = torch.rand(heads, g.q_blocks, g.k_blocks) < density
     mask[:, 0] = True
     mask[:, -1] = False
-    pattern = SparsePattern(g, tables, torch.arange(kv_heads).int(), mask, torch.randn(heads))
+    pattern = SparsePattern.from_mask(g, tables, torch.arange(kv_heads).int(), mask, torch.randn(heads))
     bias = None
     if biased:
         bias = torch.randn(batch, g.length)
@@ -66,7 +70,7 @@ def test_gives_back_all_that_was_missed_where_the_queries_of_a_group_are_alike(n
 
 def test_nothing_to_correct_where_every_block_is_kept():
     (q, k, v, pattern), _, _ = make(Geometry(3, (3, 7, 11), 2), density=2)
-    pattern.mask[:] = True
+    pattern = with_mask(pattern, torch.ones_like(pattern.mask))
     assert query_corrections(q, k, v, pattern, torch.arange(2).int(), backend="reference").abs().max() < 1e-5
 
 
@@ -74,14 +78,12 @@ def test_refusals():
     (q, k, v, pattern), _, _ = make(Geometry(3, (3, 7, 11), 2))
     heads = torch.arange(2).int()
     for wrong, message in (
-        ({"mask": None}, "correction: the pattern has no mask or no tail"),
+        ({"kept_words": None}, "correction: the pattern has no mask or no tail"),
         ({"tail_bias": None}, "correction: the pattern has no mask or no tail"),
         ({"pool": 16}, "correction: pools of 64 keys are supported, got 16"),
     ):
-        fields = {"mask": pattern.mask, "tail_bias": pattern.tail_bias, "pool": 64} | wrong
-        other = SparsePattern(pattern.geometry, pattern.tables, pattern.order_of_head, **fields)
         with pytest.raises(ValueError, match=message):
-            query_corrections(q, k, v, other, heads, backend="reference")
+            query_corrections(q, k, v, replace(pattern, **wrong), heads, backend="reference")
     with pytest.raises(ValueError, match="heads must be int32"):
         query_corrections(q, k, v, pattern, heads.long(), backend="reference")
     with pytest.raises(ValueError, match="length: the layout has"):

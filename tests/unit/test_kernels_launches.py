@@ -72,7 +72,7 @@ def problem(tokens: int, heads: int = 2, tail: bool = True):
     mask = torch.rand(heads, g.q_blocks, g.k_blocks) < 0.3
     tables = torch.arange(tokens, dtype=torch.int32)[None]
     order_of_head = torch.zeros(heads, dtype=torch.int32)
-    return q, k, v, SparsePattern(g, tables, order_of_head, mask, torch.zeros(heads) if tail else None)
+    return q, k, v, SparsePattern.from_mask(g, tables, order_of_head, mask, torch.zeros(heads) if tail else None)
 
 
 @pytest.mark.parametrize("tail", [False, True])

@@ -270,7 +270,7 @@ def test_the_bias_measured_in_the_run_replaces_the_plans():
     measured = torch.tensor([0.1, 0.2, 0.3, 0.4])
     assert torch.equal(cache.get(*arguments, measured).tail_bias, measured)
     assert torch.equal(cache.get(*arguments).tail_bias, plan.sites[SITES[0]].tail_bias[1])
-    assert cache.get(*arguments, measured).mask is cache.get(*arguments).mask and len(cache) == 1
+    assert cache.get(*arguments, measured).kept_words is cache.get(*arguments).kept_words and len(cache) == 1
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_run_dense(monkeypatch):

@@ -1,0 +1,73 @@
+"""Which blocks are kept, in bits: as plans store them, and as the kernels read them.
+
+Plans store one run of bits over all heads, rows and columns. Kernels take whole words: int64
+`[H, q_blocks, row_words(k_blocks)]`, bit b of word w of a row for key block 64 w + b, and a word of zeros behind each
+row, since a loop loads the next step's word a step ahead. Nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .problem import Geometry
+
+
+def row_words(k_blocks: int) -> int:
+    """Words of one row."""
+    return -(-k_blocks // 64) + 1
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """bool tensor -> uint8 `[ceil(n / 8)]`, lowest bit first."""
+    flat = torch.nn.functional.pad(mask.flatten().to(torch.uint8), (0, -mask.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8, device=mask.device)).sum(1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """Inverse of `pack_bits`."""
+    return _bits(packed).flatten()[: math.prod(shape)].view(shape)
+
+
+def _bits(packed: torch.Tensor) -> torch.Tensor:
+    """uint8 `[..., n]` -> bool `[..., n, 8]`."""
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[..., None] >> places).bitwise_and_(1).view(torch.bool)
+
+
+def words_of_bits(bits: torch.Tensor, heads: int, geometry: Geometry) -> torch.Tensor:
+    """Words of a mask `[heads, q_blocks, k_blocks]` from its `pack_bits`, on their device.
+
+    A row of blocks that keeps nothing gets the block at its own place: no softmax may be over nothing.
+    """
+    g, device = geometry, bits.device
+    rows, columns = heads * g.q_blocks, g.k_blocks
+    source = torch.nn.functional.pad(bits, (0, 8 * (rows * columns // 64 + 2) - bits.numel())).view(torch.int64)
+    place = 64 * torch.arange(row_words(columns) - 1, device=device)
+    first = torch.arange(0, rows * columns, columns, device=device)[:, None] + place
+    word, shift = first >> 6, first & 63
+    # A word's bits lie in two neighbours. Shifts to the right repeat the sign, and none may be by 64: in two parts.
+    words = (source[word] >> shift) & ~((-1 << (63 - shift)) << 1)
+    words |= source[word + 1] << (63 - shift) << 1
+    words &= ~((-1 << (columns - 1 - place).clamp_max(63)) << 1)
+    words = words.view(heads, g.q_blocks, -1)
+    own = torch.arange(g.q_blocks, device=device)[:, None] * g.block_q // g.block_k
+    own_words = (own // 64 == place // 64).long() << (own % 64)
+    words |= own_words * (words == 0).all(2, keepdim=True)
+    return torch.nn.functional.pad(words, (0, 1))
+
+
+def mask_of_words(words: torch.Tensor, k_blocks: int) -> torch.Tensor:
+    """bool `[..., k_blocks]` from words `[..., row_words(k_blocks)]`: eight times their memory, or a byte a block."""
+    return _bits(words.view(torch.uint8)[..., : -(-k_blocks // 8)]).flatten(-2)[..., :k_blocks]
+
+
+def count_bits(words: torch.Tensor) -> torch.Tensor:
+    """Bits that are set in each word, int64."""
+    x = words - ((words >> 1) & 0x5555555555555555)
+    x = (x & 0x3333333333333333) + ((x >> 2) & 0x3333333333333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F0F0F0F0F
+    return x * 0x0101010101010101 >> 56
