@@ -3,9 +3,10 @@
     python scripts/check_kernels.py [--json] [--quick] [--capability 90 ...]
 
 Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element, and compiles the
-pre-pass too. Exits 1 where a loop (or the pre-pass) spills, the expected tensor instruction is missing, wgmma is
-serialised, shared memory exceeds the GPU's or the loop at D = 128 needs more issue slots than stated here. The Gluon
-kernel for sm_90 has limits of its own (`_compile_gluon`); with a Triton that cannot compile it, that is said.
+pre-pass and the writer of lists too. Exits 1 where a loop (or one of those two) spills, the expected tensor instruction
+is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128 needs more issue slots than
+stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a Triton that cannot compile it,
+that is said.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ DEFAULT_MMA = {"16": {"HMMA"}, "fp8": {"QMMA"}, "int8": {"IMMA"}}
 # and head dimension: no tile without them was found.
 PARKED = {("16bit", 90, 128): 2, ("int8_pv8", 120, 128): 3}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-PREPARE = -1
+PREPARE, LISTS = -1, -2
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel to compile. block_q: attention with a list and the tail for 64 or 128, without for 0; or PREPARE."""
+    """One kernel to compile. block_q: of attention with a list and the tail 64 or 128, without 0; or PREPARE, LISTS."""
 
     capability: int
     dim: int
@@ -67,6 +68,7 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
     result, seen = [], set()
     for capability in capabilities:
         pair = (capability // 10, capability % 10)
+        result.append(Row(capability, 0, "", LISTS))
         for dim in (128,) if quick else (128, 64, 256):
             for name, precision in precisions().items():
                 qk, pv = precision.qk, precision.pv
@@ -123,7 +125,8 @@ def compile_row(row: Row) -> dict:
     import _checkout
 
     _checkout.register()
-    return compile_prepass(row) if row.block_q == PREPARE else compile_attention(row)
+    others = {PREPARE: compile_prepass, LISTS: compile_lists}
+    return others.get(row.block_q, compile_attention)(row)
 
 
 def compile_prepass(row: Row) -> dict:
@@ -140,6 +143,26 @@ def compile_prepass(row: Row) -> dict:
     kernel = _compile.compile_kernel(
         triton_prepass.prepare_keys_values, pointers, constants, row.capability, options["num_warps"], 3
     )
+    return without_products(row, kernel)
+
+
+def compile_lists(row: Row) -> dict:
+    """`list_blocks`."""
+    import _compile
+    from comfyui_paro.kernels import block_list, triton_lists
+
+    constants = {"COLUMNS": triton_lists.COLUMNS, "PADDING": block_list.LIST_PADDING}
+    pointers = {"kept_words": "*i64", "blocks": "*i16"}
+    kernel = _compile.compile_kernel(
+        triton_lists.list_blocks, pointers, constants, row.capability, triton_lists.WARPS, 3
+    )
+    return without_products(row, kernel)
+
+
+def without_products(row: Row, kernel) -> dict:
+    """What is to be known of a kernel without tensor products."""
+    import _compile
+
     code, registers = _compile.disassemble(kernel)
     spills = len(_compile.SPILL.findall(code))
     problems = [f"{spills} spills"] if spills else []
@@ -195,8 +218,9 @@ def line_of(result: dict) -> str:
     problems = "".join(f"  PROBLEM: {problem}" for problem in result["problems"])
     start = f"{result['capability']:<4} {result['dim']:<4} {result['precision']:<12} "
     shared = f"{result['shared'] // 1024:<4} "
-    if result["block_q"] == PREPARE:
-        return f"{start}prepass {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
+    if result["block_q"] in (PREPARE, LISTS):
+        name = "prepass" if result["block_q"] == PREPARE else "lists"
+        return f"{start}{name:<7} {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
     tile = result["tile"]
     name = f"{tile['rows']}x{'2x64' if tile['pairs'] else '64'} w{tile['warps']} st{tile['stages']}"
     call = f"q{result['block_q']}" if result["block_q"] else "dense"

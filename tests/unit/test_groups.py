@@ -211,7 +211,8 @@ def test_patterns_of_another_layout_stay(planted):
     plan, cache, device = calibrator.plan({}), PatternCache(), torch.device("cpu")
     other = TokenLayout(TEXT + 5, GRID)
     one = cache.get(SITE, plan, 0, LAYOUT, 12, device)
-    cache.get(SITE, plan, 2, other, 12, device)
+    assert cache.get(SITE, plan, 2, other, 12, device).tables is one.tables  # of all sites of a grid
+    assert torch.equal(one.mask, plan.sites[SITE].mask())
     assert len(cache) == 2 and cache.get(SITE, plan, 0, LAYOUT, 12, device).kept_words is one.kept_words
     cache.get(SITE, plan, 1, LAYOUT, 12, device)
     assert len(cache) == 2 and cache.get(SITE, plan, 0, LAYOUT, 12, device).kept_words is not one.kept_words

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.kernels import call, scratch
+from comfyui_paro.kernels import block_list, call, scratch
 from comfyui_paro.kernels.api import sparse_attention
 from comfyui_paro.kernels.problem import PRECISIONS, Geometry, Precision, SparsePattern
 from comfyui_paro.kernels.support import interpreted
@@ -18,12 +18,12 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels import attention
+from comfyui_paro.kernels import attention, triton_lists
 
 KERNELS = ("channel_statistics", "finish_statistics", "prepare_keys_values", "attention_forward")
 WAN_720P = call.CallKey(
     1, 40, 1, 128, torch.bfloat16, (9, 0), Geometry(0, (21, 45, 80), 0, 128), PRECISIONS["fp8"], 64,
-    True, False, True,
+    True, False, True, True,
 )  # fmt: skip
 
 
@@ -63,6 +63,7 @@ def launches(monkeypatch) -> list[str]:
 
     for name in KERNELS:
         monkeypatch.setattr(attention, name, Kernel(name))
+    monkeypatch.setattr(triton_lists, "list_blocks", Kernel("list_blocks"))
     return names
 
 
@@ -73,6 +74,17 @@ def problem(tokens: int, heads: int = 2, tail: bool = True):
     tables = torch.arange(tokens, dtype=torch.int32)[None]
     order_of_head = torch.zeros(heads, dtype=torch.int32)
     return q, k, v, SparsePattern.from_mask(g, tables, order_of_head, mask, torch.zeros(heads) if tail else None)
+
+
+def test_lists_too_large_to_be_kept_are_one_launch_more(launches, monkeypatch):
+    monkeypatch.setattr(block_list, "LARGEST_KEPT_LIST", 0)
+    q, k, v, pattern = problem(16384)
+    for _ in range(2):
+        launches.clear()
+        with Operations() as operations:
+            sparse_attention(q, k, v, pattern, PRECISIONS["fp8"], backend="triton")
+    assert launches == ["list_blocks", *KERNELS]
+    assert operations.names == ["aten.empty_strided.default"]
 
 
 @pytest.mark.parametrize("tail", [False, True])

@@ -2,7 +2,15 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.orders import AXIS_ORDERS, candidate_orders, order_table, token_coordinates
+from comfyui_paro.paro_runtime.orders import (
+    ALL_ORDERS,
+    AXIS_ORDERS,
+    candidate_orders,
+    order_number,
+    order_table,
+    order_tables,
+    token_coordinates,
+)
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 GRIDS = [(5, 7, 9), (3, 17, 11), (1, 6, 4), (4, 1, 3), (1, 1, 5), (2, 2, 2)]
@@ -42,6 +50,16 @@ def test_orders_that_coincide_are_offered_once_and_the_original_comes_first(grid
 def test_an_unknown_order_is_refused_by_name():
     with pytest.raises(ValueError, match="'FHX' is none of FHW"):
         order_table("FHX", (2, 2, 2))
+    with pytest.raises(ValueError, match="'FHX' is none of FHW"):
+        order_number("FHX")
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_tables_of_all_orders_are_made_once(grid):
+    tables = order_tables(grid, torch.device("cpu"))
+    assert order_tables(grid, torch.device("cpu")) is tables
+    for name in ALL_ORDERS:
+        assert torch.equal(tables[order_number(name)], order_table(name, grid))
 
 
 def test_coordinates_follow_the_order():

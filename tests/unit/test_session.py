@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from comfyui_paro.kernels.block_list import held_bytes
 from comfyui_paro.kernels.problem import PRECISIONS
 from comfyui_paro.kernels.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime import evaluation as evaluation_module
@@ -17,6 +18,7 @@ from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.statistics import geometry_of
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -226,7 +228,7 @@ def test_out_of_memory_is_answered_by_the_host(monkeypatch, error):
 
 def test_patterns_beyond_the_memory_for_them_are_made_anew(monkeypatch):
     expected = sample(Session(policy(), sigmas=SIGMAS))
-    monkeypatch.setattr(patterns_module, "CACHE_BYTES", 250)  # one site of 4 heads x 5 x 5 blocks
+    monkeypatch.setattr(patterns_module, "CACHE_BYTES", int(1.5 * held_bytes(geometry_of(LAYOUT, 64), 4)))
     session = Session(policy(), sigmas=SIGMAS)
     results = sample(session)
     assert len(session.patterns) == 1
