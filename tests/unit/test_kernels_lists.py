@@ -122,6 +122,18 @@ def test_lists(name: str, columns: int, monkeypatch):
 
 
 @needs_interpreter
+def test_lists_of_some_heads():
+    g = GEOMETRIES["ragged grid and context"]
+    lists = block_list(pattern_of(g, random_mask(g)))
+    some = lists.of_heads(slice(1, 3))
+    assert lists.of_heads(slice(1, 3)) is some
+    for name in ("row_order", "full", "count", "blocks"):
+        assert torch.equal(getattr(some, name), getattr(lists, name)[1:])
+    assert torch.equal(some.start, lists.start[1:] - lists.start[1, 0])
+    assert torch.equal(some.head_order, lists.head_order[lists.head_order > 0] - 1)
+
+
+@needs_interpreter
 def test_lists_go_by_the_words_and_die_with_them():
     _, _, _, pattern, _ = make(Case("", grid=(3, 7, 11), suffix=70))
     lists = block_list(pattern)
