@@ -156,7 +156,7 @@ def test_what_the_kernel_does_not_serve_is_left_alone_beside_the_kernel():
     assert correction.suits(q, pattern, "reference") and correction.suits(wide, pattern, "reference")
     assert correction.suits(q.half(), pattern, "triton")
     assert not correction.suits(q, pattern, "triton") and not correction.suits(wide, pattern, "triton")
-    for change in ({"mask": None}, {"tail_bias": None}, {"pool": 16}):
+    for change in ({"kept_words": None}, {"tail_bias": None}, {"pool": 16}):
         assert not correction.suits(q, replace(pattern, **change), "reference")
 
 
