@@ -36,6 +36,7 @@ from .tokens import TokenLayout
 log = logging.getLogger("paro")
 # A step that begins at this share of the model's highest noise begins with nothing else.
 PURE_NOISE = 0.99
+IN_PASSING = "calibrated on the way"
 
 
 def _moved(plan: Plan, layout: TokenLayout) -> Plan:
@@ -211,14 +212,21 @@ class Session:
             found, note = self.policy.store.find(
                 self.policy.identity, layout, query_block(layout.grid_tokens), self.options
             )
-            if found is not None:
+            if found is not None and not self._sees_better(found):
                 grid.plan, grid.source = found, "plan found"
                 return grid
             if note:
                 self.note(f"{note}; calibrating anew")
         if self.settings.calibrate:
-            grid.calibrator, grid.source = self._calibrator(step), "calibrated on the way"
+            grid.calibrator, grid.source = self._calibrator(step), IN_PASSING
         return grid
+
+    def _sees_better(self, found: Plan) -> bool:
+        """Whether a plan that a run made of its first step, of noise alone, is worth less than what this run will see
+        in its last dense step."""
+        from_noise = found.made.get("by") == IN_PASSING and found.made.get("criterion") == "mass"
+        by_error = self.options.pool is not None and self.method.criterion == "auto"
+        return from_noise and by_error and self.schedule.dense_steps > 1 and self.settings.calibrate
 
     def _judge_moved_plan(self, grid: Grid, step: int) -> None:
         verdict = grid.check.verdict()
@@ -236,7 +244,7 @@ class Session:
                 self.correction.forget()
             if self.settings.calibrate:
                 grid.calibrator = self._calibrator(step)
-                grid.source = "calibrated on the way"
+                grid.source = IN_PASSING
 
     def _calibrator(self, step: int) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
@@ -247,7 +255,7 @@ class Session:
 
     def _close_calibration(self, grid: Grid) -> None:
         began = time.perf_counter()
-        made = {"by": "calibrated on the way", "step": grid.seen_step, "steps": self.steps}
+        made = {"by": IN_PASSING, "step": grid.seen_step, "steps": self.steps}
         try:
             grid.plan = grid.calibrator.plan(made)
         except Exception as error:

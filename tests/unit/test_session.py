@@ -89,6 +89,31 @@ def test_a_second_run_finds_its_plan_and_calibrates_nothing(tmp_path):
     assert all(torch.equal(before[key][0], after[key][0]) for key in before)
 
 
+def test_a_plan_made_of_pure_noise_serves_runs_that_see_no_more(tmp_path):
+    store, made = PlanStore([], tmp_path), []
+    for dense_steps, source, criterion in (
+        (1, "calibrated on the way", "mass"),
+        (1, "plan found", "mass"),
+        (3, "calibrated on the way", "error"),
+        (3, "plan found", "error"),
+        (1, "plan found", "error"),
+    ):
+        session = Session(policy(Settings(dense_steps=dense_steps), store), sigmas=SIGMAS)
+        sample(session)
+        report = session.finish()
+        assert (report.plan_source, report.plan.made["criterion"]) == (source, criterion), dense_steps
+        made.append(report.plan)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    # Where calibrating is forbidden, or a method is forced, the plan that there is serves.
+    store = PlanStore([], tmp_path)
+    store.save(made[0])
+    for more in ({"settings": Settings(dense_steps=3, calibrate=False)}, {"method": Method(criterion="mass")}):
+        settings = more.pop("settings", Settings(dense_steps=3))
+        session = Session(policy(settings, store), sigmas=SIGMAS, **more)
+        sample(session)
+        assert session.finish().plan_source == "plan found"
+
+
 @pytest.mark.parametrize(
     "other",
     [
