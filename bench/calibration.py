@@ -6,8 +6,9 @@ python bench/calibration.py --tiny [--repeats 15] [--json FILE]
 
 Times are wall-clock medians in milliseconds that wait for the device. `observe` is what a calibrating step pays per
 site: block sums of some rows under every order, the tail's errors and curves, copies to the CPU and all that lies
-between. `refresh` measures the tail's bias again in a sparse step, `plan` makes the three masks of one site at the end;
-`every_row` is what masks by mass would need instead of the tail. Without a GPU the first form measures nothing.
+between. `refresh` measures the tail's bias again in a sparse step, `correct` corrects half of the heads in one by their
+mean queries, `plan` makes the three masks of one site at the end; `every_row` is what masks by mass would need instead
+of the tail. Without a GPU the first form measures nothing.
 
 `--tiny` records queries, keys and values of the tiny trained model in the third of eight steps and alternates between
 the attention of its four layers as torch computes it (float32) and all that a calibrating step does beside it: four
@@ -36,7 +37,14 @@ from comfyui_paro.bench.attention import commit, peak_mib  # noqa: E402
 from comfyui_paro.bench.paro_bench.tiny import GRIDS, LAYERS, TinyBench, Variant  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, inputs  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
-from comfyui_paro.kernels.api import block_costs, block_statistics, row_logsumexp  # noqa: E402
+from comfyui_paro.kernels.api import (  # noqa: E402
+    add_corrections,
+    block_costs,
+    block_statistics,
+    query_corrections,
+    row_logsumexp,
+)
+from comfyui_paro.paro_runtime.attention import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.calibration import Calibrator  # noqa: E402
 from comfyui_paro.paro_runtime.falloff import observe_falloff  # noqa: E402
 from comfyui_paro.paro_runtime.orders import order_table  # noqa: E402
@@ -128,6 +136,16 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
         return observe_bias(q, k, v, g, rows, mask, pool=POOL, share=ROWS_SHARE)
 
     times["refresh_ms"] = median_ms(refresh, repeats, device)
+    pattern = pattern_of(
+        plans[0].sites[SITE], layout, group=1, block_q=g.block_q, pool=POOL, kv_heads=heads, device=device
+    )
+    corrected = torch.arange(0, heads, 2, dtype=torch.int32, device=device)
+    shares, out = torch.ones(heads, device=device), torch.zeros_like(q)
+
+    def correct():
+        add_corrections(out, query_corrections(q, k, v, pattern, corrected), shares, pattern, corrected)
+
+    times["correct_ms"] = median_ms(correct, repeats, device)
     return {
         "length": shape.length,
         "heads": heads,

@@ -204,7 +204,8 @@ def row_moments(
     return run(q, k, v, geometry, tables, positions, levels, masks, pool=pool, scale=scale, key_bias=key_bias)
 
 
-def _correction_backend(backend: str, x: torch.Tensor) -> str:
+def correction_backend(backend: str, x: torch.Tensor) -> str:
+    """What corrects attention that `backend` computed: float32 and heads wider than TAIL_HEAD_DIM have no kernel."""
     return "reference" if x.dtype == torch.float32 else _tail_backend(backend, x)
 
 
@@ -226,7 +227,7 @@ def query_corrections(
     reason = problem_with(q, k, v, pattern) or problem_with_correction(q, pattern, heads)
     if reason:
         raise ValueError(reason)
-    if _correction_backend(backend, q) == "reference":
+    if correction_backend(backend, q) == "reference":
         run = query_corrections_reference
     else:
         from .triton_correction import launch_query_corrections as run
@@ -244,7 +245,7 @@ def add_corrections(
     backend: str = "auto",
 ) -> torch.Tensor:
     """See `correction_reference.add_corrections_reference`; nonfinite as in `sparse_attention`."""
-    if _correction_backend(backend, out) == "triton":
+    if correction_backend(backend, out) == "triton":
         from .triton_correction import launch_add_corrections
 
         return launch_add_corrections(out, corrections, shares, pattern, heads, nonfinite)

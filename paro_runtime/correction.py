@@ -18,14 +18,15 @@ from dataclasses import dataclass
 
 import torch
 
-from ..kernels.api import TAIL_HEAD_DIM, add_corrections, query_corrections
+from ..kernels.api import add_corrections, correction_backend, query_corrections
 from ..kernels.correction_reference import POOL
 from ..kernels.problem import SparsePattern
-from ..kernels.reference import reordered_index, take_rows
+from ..kernels.reference import take_rows
+from .refresh import ROWS_SHARE
+from .tail import share_of_positions
 
 # Runs with more dense steps than this are not corrected.
 DENSE_STEPS = 1
-ROWS_SHARE = 0.01
 # A head that gets rid of less than this share of its squared error is not worth the time.
 LEAST_GAIN = 0.2
 
@@ -82,7 +83,7 @@ class QueryCorrection:
 
     def suits(self, q: torch.Tensor, pattern: SparsePattern, backend: str) -> bool:
         """Whether a call can be corrected, and by the kernel where the attention is: its reference takes too long."""
-        served = backend == "reference" or (q.dtype != torch.float32 and q.shape[3] <= TAIL_HEAD_DIM)
+        served = correction_backend(backend, q) == backend
         tail = pattern.kept_words is not None and pattern.tail_bias is not None
         return served and tail and pattern.pool == POOL
 
@@ -107,9 +108,9 @@ class QueryCorrection:
         Calls of one step (conditionings that the host runs apart) add up.
         """
         rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
-        every_head = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
         corrections = None
         if due:
+            every_head = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
             corrections = query_corrections(q, k, v, pattern, every_head, **rest)
             self._measure(key, step, q, k, v, out, pattern, corrections, scale, key_bias)
         with self._lock:
@@ -123,13 +124,12 @@ class QueryCorrection:
         add_corrections(out, corrections, its.shares, pattern, its.heads, nonfinite=nonfinite, backend=backend)
 
     def _measure(self, key, step, q, k, v, out, pattern, corrections, scale, key_bias) -> None:
-        tokens = pattern.geometry.grid_tokens
-        count = min(tokens, max(64, round(ROWS_SHARE * tokens)))
-        positions = ((torch.arange(count, device=q.device) + 0.5) / count * tokens).long()
-        rows = reordered_index(pattern, q.shape[1])[:, positions]
+        g, group = pattern.geometry, q.shape[1] // pattern.kv_heads
+        positions = share_of_positions(g.grid_tokens, ROWS_SHARE, q.device)
+        rows = pattern.tables[:, positions][pattern.order_of_head.long()].repeat_interleave(group, 0).long() + g.prefix
         exact = exact_rows(q, k, v, rows, scale=scale, key_bias=key_bias).float()
         error = exact - take_rows(out, rows).float()
-        correction = corrections[:, :, positions // pattern.geometry.block_q].float()
+        correction = corrections[:, :, positions // g.block_q].float()
         sums = torch.stack(
             [(a * b).sum((0, 2, 3)) for a, b in ((error, error), (error, correction), (correction,) * 2)]
         )

@@ -58,6 +58,17 @@ def sampled_rows(geometry: Geometry, device: torch.device, rows: int = ROWS_PER_
     return block_positions(geometry, torch.arange(geometry.q_blocks, device=device), rows)[0]
 
 
+def spread_positions(tokens: int, count: int, device: torch.device) -> torch.Tensor:
+    """Positions evenly spread over so many tokens, int64 `[count]`, or as many as there are."""
+    count = min(tokens, count)
+    return ((torch.arange(count, device=device) + 0.5) / count * tokens).long()
+
+
+def share_of_positions(tokens: int, share: float, device: torch.device) -> torch.Tensor:
+    """The same for a share of the tokens, at least 64 of them."""
+    return spread_positions(tokens, max(64, round(share * tokens)), device)
+
+
 def _head_groups(heads: int, group: int, bytes_per_head: int) -> list[slice]:
     """Slices of the query heads that fit GROUP_BYTES; the `group` heads that share a key head stay together."""
     count = heads // group
@@ -170,8 +181,7 @@ def observe_bias(
     for the device.
     """
     g = geometry
-    count = min(g.grid_tokens, max(64, round(share * g.grid_tokens)))
-    positions = ((torch.arange(count, device=q.device) + 0.5) / count * g.grid_tokens).long()
+    positions = share_of_positions(g.grid_tokens, share, q.device)
     dropped = (~mask).view(torch.uint8)
     seen = row_moments(
         q, k, v, g, tables, positions, dropped, 1, pool=pool, scale=scale, key_bias=key_bias, backend=backend
@@ -220,8 +230,8 @@ def kept_on_rows(
     """
     g, (batch, heads, _, dim) = geometry, q.shape
     scale = dim**-0.5 if scale is None else scale
-    count = min(g.grid_tokens, rows)
-    positions = ((torch.arange(count, device=q.device) + 0.5) / count * g.grid_tokens).long()
+    positions = spread_positions(g.grid_tokens, rows, q.device)
+    count = positions.numel()
     group = heads // k.shape[1]
     kept = torch.zeros(2, heads, device=q.device)
     for some in _head_groups(heads, group, 16 * count * g.length):
