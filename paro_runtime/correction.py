@@ -103,7 +103,8 @@ class QueryCorrection:
         nonfinite: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        """Correct `out` `[B, Hq, L, D]` in place; due: measure the shares first. Otherwise as `sparse_attention`.
+        """Correct `out` `[B, Hq, L, D]` in place; due: measure the shares first, as after every change of the masks.
+        Otherwise as `sparse_attention`.
 
         Calls of one step (conditionings that the host runs apart) add up.
         """
@@ -143,12 +144,6 @@ class QueryCorrection:
         heads = shares.nonzero()[:, 0].int()
         with self._lock:
             self._shares[key] = _Shares(shares, heads)
-
-    def forget(self) -> None:
-        """The masks are others now: nothing that was measured holds."""
-        with self._lock:
-            self._fits.clear()
-            self._shares.clear()
 
 
 def best_shares(sums: torch.Tensor) -> torch.Tensor:

@@ -240,8 +240,6 @@ class Session:
             self.patterns.clear()
             if self.refresh is not None:
                 self.refresh.forget()
-            if self.correction is not None:
-                self.correction.forget()
             if self.settings.calibrate:
                 grid.calibrator = self._calibrator(step)
                 grid.source = IN_PASSING

@@ -19,7 +19,16 @@ from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
 from comfyui_paro.paro_runtime.selection import best_of_rows, density_for, mass_kept, per_head_masks, shared_masks
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, observe, sums_under_orders
-from comfyui_paro.paro_runtime.tail import BIASES, NO_TAIL, best_bias, bias_at, kept_on_rows, observe_bias, observe_tail
+from comfyui_paro.paro_runtime.tail import (
+    BIASES,
+    NO_TAIL,
+    best_bias,
+    bias_at,
+    kept_on_rows,
+    observe_bias,
+    observe_tail,
+    share_of_positions,
+)
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 IDENTITY = ModelIdentity("bench", "planted", "planted")
@@ -323,3 +332,10 @@ def test_published_windows_want_our_orders():
     assert found["best_per_head"] == pytest.approx(0.195, abs=6e-4) and found["selected"] <= 0.2
     assert found["windows"]["temporal"]["WHF"] == pytest.approx(0.168, abs=6e-4)
     assert found["one_order_for_all"]["FWH"] == pytest.approx(0.335, abs=6e-4)
+
+
+@pytest.mark.parametrize("tokens, count", [(50, 50), (1000, 64), (75600, 756)])
+def test_rows_to_measure_are_spread_evenly_and_never_few(tokens, count):
+    found = share_of_positions(tokens, 0.01, torch.device("cpu"))
+    assert found.numel() == count and found[0] >= 0 and found[-1] < tokens
+    assert (found.diff() - tokens / count).abs().max() <= 1

@@ -94,7 +94,7 @@ def test_a_plan_made_of_pure_noise_serves_runs_that_see_no_more(tmp_path):
     for dense_steps, source, criterion in (
         (1, "calibrated on the way", "mass"),
         (1, "plan found", "mass"),
-        (3, "calibrated on the way", "error"),
+        (2, "calibrated on the way", "error"),
         (3, "plan found", "error"),
         (1, "plan found", "error"),
     ):
