@@ -75,7 +75,8 @@ def sparse_attention(
         result = attention_operator(
             q, k, v, pattern.tables, pattern.order_of_head, pattern.kept_words, pattern.tail_bias,
             key_bias, pattern.geometry.prefix, list(pattern.geometry.grid), pattern.geometry.suffix,
-            pattern.geometry.block_q, pattern.pool, precision.qk, precision.pv, precision.hadamard, scale, backend,
+            pattern.geometry.block_q, pattern.pool, pattern.expansions, precision.qk, precision.pv,
+            precision.hadamard, scale, backend,
         )  # fmt: skip
         _tell_nonfinite(result, nonfinite)
         return result if out is None else out.copy_(result)
@@ -192,6 +193,7 @@ def row_moments(
     masks: int,
     *,
     pool: int,
+    expansions: int = 0,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
@@ -201,7 +203,20 @@ def row_moments(
         run = row_moments_reference
     else:
         from .triton_moments import launch_row_moments as run
-    return run(q, k, v, geometry, tables, positions, levels, masks, pool=pool, scale=scale, key_bias=key_bias)
+    return run(
+        q,
+        k,
+        v,
+        geometry,
+        tables,
+        positions,
+        levels,
+        masks,
+        pool=pool,
+        expansions=expansions,
+        scale=scale,
+        key_bias=key_bias,
+    )
 
 
 def correction_backend(backend: str, x: torch.Tensor) -> str:

@@ -27,6 +27,7 @@ def attention_operator(
     suffix: int,
     block_q: int,
     pool: int,
+    expansions: int,
     qk: str,
     pv: str,
     hadamard: bool,
@@ -37,7 +38,7 @@ def attention_operator(
     from .api import sparse_attention
 
     geometry = Geometry(prefix, tuple(grid), suffix, block_q)
-    pattern = SparsePattern(geometry, tables, order_of_head, kept_words, tail_bias, pool)
+    pattern = SparsePattern(geometry, tables, order_of_head, kept_words, tail_bias, pool, expansions)
     precision = Precision(qk, pv, hadamard)
     return sparse_attention(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=backend)
 

@@ -16,6 +16,8 @@ from .kept_words import count_bits, mask_of_words, pack_bits, row_words, words_o
 
 BLOCK_K = 64
 BLOCK_Q_CHOICES = (64, 128)
+# As many rows as the smallest product of the tensor cores has.
+MOST_EXPANSIONS = 16
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class SparsePattern:
                   in every row; None keeps every block.
     tail_bias     float32 [q_heads]: adds the pooled tail with this bias per head; None drops what is not kept.
     pool          tokens per pooled key; divides block_k.
+    expansions    at most so many mean queries per head around which the pools are expanded (`pools`); 0: plain means.
     """
 
     geometry: Geometry
@@ -97,6 +100,7 @@ class SparsePattern:
     kept_words: torch.Tensor | None = None
     tail_bias: torch.Tensor | None = None
     pool: int = BLOCK_K
+    expansions: int = 0
 
     @classmethod
     def from_mask(
@@ -107,13 +111,14 @@ class SparsePattern:
         mask: torch.Tensor,
         tail_bias: torch.Tensor | None = None,
         pool: int = BLOCK_K,
+        expansions: int = 0,
     ) -> SparsePattern:
         """From a bool mask `[q_heads, q_blocks, k_blocks]`, True = kept; ValueError with one line for another."""
         if mask.dtype != torch.bool or mask.dim() != 3 or mask.shape[1:] != (geometry.q_blocks, geometry.k_blocks):
             expected = f"[q_heads, {geometry.q_blocks}, {geometry.k_blocks}]"
             raise ValueError(f"mask: expected bool {expected}, got {mask.dtype} {list(mask.shape)}")
         words = words_of_bits(pack_bits(mask), mask.shape[0], geometry)
-        return cls(geometry, tables, order_of_head, words, tail_bias, pool)
+        return cls(geometry, tables, order_of_head, words, tail_bias, pool, expansions)
 
     @property
     def kv_heads(self) -> int:
@@ -147,6 +152,7 @@ class SparsePattern:
             move(self.kept_words),
             move(self.tail_bias),
             self.pool,
+            self.expansions,
         )
 
 
@@ -196,4 +202,6 @@ def problem_with(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pattern: Spa
         return f"tail_bias: expected [{q.shape[1]}], got {tuple(pattern.tail_bias.shape)}"
     if pattern.pool < 1 or g.block_k % pattern.pool:
         return f"pool: {pattern.pool} does not divide the key block of {g.block_k}"
+    if not 0 <= pattern.expansions <= MOST_EXPANSIONS:
+        return f"expansions: 0 to {MOST_EXPANSIONS} mean queries per head are supported, got {pattern.expansions}"
     return None

@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from .pools import expanded_pools, mean_queries, stretch_of_rows, stretches_of
 from .problem import Geometry, Precision, SparsePattern, empty_output, problem_with
 from .quantization import LEVELS, fake_quantize, fake_quantize_blocks, hadamard_matrix
 
@@ -80,7 +81,8 @@ def _quantize_weights(p: torch.Tensor, pv: str, g: Geometry) -> torch.Tensor:
 def _chunk_bias(
     pattern: SparsePattern, kept_blocks: torch.Tensor | None, rows: slice, dtype: torch.dtype
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Additive masks for query rows `rows` of the reordered sequence: over keys `[H, n, L]`, over pools `[H, n, P]`.
+    """Additive masks for query rows `rows` of the reordered sequence: over keys `[H, n, L]`, over pools `[H, n, P]`,
+    where it holds the tail's bias too.
 
     kept_blocks: the pattern's mask.
     """
@@ -97,10 +99,9 @@ def _chunk_bias(
     keys = torch.zeros(over_keys.shape, dtype=dtype, device=device).masked_fill_(~over_keys, -math.inf)
     if pattern.tail_bias is None:
         return keys, None
-    counts = pool_counts(g.grid_tokens, pattern.pool, device)
-    over_pools = kept.repeat_interleave(g.block_k // pattern.pool, 2)[:, :, : counts.numel()]
-    pools = counts.to(dtype).log()[None, None] + pattern.tail_bias.to(dtype)[:, None, None]
-    return keys, pools.expand_as(over_pools).masked_fill(over_pools, -math.inf)
+    over_pools = kept.repeat_interleave(g.block_k // pattern.pool, 2)[:, :, : -(-g.grid_tokens // pattern.pool)]
+    pools = pattern.tail_bias.to(dtype)[:, None, None].expand_as(over_pools)
+    return keys, pools.masked_fill(over_pools, -math.inf)
 
 
 def sparse_attention_reference(
@@ -137,22 +138,24 @@ def sparse_attention_reference(
         if precision.hadamard:
             rotation = hadamard_matrix(q.shape[3], q.device, work)
             rq, rk = rq @ rotation, rk @ rotation
-    pooled_k = pooled_v = None
-    if mask is not None and pattern.tail_bias is not None:
-        pooled_k = pool_rows(rk[:, :, : g.grid_tokens], pattern.pool)
-        pooled_v = pool_rows(rv[:, :, : g.grid_tokens], pattern.pool)
-    if precision.qk != "16":
-        levels = LEVELS[precision.qk]
-        rq = fake_quantize(rq, levels, -1)
-        rk = torch.cat([fake_quantize_blocks(part, levels, g.block_k) for part in _parts(rk, g)], 2)
-        if pooled_k is not None:
-            pooled_k = fake_quantize(pooled_k, levels, -1)
-    rv = _quantize_values(rv, precision.pv)
     bias_in_order = None
     if key_bias is not None:
         bias_in_order = (
             key_bias.to(work)[:, None, :].expand(-1, heads, -1).gather(2, index[None].expand(q.shape[0], -1, -1))
         )
+    pools = means = None
+    if mask is not None and pattern.tail_bias is not None:
+        grid = slice(0, g.grid_tokens)
+        means = mean_queries(rq[:, :, grid], g, pattern.expansions)
+        grid_bias = None if bias_in_order is None else bias_in_order[:, :, grid]
+        pools = expanded_pools(means, rk[:, :, grid], rv[:, :, grid], pattern.pool, scale=scale, key_bias=grid_bias)
+    if precision.qk != "16":
+        levels = LEVELS[precision.qk]
+        rq = fake_quantize(rq, levels, -1)
+        rk = torch.cat([fake_quantize_blocks(part, levels, g.block_k) for part in _parts(rk, g)], 2)
+        if pools is not None:
+            pools = pools.with_keys(fake_quantize(pools.keys, levels, -1), means, scale)
+    rv = _quantize_values(rv, precision.pv)
 
     result = torch.empty_like(rq)
     step = max(1, CHUNK_ELEMENTS // max(1, q.shape[0] * heads * g.length))
@@ -165,14 +168,15 @@ def sparse_attention_reference(
         if bias_in_order is not None:
             scores += bias_in_order[:, :, None, :]
         if pools_bias is not None:
-            tail = (rq[:, :, rows] @ pooled_k.transpose(2, 3)) * scale + pools_bias
-            scores = torch.cat([scores, tail], 3)
+            positions = torch.arange(rows.start, rows.stop, device=q.device).clamp_max(g.grid_tokens - 1)
+            stretch = stretch_of_rows(g, stretches_of(g, pattern.expansions), positions)
+            scores = torch.cat([scores, pools.logits(rq[:, :, rows], stretch, scale) + pools_bias], 3)
         weights = (scores - scores.amax(3, keepdim=True)).exp()
         total = weights.sum(3, keepdim=True)
         chunk = _quantize_weights(weights[..., : g.length], precision.pv, g) @ rv
         # The tail's product is in 16 bits whatever pv is: it is small, its weights are large.
         if pools_bias is not None:
-            chunk += weights[..., g.length :] @ pooled_v
+            chunk += pools.weighted(weights[..., g.length :], stretch)
         result[:, :, rows] = chunk / total
     out = empty_output(q) if out is None else out
     inverse = torch.argsort(index, 1)

@@ -1,7 +1,7 @@
 """What dropped blocks cost on sampled rows, in plain PyTorch: the reference for the kernels of `triton_tail`.
 
 For one row with exact output o, a key block j contributes x_j = sum_k p_k (v_k - o), and its pools
-y_j = sum_i p'_i (v'_i - o), with p' the weight and v' the mean value of a pooled key. Leaving a block to a tail with
+y_j = sum_i p'_i (v'_i - o), with p' the weight and v' the value of a pooled key (`pools`). Leaving a block to a tail with
 factor f moves the row's output by f y_j - x_j (before it is normalised again), so squares and the product of x and y
 tell the error of every factor.
 """
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .pools import Pools, expanded_pools, mean_queries, stretch_of_rows
 from .problem import Geometry
-from .reference import pool_counts, pool_rows
 
 # Elements of one chunk of per-block contributions: what a CPU's cache holds a few times; on a GPU some hundred MB.
 CHUNK_ELEMENTS, CHUNK_ELEMENTS_ON_GPU = 1 << 18, 1 << 24
@@ -76,8 +76,8 @@ class _Head:
     then the context.
 
     q `[N, D]` of the grid, in natural order, times the scale; keys `[k_blocks * block_k + context, D]`; key_bias, one
-    for each of them, or None; value_blocks `[k_blocks, block_k, D]`, context_values `[context, D]`; pooled_keys
-    `[pools, D]`, pooled_blocks `[k_blocks, pools per block, D]`; log_counts `[pools]`; table int64 `[N]`.
+    for each of them, or None; value_blocks `[k_blocks, block_k, D]`, context_values `[context, D]`; pools: of one
+    entry and head; table int64 `[N]`.
     """
 
     q: torch.Tensor
@@ -85,28 +85,30 @@ class _Head:
     key_bias: torch.Tensor | None
     value_blocks: torch.Tensor
     context_values: torch.Tensor
-    pooled_keys: torch.Tensor
-    pooled_blocks: torch.Tensor
-    log_counts: torch.Tensor
+    pools: Pools
     table: torch.Tensor
 
 
-def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, scale: float) -> _Head:
+def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, expansions: int | None, scale: float) -> _Head:
+    """expansions: of the pools; None for plain means that no key_bias changes."""
     table, context = table.long(), context_index(g, q.device)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (x.index_select(0, table + g.prefix).to(work) for x in (k, v))
     key_blocks, value_blocks = (blocks_of(x, g.block_k, 0) for x in (keys, values))
+    # The queries are scaled already.
+    q = q[g.prefix : g.prefix + g.grid_tokens].to(work) * scale
+    means = mean_queries(q[table], g, expansions or 0)
+    grid_bias = None if bias is None or expansions is None else bias[table + g.prefix].to(work)[None, None]
+    pools = expanded_pools(means[None, None], keys[None, None], values[None, None], pool, scale=1.0, key_bias=grid_bias)
     if bias is not None:
         bias = torch.cat([blocks_of(bias[table + g.prefix], g.block_k, 0).flatten(), bias[context]]).to(work)
     return _Head(
-        q[g.prefix : g.prefix + g.grid_tokens].to(work) * scale,
+        q,
         torch.cat([key_blocks.flatten(0, 1), k[context].to(work)]),
         bias,
         value_blocks,
         v[context].to(work),
-        pool_rows(keys, pool),
-        blocks_of(pool_rows(values, pool), g.block_k // pool, 0),
-        pool_counts(g.grid_tokens, pool, q.device).to(work).log(),
+        pools,
         table,
     )
 
@@ -138,12 +140,18 @@ def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows
     mass = tiles.sum(2)
     sums = tiles.transpose(0, 1) @ head.value_blocks
     out = sums.sum(0) + weights[:, padded:] @ head.context_values
-    pooled_weights = (queries @ head.pooled_keys.T + head.log_counts - highest).exp_() / total
+    stretches = head.pools.keys.shape[2]
+    stretch = stretch_of_rows(g, stretches, positions)
+    pooled_weights = (head.pools.logits(queries[None, None], stretch, 1.0)[0, 0] - highest).exp_() / total
     pooled_tiles = blocks_of(pooled_weights, g.block_k // pool, 1)
     pooled = pooled_tiles.sum(2)
     # With one pool a block, a product of one column and one row: cheaper as a plain multiplication.
     product = torch.mul if g.block_k == pool else torch.matmul
-    pooled_sums = product(pooled_tiles.transpose(0, 1), head.pooled_blocks)
+    pooled_sums = torch.empty_like(sums)
+    for s in stretch.unique().tolist():
+        its = stretch == s
+        values = blocks_of(head.pools.values[0, 0, s], g.block_k // pool, 0)
+        pooled_sums[:, its] = product(pooled_tiles.transpose(0, 1)[:, its], values)
     x = sums.addcmul_(mass.T[..., None], out, value=-1)
     y = pooled_sums.addcmul_(pooled.T[..., None], out, value=-1)
     return _Rows(x, y, mass, pooled, out.square().sum(1))
@@ -165,7 +173,8 @@ def block_costs_reference(
 
     q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias additive `[B, L]`. tables int `[Hq, N]`: grid index at each
     position of the head's order. positions int64 `[q_blocks, rows]`: places in the order, rows of each query block.
-    pool: tokens per pooled key, divides block_k.
+    pool: tokens per pooled key, divides block_k; pools are plain means here, whatever the tail's are, and know no
+    key_bias: which blocks are worth keeping hardly depends on it.
     """
     g, (batch, heads, _, dim) = geometry, q.shape
     scale = dim**-0.5 if scale is None else scale
@@ -177,7 +186,7 @@ def block_costs_reference(
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
         for h in range(heads):
-            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, scale)
+            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, None, scale)
             for first in range(0, g.q_blocks, step):
                 part = slice(first, min(first + step, g.q_blocks))
                 seen = _rows(head, g, pool, positions[part].flatten())
@@ -201,13 +210,14 @@ def row_moments_reference(
     masks: int,
     *,
     pool: int,
+    expansions: int = 0,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> RowMoments:
     """What the dropped blocks of some masks contribute to sampled rows; other arguments as in `block_costs_reference`.
 
     positions int64 `[rows]`: places in the order. levels uint8 `[Hq, q_blocks, k_blocks]`: the masks are nested, and
-    mask i of `masks` drops the blocks whose level is above i.
+    mask i of `masks` drops the blocks whose level is above i. expansions: of the pools, 0 for plain means.
     """
     g, (batch, heads, _, dim) = geometry, q.shape
     scale = dim**-0.5 if scale is None else scale
@@ -217,7 +227,7 @@ def row_moments_reference(
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
         for h in range(heads):
-            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, scale)
+            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, expansions, scale)
             for first in range(0, positions.numel(), step):
                 part = slice(first, first + step)
                 seen = _rows(head, g, pool, positions[part])

@@ -33,6 +33,7 @@ def build_pattern(
     *,
     block_q: int = 64,
     pool: int = 64,
+    expansions: int = 0,
     kv_heads: int | None = None,
     device: torch.device | str = "cpu",
 ) -> SparsePattern:
@@ -52,16 +53,24 @@ def build_pattern(
     bias = None if tail_bias is None else tail_bias.float().to(device)
     geometry = geometry_of(layout, block_q)
     if mask is None:
-        return SparsePattern(geometry, tables, index, None, bias, pool)
-    return SparsePattern.from_mask(geometry, tables, index, mask.to(device), bias, pool)
+        return SparsePattern(geometry, tables, index, None, bias, pool, expansions)
+    return SparsePattern.from_mask(geometry, tables, index, mask.to(device), bias, pool, expansions)
 
 
 def pattern_of(
-    entry: SitePlan, layout: TokenLayout, *, group: int, block_q: int, pool: int, kv_heads: int, device: torch.device
+    entry: SitePlan,
+    layout: TokenLayout,
+    *,
+    group: int,
+    block_q: int,
+    pool: int,
+    expansions: int,
+    kv_heads: int,
+    device: torch.device,
 ) -> SparsePattern:
     """The kernels' pattern of a planned site, on `device`."""
     bias = None if entry.tail_bias is None else entry.tail_bias[group]
-    sizes = {"block_q": block_q, "pool": pool, "kv_heads": kv_heads}
+    sizes = {"block_q": block_q, "pool": pool, "expansions": expansions, "kv_heads": kv_heads}
     pattern = build_pattern(layout, entry.orders, None, bias, device=device, **sizes)
     # From bits to bits: the mask itself would take eight times as much.
     words = words_of_bits(entry.packed[group].to(device), len(entry.orders), pattern.geometry)
@@ -82,18 +91,19 @@ def sparse_attention(
     key_bias: torch.Tensor | None = None,
     block_q: int = 64,
     pool: int = 64,
+    expansions: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Block-sparse attention in each head's order.
 
     q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, any strides, fp16, bf16 or fp32; L = prefix + F*H*W + suffix. orders:
     a name per query head. mask: bool `[Hq, q_blocks, k_blocks]` over the reordered grid, None keeps everything.
-    tail_bias float `[Hq]` adds the pooled tail; without it the softmax is over kept blocks only. key_bias: additive
+    tail_bias float `[Hq]` adds the pooled tail, with so many `expansions` (`kernels.pools`); without it the softmax is
+    over kept blocks only. key_bias: additive
     `[B, L]`. Returns `[B, Hq, L, D]` in q's dtype. Raises ValueError with one line for a call that does not fit.
     """
-    pattern = build_pattern(
-        layout, orders, mask, tail_bias, block_q=block_q, pool=pool, kv_heads=k.shape[1], device=q.device
-    )
+    sizes = {"block_q": block_q, "pool": pool, "expansions": expansions, "kv_heads": k.shape[1]}
+    pattern = build_pattern(layout, orders, mask, tail_bias, device=q.device, **sizes)
     chosen = PRECISIONS[precision] if isinstance(precision, str) else precision
     return run_kernel(q, k, v, pattern, chosen, scale=scale, key_bias=key_bias, backend=backend)
 

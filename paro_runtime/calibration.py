@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from ..kernels.problem import MOST_EXPANSIONS
 from .falloff import pack_falloff
 from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
@@ -38,7 +39,7 @@ class Method:
     but noise, counts most, since errors measured there mislead (docs/method.md): in plans made in passing from that
     step, and in those for runs without a dense step. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
-    tiles: offer tiled orders. alpha, sigma: of the paper's metric.
+    tiles: offer tiled orders. expansions: of the tail's pools; with a bias by mass they are plain means. alpha, sigma: of the paper's metric.
     time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
     all observations for all masks. What a resumed calibration had observed before counts for all groups.
     """
@@ -46,6 +47,7 @@ class Method:
     criterion: str = "auto"
     bias: str = "error"
     tiles: bool = True
+    expansions: int = MOST_EXPANSIONS
     alpha: float = 0.5
     sigma: float = 1.0
     time_groups: Schedule | None = None
@@ -136,6 +138,7 @@ class Calibrator:
             options.compared_density,
             options.order,
             options.pool,
+            method.expansions,
             method.tiles,
             options.pool is not None and method.bias == "mass",
             method.by_mass,
@@ -208,7 +211,9 @@ class Calibrator:
             **made,
         }
         block_q, pool = query_block(layout.grid_tokens), self.options.pool or 64
-        return Plan(self.identity, layout, block_q, entries, pool, self.options.as_dict(), made)
+        # A bias that makes the mass right was measured with plain means.
+        expansions = self.method.expansions if all(map(self._bias_by_error, sums)) else 0
+        return Plan(self.identity, layout, block_q, entries, pool, self.options.as_dict(), made, expansions)
 
     def _entries(self, sites: tuple[Site, ...], sums: list[SiteSums], device: torch.device) -> dict[Site, SitePlan]:
         """Masks, orders and biases, worked out on `device`: a GPU takes seconds where a CPU takes a minute."""
@@ -272,9 +277,12 @@ class Calibrator:
             return s.mass / s.weight[:, None, None].to(s.mass.dtype)
         return s.error / s.energy[:, None, None].clamp_min(1e-20).to(s.error.dtype)
 
+    def _bias_by_error(self, s: SiteSums) -> bool:
+        return s.curves is not None and self.method.bias == "error"
+
     def _bias(self, s: SiteSums, mask: torch.Tensor) -> torch.Tensor | None:
         if self.options.pool is None:
             return None
-        if s.curves is not None and self.method.bias == "error":
+        if self._bias_by_error(s):
             return bias_at(s.curves, mask.float().mean((1, 2)).cpu())
         return None if s.pooled is None else tail_bias(s.mass.to(mask.device), s.pooled.to(mask.device), mask)

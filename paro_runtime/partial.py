@@ -26,7 +26,7 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 KEY = "paro_partial"
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".sums"
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
 

@@ -55,7 +55,7 @@ class PatternCache:
                 self._groups[layout] = group
             pattern = self._patterns.get(key)
         if pattern is None:
-            sizes = {"block_q": plan.block_q, "pool": plan.pool, "kv_heads": kv_heads}
+            sizes = {"block_q": plan.block_q, "pool": plan.pool, "expansions": plan.expansions, "kv_heads": kv_heads}
             pattern = pattern_of(plan.sites[site], layout, group=group, device=device, **sizes)
             self._keep(key, group, pattern)
         # What the kernels derive from the kept blocks goes by their words, and so travels along.

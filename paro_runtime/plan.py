@@ -110,6 +110,7 @@ class Plan:
 
     settings  what shapes the masks (density asked for, order, budget, tail), as a flat dict.
     made      how it was made: steps, prompts, pack version, free text; never interpreted.
+    expansions  of the tail's pools, as the biases were measured with (`kernels.pools`).
     """
 
     identity: ModelIdentity
@@ -119,6 +120,7 @@ class Plan:
     pool: int = BLOCK_K
     settings: dict = field(default_factory=dict)
     made: dict = field(default_factory=dict)
+    expansions: int = 0
 
     @property
     def density(self) -> float:

@@ -17,13 +17,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ..kernels.kept_words import unpack_bits
-from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES
+from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES, MOST_EXPANSIONS
 from .falloff import packed_width
 from .orders import ALL_ORDERS
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .tokens import TokenLayout
 
-FORMAT = 3
+FORMAT = 4
 LIMITS = {
     "metadata_bytes": 4 << 20,
     "sites": 4096,
@@ -56,6 +56,7 @@ def save_plan(plan: Plan, path: Path) -> None:
         "block_q": plan.block_q,
         "block_k": BLOCK_K,
         "pool": plan.pool,
+        "expansions": plan.expansions,
         "groups": plan.groups,
         "order_names": ALL_ORDERS,
         "sites": sites,
@@ -109,7 +110,16 @@ def _read(file, name: str) -> Plan:
         raise PlanError(f"plan {name}: format {header['format']!r}, this version reads {FORMAT}")
     prefix, grid, suffix = header["layout"]
     groups = header["groups"]
-    numbers = [prefix, suffix, *grid, header["block_q"], header["block_k"], header["pool"], groups]
+    numbers = [
+        prefix,
+        suffix,
+        *grid,
+        header["block_q"],
+        header["block_k"],
+        header["pool"],
+        header["expansions"],
+        groups,
+    ]
     if not all(type(n) is int for n in numbers):
         raise PlanError(f"plan {name}: the layout's numbers must be whole, found {numbers}")
     if not 0 < groups <= LIMITS["groups"]:
@@ -117,9 +127,11 @@ def _read(file, name: str) -> Plan:
     layout = TokenLayout(prefix, tuple(grid), suffix)
     if layout.length > LIMITS["grid_tokens"]:
         raise PlanError(f"plan {name}: {layout.length} tokens, at most {LIMITS['grid_tokens']} are read")
-    block_q, pool = header["block_q"], header["pool"]
+    block_q, pool, expansions = header["block_q"], header["pool"], header["expansions"]
     if block_q not in BLOCK_Q_CHOICES or header["block_k"] != BLOCK_K or pool < 1 or BLOCK_K % pool:
         raise PlanError(f"plan {name}: blocks of {block_q} x {header['block_k']} and pools of {pool} are not supported")
+    if not 0 <= expansions <= MOST_EXPANSIONS:
+        raise PlanError(f"plan {name}: {expansions} expansions of pools, expected 0 to {MOST_EXPANSIONS}")
     names = header["order_names"]
     if not isinstance(names, list) or any(order not in ALL_ORDERS for order in names):
         raise PlanError(f"plan {name}: order names {names!r} are not all known")
@@ -151,7 +163,7 @@ def _read(file, name: str) -> Plan:
         raise PlanError(f"plan {name}: damaged, its checksum does not match")
     identity = ModelIdentity(**{key: str(value) for key, value in header["identity"].items()})
     settings, made = dict(header["settings"]), dict(header["made"])
-    return Plan(identity, layout, block_q, sites, pool, settings, made)
+    return Plan(identity, layout, block_q, sites, pool, settings, made, expansions)
 
 
 def _read_site(

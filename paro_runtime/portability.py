@@ -244,7 +244,9 @@ def move_plan(plan: Plan, layout: TokenLayout, device: torch.device | str = "cpu
             raise PlanError(f"plan: {site.name} does not say how its attention falls off; it serves no other grid")
     move = _Move(plan, layout.grid, device)
     made = {**plan.made, "moved_from": "x".join(map(str, plan.layout.grid))}
-    return Plan(plan.identity, layout, move.block_q, move.sites(move.orders()), plan.pool, plan.settings, made)
+    return Plan(
+        plan.identity, layout, move.block_q, move.sites(move.orders()), plan.pool, plan.settings, made, plan.expansions
+    )
 
 
 class MovedPlanCheck:

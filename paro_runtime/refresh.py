@@ -63,6 +63,7 @@ class BiasRefresh:
             tables,
             pattern.mask,
             pool=pattern.pool,
+            expansions=pattern.expansions,
             share=ROWS_SHARE,
             scale=scale,
             key_bias=key_bias,

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels.api import block_statistics, row_logsumexp
-from ..kernels.problem import Geometry
+from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import BlockStatistics, block_positions, block_sizes
 from .falloff import observe_falloff
 from .orders import ORIGINAL, candidate_orders, order_table, tiled_orders
@@ -41,7 +41,7 @@ class StatisticsOptions:
     """How sites are observed.
 
     density: at which orders are compared. order: `mass`, `paper` or `original`. tiles: offer tiled orders to `mass`.
-    pool: tokens per pooled key, None without a tail. pooled_mass: also measure the mass of pooled keys, for a bias that
+    pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels.pools`). pooled_mass: also measure the mass of pooled keys, for a bias that
     only makes the total mass right. every_row: block sums of every row, for masks that are chosen by mass, even where
     the tail's sampled rows tell them. alpha, sigma: of the paper's metric.
     """
@@ -49,6 +49,7 @@ class StatisticsOptions:
     density: float
     order: str = "mass"
     pool: int | None = 64
+    expansions: int = MOST_EXPANSIONS
     tiles: bool = True
     pooled_mass: bool = False
     every_row: bool = False
@@ -132,8 +133,8 @@ def observe(
     rows = torch.stack(tables)[choice]
     tail = None
     if v is not None and options.pool is not None:
-        more = {"density": options.density, "pool": options.pool, "key_bias": key_bias}
-        tail = observe_tail(q, k, v, geometry, rows, **more, **rest)
+        more = {"density": options.density, "pool": options.pool, "expansions": options.expansions}
+        tail = observe_tail(q, k, v, geometry, rows, key_bias=key_bias, **more, **rest)
     # Without values only the masses can tell a bias.
     pool = options.pool if options.pooled_mass or v is None else None
     if pool is None and masses is not None:

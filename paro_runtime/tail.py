@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels.api import block_costs, row_moments
-from ..kernels.problem import Geometry
+from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import block_positions, block_sizes
 from ..kernels.tail_reference import BlockCosts, RowMoments, blocks_of
 
@@ -126,6 +126,7 @@ def observe_tail(
     *,
     density: float,
     pool: int,
+    expansions: int = MOST_EXPANSIONS,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     rows: int = ROWS_PER_BLOCK,
@@ -133,7 +134,7 @@ def observe_tail(
 ) -> TailObservation:
     """What each block costs and which bias suits; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, tables int `[Hq, N]`.
 
-    tables: grid index at each position of the head's order. rows: looked at in each query block, a power of two up to
+    tables: grid index at each position of the head's order. expansions: of the pools that the biases are for. rows: looked at in each query block, a power of two up to
     64. On a GPU costs three times rows / block_q of a dense attention, and less than half of one on top for the biases.
     """
     g, heads = geometry, q.shape[1]
@@ -154,7 +155,7 @@ def observe_tail(
         error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
         levels = torch.zeros(error.shape, dtype=torch.uint8, device=q.device)
         levels[:, some_blocks] = _levels(error[:, some_blocks])
-        seen = row_moments(*call, curve_rows, levels, len(MASK_DENSITIES), **rest)
+        seen = row_moments(*call, curve_rows, levels, len(MASK_DENSITIES), expansions=expansions, **rest)
         share = size[:, None] / rows
         parts.append((error.mul_(share), costs.mass.mul_(share), _bias_errors(seen), costs.energy))
     error, mass, curves, energy = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -170,6 +171,7 @@ def observe_bias(
     mask: torch.Tensor,
     *,
     pool: int,
+    expansions: int = MOST_EXPANSIONS,
     share: float,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
@@ -183,9 +185,8 @@ def observe_bias(
     g = geometry
     positions = share_of_positions(g.grid_tokens, share, q.device)
     dropped = (~mask).view(torch.uint8)
-    seen = row_moments(
-        q, k, v, g, tables, positions, dropped, 1, pool=pool, scale=scale, key_bias=key_bias, backend=backend
-    )
+    rest = {"pool": pool, "expansions": expansions, "scale": scale, "key_bias": key_bias, "backend": backend}
+    seen = row_moments(q, k, v, g, tables, positions, dropped, 1, **rest)
     return _bias_errors(seen)[:, 0]
 
 

@@ -24,6 +24,7 @@ class Case:
     batch: int = 1
     dim: int = 64
     pool: int = 64
+    expansions: int = 16
     orders: str = "random"
     sigma: float = 1.0
     bias: bool = False
@@ -47,6 +48,9 @@ CASES = [
     Case("long text in front", prefix=226, mask=0.3, grid=(1, 7, 11)),
     Case("the tail alone on the grid", mask="empty", tail=True, suffix=2),
     Case("tail with pools of 16", tail=True, pool=16, suffix=3),
+    Case("tail with plain means", tail=True, expansions=0, suffix=3),
+    Case("tail with a mean query for several query blocks", tail=True, expansions=3, grid=(3, 11, 13), sigma=1.5),
+    Case("tail with hidden keys", tail=True, prefix=5, bias=True, batch=2, heads=4, orders="axes"),
     Case("tail with pools of 32 and padded head dimension 72", tail=True, pool=32, dim=72),
     Case("head dimension 96", dim=96, tail=True),
     Case("head dimension 32", dim=32),
@@ -105,9 +109,11 @@ def make(case: Case, seed: int = 0):
     if case.bias:
         bias = torch.zeros(case.batch, g.length)
         bias[:, case.prefix // 2 : case.prefix] = -torch.inf
+        if case.tail:
+            bias[:, case.prefix : case.prefix + 70] = -torch.inf
         bias[:, -1] = 0.7
     tail = torch.randn(case.heads, generator=generator) * 0.5 if case.tail else None
-    pattern = SparsePattern(g, tables.int(), order_of_head.int(), None, tail, case.pool)
+    pattern = SparsePattern(g, tables.int(), order_of_head.int(), None, tail, case.pool, case.expansions)
     if mask is not None:
         pattern = with_mask(pattern, mask)
     return q.to(case.dtype), k.to(case.dtype), v.to(case.dtype), pattern, bias
@@ -135,18 +141,46 @@ def oracle(q, k, v, pattern: SparsePattern, bias=None) -> torch.Tensor:
             scores = scores.masked_fill(~allowed, -torch.inf)
             values = v[b, h // group]
             if pattern.mask is not None and pattern.tail_bias is not None:
-                extra, pooled_v = [], []
-                for first in range(0, g.grid_tokens, pattern.pool):
-                    members = table[first : first + pattern.pool] + g.prefix
-                    score = q[b, h] @ k[b, h // group][members].mean(0) * q.shape[3] ** -0.5
-                    score = score + torch.tensor(float(members.numel())).log() + pattern.tail_bias[h].double()
-                    score[allowed[:, members[0]]] = -torch.inf
-                    extra.append(score)
-                    pooled_v.append(values[members].mean(0))
-                scores = torch.cat([scores, torch.stack(extra, 1)], 1)
-                values = torch.cat([values, torch.stack(pooled_v)])
+                scores, values = _with_tail(
+                    q[b, h], k[b, h // group], values, scores, allowed, pattern, h, table, bias, b
+                )
+            if values.dim() == 3:
+                result[b, h] = torch.einsum("lk,lkd->ld", scores.softmax(1), values)
+                continue
             result[b, h] = scores.softmax(1) @ values
     return result
+
+
+def _with_tail(q, k, values, scores, allowed, pattern, h, table, bias, b):
+    """Scores `[L, L + pools]` and, row by row, values `[L, L + pools, D]` of one head with its pools behind the keys."""
+    g, scale, pool = pattern.geometry, q.shape[1] ** -0.5, pattern.pool
+    pools = [table[first : first + pool] + g.prefix for first in range(0, g.grid_tokens, pool)]
+    stretches = max(1, min(pattern.expansions, g.q_blocks))
+    of_block = [i * stretches // g.q_blocks for i in range(g.q_blocks)]
+    place = torch.empty_like(table)
+    place[table] = torch.arange(table.numel())
+    tail = torch.full((g.length, len(pools)), -torch.inf, dtype=q.dtype)
+    pooled_v = torch.zeros(g.length, len(pools), q.shape[1], dtype=q.dtype)
+    for s in range(stretches):
+        first, last = of_block.index(s), len(of_block) - of_block[::-1].index(s)
+        stretch = table[first * g.block_q : last * g.block_q] + g.prefix
+        if not pattern.expansions:
+            mean = torch.zeros_like(q[0])
+        elif len(stretch) <= 128:
+            mean = q[stretch].mean(0)
+        else:
+            mean = q[stretch[(2 * torch.arange(128) + 1) * len(stretch) // 256]].mean(0)
+        for i, members in enumerate(pools):
+            logits = k[members] @ mean * scale
+            if bias is not None:
+                logits = logits + bias[b, members].double().clamp_min(-1e30)
+            weights = logits.softmax(0)
+            key, value = weights @ k[members], weights @ values[members]
+            tail[stretch, i] = (q[stretch] - mean) @ key * scale + logits.logsumexp(0) + pattern.tail_bias[h].double()
+            pooled_v[stretch, i] = value
+    for i, members in enumerate(pools):
+        tail[allowed[:, members[0]], i] = -torch.inf
+    return torch.cat([scores, tail], 1), torch.cat([values.expand(g.length, -1, -1), pooled_v], 1)
 
 
 def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,0 +1,175 @@
+"""Mean queries and expanded pools on a GPU. The meaning is in `pools`.
+
+Import only where a launch is wanted: this module needs Triton. Inputs are multiplied in their own type with float32
+sums; a mean query is rounded to it, which moves the point that the pools are expanded around, and no more.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from .pools import MEAN_ROWS
+from .problem import MOST_EXPANSIONS, Geometry
+from .triton_rows import LOG2E, bias_of, load_rows
+
+# Rows of the product with the keys: as few as the tensor cores take, and as many as there may be stretches.
+SETS = tl.constexpr(MOST_EXPANSIONS)
+
+
+@triton.jit
+def head_of_entry(entry, wanted, heads):
+    """(batch, query head) of an entry: all heads of each batch entry, or those named in `wanted [heads]`."""
+    head = entry % heads
+    if wanted is not None:
+        head = tl.load(wanted + head)
+    return entry // heads, head
+
+
+@triton.jit(do_not_specialize=["first", "heads", "table_group", "tokens", "prefix", "q_blocks", "stretches"])
+def _mean_queries(
+    Q, tables, order_of_head, wanted, means, stride_qb, stride_qh, stride_ql, stride_qd, stride_table,
+    first, heads, table_group, tokens, prefix, q_blocks, stretches,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """means `[entries, stretches, PADDED_D]`. Grid: (stretches, entries).
+
+    order_of_head: which of the tables a head has, by head // table_group; None: the table of its own number.
+    """
+    batch, head = head_of_entry(first + tl.program_id(1), wanted, heads)
+    order = head // table_group
+    if order_of_head is not None:
+        order = tl.load(order_of_head + order)
+    stretch = tl.program_id(0)
+    # As `pools.stretch_bounds`.
+    start = (stretch * q_blocks + stretches - 1) // stretches * BLOCK_Q
+    end = tl.minimum(((stretch + 1) * q_blocks + stretches - 1) // stretches * BLOCK_Q, tokens)
+    count = tl.minimum(end - start, ROWS)
+    row = tl.arange(0, ROWS)
+    real = row < count
+    place = start + (2 * row + 1) * (end - start) // (2 * count)
+    token = tl.load(tables + order.to(tl.int64) * stride_table + place, real, 0) + prefix
+    channels = tl.arange(0, PADDED_D)
+    Q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q = load_rows(Q, token, stride_ql, stride_qd, channels, real, D, PADDED_D).to(tl.float32)
+    mean = tl.sum(q, 0) / count
+    at = (tl.program_id(1).to(tl.int64) * stretches + stretch) * PADDED_D + channels
+    tl.store(means + at, mean.to(means.dtype.element_ty))
+
+
+@triton.jit
+def load_means(means, entry, stretches, channels, PADDED_D: tl.constexpr):
+    """Mean queries of an entry, `[SETS, PADDED_D]`: zero behind the last, and all of them with plain means (None)."""
+    stretch = tl.arange(0, SETS)
+    if means is None:
+        return tl.zeros([SETS, PADDED_D], tl.float32)
+    else:
+        at = (entry.to(tl.int64) * stretches + stretch)[:, None] * PADDED_D + channels[None, :]
+        return tl.load(means + at, (stretch < stretches)[:, None], 0.0)
+
+
+@triton.jit
+def pools_around(means, k, v, bias, inside, scale_log2, BIASED: tl.constexpr):
+    """One pool around each mean query: keys `[SETS, D]`, values `[SETS, D]`, logarithm to base 2 of their weight at it
+    `[SETS]`, all float32.
+
+    means `[SETS, D]`; k and v `[keys, D]`, rows in one order; bias float32 `[keys]` in log2 units; inside bool
+    `[keys]`: which keys are in the pool. At the mean query m the pool weighs 2^weight, and so its bias is
+    weight - scale_log2 m.key.
+    """
+    score = tl.dot(means.to(k.dtype), tl.trans(k), input_precision="ieee") * scale_log2
+    if BIASED:
+        score += bias[None, :]
+    score = tl.where(inside[None, :], score, float("-inf"))
+    # A pool behind the last one has no keys: finite, for it is computed like any other.
+    highest = tl.maximum(tl.max(score, 1), -2e30)
+    # The sum is of what is multiplied, so that what all keys or values have in common stays exact.
+    weight = tl.exp2(score - highest[:, None]).to(k.dtype)
+    total = tl.maximum(tl.sum(weight.to(tl.float32), 1), 1e-30)
+    keys = tl.dot(weight, k, input_precision="ieee") / total[:, None]
+    values = tl.dot(weight.to(v.dtype), v, input_precision="ieee") / total[:, None]
+    return keys, values, highest + tl.log2(total)
+
+
+@triton.jit(do_not_specialize=[
+    "first", "heads", "group", "table_group", "tokens", "prefix", "pools", "stretches",
+])  # fmt: skip
+def _expand(
+    K, V, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias,
+    stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias, stride_table,
+    first, heads, group, table_group, tokens, prefix, pools, stretches, scale_log2,
+    D: tl.constexpr, PADDED_D: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Pools of one key block under every mean query of its head. Grid: (k_blocks, entries).
+
+    pooled_k, pooled_v `[entries, stretches, pools, PADDED_D]`; pool_bias float32 `[entries, stretches, pools]` in log2
+    units.
+    """
+    batch, head = head_of_entry(first + tl.program_id(1), wanted, heads)
+    order = head // table_group
+    if order_of_head is not None:
+        order = tl.load(order_of_head + order)
+    channels, columns = tl.arange(0, PADDED_D), tl.arange(0, KEYS)
+    place = tl.program_id(0) * KEYS + columns
+    real = place < tokens
+    token = tl.load(tables + order.to(tl.int64) * stride_table + place, real, 0) + prefix
+    K += batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
+    V += batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
+    k = load_rows(K, token, stride_kl, stride_kd, channels, real, D, PADDED_D)
+    v = load_rows(V, token, stride_vl, stride_vd, channels, real, D, PADDED_D)
+    bias = tl.zeros([KEYS], tl.float32)
+    if BIASED:
+        bias = bias_of(key_bias, batch, stride_bias, token, real)
+    m = load_means(means, tl.program_id(1), stretches, channels, PADDED_D).to(k.dtype)
+    stretch = tl.arange(0, SETS)
+    for part in tl.static_range(KEYS // POOL):
+        pool = tl.program_id(0) * (KEYS // POOL) + part
+        keys, values, weight = pools_around(m, k, v, bias, real & (columns // POOL == part), scale_log2, BIASED)
+        at_mean = tl.sum(m.to(tl.float32) * keys, 1) * scale_log2
+        at = (tl.program_id(1).to(tl.int64) * stretches + stretch) * pools + pool
+        wanted_rows = (stretch < stretches) & (pool < pools)
+        tl.store(pool_bias + at, weight - at_mean, wanted_rows)
+        cells = at[:, None] * PADDED_D + channels[None, :]
+        tl.store(pooled_k + cells, keys.to(pooled_k.dtype.element_ty), wanted_rows[:, None])
+        tl.store(pooled_v + cells, values.to(pooled_v.dtype.element_ty), wanted_rows[:, None])
+
+
+def launch_mean_queries(
+    q: torch.Tensor, g: Geometry, tables: torch.Tensor, order_of_head: torch.Tensor | None, means: torch.Tensor, *,
+    table_group: int = 1, first: int = 0, wanted: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill means `[entries, stretches, PADDED_D]`, in q's type or float32, for the entries from `first` on.
+
+    q `[B, Hq, L, D]`. tables int `[n, N]`, one for each order (order_of_head int32 says which, by
+    head // table_group) or, with order_of_head None, for each such number. wanted int32 `[heads]`: the query heads of
+    a batch entry, None for all.
+    """
+    entries, stretches, padded = means.shape
+    heads = q.shape[1] if wanted is None else wanted.numel()
+    _mean_queries[(stretches, entries)](
+        q, tables, order_of_head, wanted, means, *q.stride(), tables.stride(0),
+        first, heads, table_group, g.grid_tokens, g.prefix, g.q_blocks, stretches,
+        D=q.shape[3], PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=MEAN_ROWS, num_warps=4,
+    )  # fmt: skip
+
+
+def launch_expanded_pools(
+    means: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, g: Geometry, tables: torch.Tensor,
+    order_of_head: torch.Tensor | None, pool: int, pooled_k: torch.Tensor, pooled_v: torch.Tensor,
+    pool_bias: torch.Tensor, *, scale: float, q_heads: int, key_bias: torch.Tensor | None = None,
+    table_group: int = 1, first: int = 0, wanted: torch.Tensor | None = None,
+) -> None:  # fmt: skip
+    """Fill pooled_k and pooled_v `[entries, stretches, pools, PADDED_D]` and pool_bias, float32 and in log2 units.
+
+    means: what `launch_mean_queries` left for the same entries, None for plain means (one stretch). k and v
+    `[B, Hkv, L, D]`; q_heads: query heads of the call; the rest as there.
+    """
+    entries, stretches, pools, padded = pooled_k.shape
+    heads = q_heads if wanted is None else wanted.numel()
+    _expand[(g.k_blocks, entries)](
+        k, v, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias,
+        *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0),
+        first, heads, q_heads // k.shape[1], table_group, g.grid_tokens, g.prefix, pools, stretches, scale * LOG2E,
+        D=k.shape[3], PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=key_bias is not None, num_warps=4,
+    )  # fmt: skip
