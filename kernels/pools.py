@@ -13,6 +13,7 @@ look at similar places. A kernel reads one set of pools for each row of blocks, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 
@@ -69,7 +70,7 @@ def stretch_of_rows(g: Geometry, stretches: int, positions: torch.Tensor) -> tor
 def stretch_bounds(g: Geometry, stretches: int) -> list[tuple[int, int]]:
     """First position of each stretch and the one behind its last."""
     starts = [-(-i * g.q_blocks // stretches) * g.block_q for i in range(stretches)] + [g.grid_tokens]
-    return list(zip(starts[:-1], starts[1:], strict=True))
+    return list(pairwise(starts))
 
 
 def mean_queries(q: torch.Tensor, g: Geometry, expansions: int) -> torch.Tensor:

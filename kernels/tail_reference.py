@@ -1,9 +1,9 @@
 """What dropped blocks cost on sampled rows, in plain PyTorch: the reference for the kernels of `triton_tail`.
 
 For one row with exact output o, a key block j contributes x_j = sum_k p_k (v_k - o), and its pools
-y_j = sum_i p'_i (v'_i - o), with p' the weight and v' the value of a pooled key (`pools`). Leaving a block to a tail with
-factor f moves the row's output by f y_j - x_j (before it is normalised again), so squares and the product of x and y
-tell the error of every factor.
+y_j = sum_i p'_i (v'_i - o), with p' the weight and v' the value of a pooled key (`pools`). Leaving a block to a tail
+with factor f moves the row's output by f y_j - x_j (before it is normalised again), so squares and the product of x
+and y tell the error of every factor.
 """
 
 from __future__ import annotations

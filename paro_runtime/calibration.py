@@ -39,7 +39,8 @@ class Method:
     but noise, counts most, since errors measured there mislead (docs/method.md): in plans made in passing from that
     step, and in those for runs without a dense step. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
-    tiles: offer tiled orders. expansions: of the tail's pools; with a bias by mass they are plain means. alpha, sigma: of the paper's metric.
+    tiles: offer tiled orders. expansions: of the tail's pools; with a bias by mass they are plain means.
+    alpha, sigma: of the paper's metric.
     time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
     all observations for all masks. What a resumed calibration had observed before counts for all groups.
     """

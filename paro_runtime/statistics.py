@@ -41,9 +41,10 @@ class StatisticsOptions:
     """How sites are observed.
 
     density: at which orders are compared. order: `mass`, `paper` or `original`. tiles: offer tiled orders to `mass`.
-    pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels.pools`). pooled_mass: also measure the mass of pooled keys, for a bias that
-    only makes the total mass right. every_row: block sums of every row, for masks that are chosen by mass, even where
-    the tail's sampled rows tell them. alpha, sigma: of the paper's metric.
+    pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels.pools`).
+    pooled_mass: also measure the mass of pooled keys, plain means, for a bias that only makes the total mass right.
+    every_row: block sums of every row, for masks that are chosen by mass, even where the tail's sampled rows tell them.
+    alpha, sigma: of the paper's metric.
     """
 
     density: float

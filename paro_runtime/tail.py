@@ -134,8 +134,9 @@ def observe_tail(
 ) -> TailObservation:
     """What each block costs and which bias suits; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, tables int `[Hq, N]`.
 
-    tables: grid index at each position of the head's order. expansions: of the pools that the biases are for. rows: looked at in each query block, a power of two up to
-    64. On a GPU costs three times rows / block_q of a dense attention, and less than half of one on top for the biases.
+    tables: grid index at each position of the head's order. expansions: of the pools that the biases are for.
+    rows: looked at in each query block, a power of two up to 64. On a GPU costs three times rows / block_q of a dense
+    attention, and less than half of one on top for the biases.
     """
     g, heads = geometry, q.shape[1]
     positions = sampled_rows(g, q.device, rows)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.api import block_statistics, row_logsumexp
-from ...kernels.problem import PRECISIONS
+from ...kernels.problem import MOST_EXPANSIONS, PRECISIONS
 from ...kernels.statistics_reference import BlockStatistics
 from ...paro_runtime.attention import build_pattern, run_kernel
 from ...paro_runtime.orders import ORIGINAL, candidate_orders, order_table, tiled_orders
@@ -29,11 +29,15 @@ POOL = 64
 
 @dataclass(frozen=True)
 class Choice:
-    """One method's answer for twelve heads: order names, mask `[12, q_blocks, k_blocks]`, tail bias `[12]` or None."""
+    """One method's answer for twelve heads: order names, mask `[12, q_blocks, k_blocks]`, tail bias `[12]` or None.
+
+    expansions: of the tail's pools, 0 for plain means.
+    """
 
     orders: tuple[str, ...]
     mask: torch.Tensor
     bias: torch.Tensor | None = None
+    expansions: int = 0
 
 
 class SyntheticCase:
@@ -65,12 +69,13 @@ class SyntheticCase:
         seen = observe(p.q[:-1], p.k[:-1], self.layout, 64, options)
         return tuple(seen.candidates[i] for i in seen.choice.tolist())
 
-    def _tail(self, orders: tuple[str, ...], mask: torch.Tensor, density: float) -> torch.Tensor:
-        """The bias of least output error, as the calibrator finds it."""
+    def _with_tail(self, orders: tuple[str, ...], mask: torch.Tensor, density: float, expansions: int) -> Choice:
+        """With the bias of least output error, as the calibrator finds it."""
         p = self.problem
         tables = torch.stack([order_table(name, self.layout.grid) for name in orders])
-        seen = observe_tail(p.q[:-1], p.k[:-1], p.v[:-1], self.geometry, tables, density=density, pool=POOL)
-        return bias_at(seen.curves, mask.float().mean((1, 2)))
+        pools = {"pool": POOL, "expansions": expansions}
+        seen = observe_tail(p.q[:-1], p.k[:-1], p.v[:-1], self.geometry, tables, density=density, **pools)
+        return Choice(orders, mask, bias_at(seen.curves, mask.float().mean((1, 2))), expansions)
 
     def _mass_tail(self, orders: tuple[str, ...], mask: torch.Tensor) -> torch.Tensor:
         """The bias that makes the dropped mass right, for comparison."""
@@ -110,12 +115,13 @@ class SyntheticCase:
             mask = per_head_masks([mass], density)[0]
             result[name] = Choice(orders, mask)
             if name in ("original order", "ours"):
-                result[f"{name} + tail"] = Choice(orders, mask, self._tail(orders, mask, density))
+                result[f"{name} + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)
             if name == "ours":
+                result["ours + tail of plain means"] = self._with_tail(orders, mask, density, 0)
                 result["ours + tail of right mass"] = Choice(orders, mask, self._mass_tail(orders, mask))
                 mask = shared_masks([mass], density)[0]
                 result["ours, shared budget"] = Choice(orders, mask)
-                result["ours, shared budget + tail"] = Choice(orders, mask, self._tail(orders, mask, density))
+                result["ours, shared budget + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)
         for name, orders in (("oracle, original order", original), ("oracle, our orders", ours)):
             mass = self._gather(self.held_out, orders)
             result[name] = Choice(orders, per_head_masks([mass], density)[0])
@@ -137,7 +143,9 @@ class SyntheticCase:
     def judge(self, choice: Choice) -> dict[str, list[float]]:
         """Mass kept, relative L1, cosine and density per head on the held-out sample."""
         p = self.problem
-        pattern = build_pattern(self.layout, choice.orders, choice.mask, choice.bias, pool=POOL)
+        pattern = build_pattern(
+            self.layout, choice.orders, choice.mask, choice.bias, pool=POOL, expansions=choice.expansions
+        )
         out = run_kernel(p.q[-1:], p.k[-1:], p.v[-1:], pattern, PRECISIONS["16bit"])
         got, want = out[0, :, TEXT:], self.dense[0, :, TEXT:]
         mass = self._gather(self.held_out, choice.orders)

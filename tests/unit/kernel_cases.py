@@ -152,7 +152,7 @@ def oracle(q, k, v, pattern: SparsePattern, bias=None) -> torch.Tensor:
 
 
 def _with_tail(q, k, values, scores, allowed, pattern, h, table, bias, b):
-    """Scores `[L, L + pools]` and, row by row, values `[L, L + pools, D]` of one head with its pools behind the keys."""
+    """Scores `[L, L + pools]` and, row by row, values `[L, L + pools, D]` of a head with its pools behind the keys."""
     g, scale, pool = pattern.geometry, q.shape[1] ** -0.5, pattern.pool
     pools = [table[first : first + pool] + g.prefix for first in range(0, g.grid_tokens, pool)]
     stretches = max(1, min(pattern.expansions, g.q_blocks))

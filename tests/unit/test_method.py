@@ -1,6 +1,5 @@
 """The method on attention with a known answer: orders, masks, the tail's bias and its cost."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,7 @@ from comfyui_paro.kernels.problem import PRECISIONS
 from comfyui_paro.kernels.reference import sparse_attention_reference
 from comfyui_paro.paro_runtime.attention import build_pattern
 from comfyui_paro.paro_runtime.calibration import Calibrator, Method
-from comfyui_paro.paro_runtime.orders import TILED_ORDERS, order_table, tiled_orders
+from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.plan import ModelIdentity
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
@@ -39,17 +38,6 @@ LAYOUT = TokenLayout(TEXT, GRID)
 @pytest.fixture(scope="module")
 def planted():
     return make_problem(GRID, HARD)
-
-
-@pytest.mark.parametrize("grid", [(9, 13, 11), (4, 4, 4), (8, 5, 3), (1, 9, 20)])
-def test_tiled_orders_are_permutations_that_walk_box_by_box(grid):
-    for name in TILED_ORDERS:
-        assert sorted(order_table(name, grid).tolist()) == list(range(math.prod(grid)))
-    if grid == (9, 13, 11):
-        first = order_table("8x4x2", grid)[:64].long()
-        at = torch.stack([first // 143, first // 11 % 13, first % 11])
-        assert at.amax(1).tolist() == [7, 3, 1]
-    assert tiled_orders((1, 9, 20)) == ("1x8x8",) and tiled_orders((9, 1, 9)) == ()
 
 
 def test_problems_repeat_and_planted_heads_are_found(planted):
@@ -119,16 +107,17 @@ def masked(planted):
     return entry, torch.stack([order_table(name, GRID) for name in entry.orders])
 
 
-@pytest.mark.parametrize("pool", [64, 16])
-def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool):
+@pytest.mark.parametrize(("pool", "expansions"), [(64, 16), (64, 3), (64, 0), (16, 16)])
+def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool, expansions):
     """Every row sampled, three biases, against the kernels' reference: the formula is exact."""
     entry, tables = masked
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
-    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=pool, share=1.0)
+    pools = {"pool": pool, "expansions": expansions}
+    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), share=1.0, **pools)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     for at in (0, 8, 15):
         bias = torch.full((12,), BIASES[at])
-        pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), bias, pool=pool)
+        pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), bias, **pools)
         out = sparse_attention_reference(q, k, v, pattern, PRECISIONS["16bit"])
         expected = (out - dense)[0, :, TEXT:].square().sum((1, 2))
         torch.testing.assert_close(errors[:, at], expected, rtol=2e-2, atol=1e-2)

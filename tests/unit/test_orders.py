@@ -1,5 +1,7 @@
 """Token orders are permutations, named, and the ones that coincide are offered once."""
 
+import math
+
 import pytest
 import torch
 from comfyui_paro.paro_runtime.orders import (
@@ -9,6 +11,7 @@ from comfyui_paro.paro_runtime.orders import (
     order_number,
     order_table,
     order_tables,
+    tiled_orders,
     token_coordinates,
 )
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -73,3 +76,44 @@ def test_coordinates_follow_the_order():
 def test_an_impossible_layout_is_refused(wrong):
     with pytest.raises(ValueError, match="layout"):
         TokenLayout(*wrong)
+
+
+TILED_GRIDS = [(8, 12, 12), (9, 13, 11), (21, 30, 52), (1, 40, 25), (4, 4, 4), (5, 7, 9)]
+
+
+def blocks_of(name, grid, size=64):
+    """Coordinates of the tokens of each whole block, `[blocks, size, 3]`."""
+    index = order_table(name, grid).long()
+    places = torch.stack([index // (grid[1] * grid[2]), index // grid[2] % grid[1], index % grid[2]], 1)
+    return places[: len(index) // size * size].view(-1, size, 3)
+
+
+def test_tiled_orders_are_offered_where_their_boxes_fit():
+    assert tiled_orders((1, 9, 20)) == ("1x8x8",) and tiled_orders((9, 1, 9)) == ()
+    assert tiled_orders((8, 5, 3)) == ("8x4x2",)
+
+
+@pytest.mark.parametrize("grid", TILED_GRIDS)
+def test_tiled_orders_are_permutations(grid):
+    for name in tiled_orders(grid):
+        assert order_table(name, grid).sort().values.tolist() == list(range(math.prod(grid)))
+
+
+@pytest.mark.parametrize(("name", "grid"), [("4x4x4", (8, 12, 12)), ("8x4x2", (8, 12, 12)), ("1x8x8", (1, 64, 40))])
+def test_on_a_grid_of_whole_boxes_the_blocks_are_the_boxes(name, grid):
+    tile = torch.tensor([int(n) for n in name.split("x")])
+    boxes = blocks_of(name, grid) // tile
+    assert (boxes == boxes[:, :1]).all()
+    halves = blocks_of(name, grid, 8)
+    assert ((halves.amax(1) - halves.amin(1) + 1).prod(1) == 8).all()
+
+
+@pytest.mark.parametrize("grid", [(9, 13, 11), (21, 30, 52), (21, 45, 80), (1, 45, 80)])
+def test_blocks_stay_compact_where_boxes_do_not_fit(grid):
+    """The spread along each axis, in units of the box's own. Boxes laid side by side, smaller at the far edges, would
+    come to between 3 and 50 on these grids."""
+    for name in tiled_orders(grid):
+        tile = torch.tensor([float(n) for n in name.split("x")])
+        places = blocks_of(name, grid).float()
+        spread = (places - places.mean(1, keepdim=True)).square().mean((0, 1))
+        assert (spread <= 2 * (tile.square() - 1).clamp_min(1) / 12 + 0.3).all(), (name, spread)
