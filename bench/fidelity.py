@@ -95,8 +95,7 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
         if args.grid and args.grid != "x".join(map(str, grid)):
             continue
         bench = TinyBench(grid, args.device, SEEDS[: args.videos])
-        common = [density for density in args.densities if density >= 0.1]
-        variants = standard_variants(args.densities, args.dense_steps) + passing_variants(common)
+        variants = standard_variants(args.densities, args.dense_steps) + passing_variants(args.densities)
         variants = [v for v in variants if re.search(args.only, v.name)]
         for variant in variants:
             records += run_variants(bench, [variant], lambda line: print(line, file=sys.stderr, flush=True))

@@ -43,7 +43,7 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
     return made
 
 
-def passing_variants(densities=(0.1, 0.2, 0.3)) -> list[Variant]:
+def passing_variants(densities=(0.05, 0.1, 0.2, 0.3)) -> list[Variant]:
     """On the fly, three dense steps and one; offline with one too, to compare with. By default blocks are kept by error
     after three dense steps and by mass after one."""
     made = []
