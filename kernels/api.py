@@ -170,6 +170,7 @@ def block_costs(
     positions: torch.Tensor,
     *,
     pool: int,
+    expanded: bool = False,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
@@ -179,7 +180,8 @@ def block_costs(
         run = block_costs_reference
     else:
         from .triton_tail import launch_block_costs as run
-    return run(q, k, v, geometry, tables, positions, pool=pool, scale=scale, key_bias=key_bias)
+    rest = {"pool": pool, "expanded": expanded, "scale": scale, "key_bias": key_bias}
+    return run(q, k, v, geometry, tables, positions, **rest)
 
 
 def row_moments(

@@ -89,16 +89,15 @@ class _Head:
     table: torch.Tensor
 
 
-def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, expansions: int | None, scale: float) -> _Head:
-    """expansions: of the pools; None for plain means that no key_bias changes."""
+def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, expansions: int, scale: float) -> _Head:
     table, context = table.long(), context_index(g, q.device)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (x.index_select(0, table + g.prefix).to(work) for x in (k, v))
     key_blocks, value_blocks = (blocks_of(x, g.block_k, 0) for x in (keys, values))
     # The queries are scaled already.
     q = q[g.prefix : g.prefix + g.grid_tokens].to(work) * scale
-    means = mean_queries(q[table], g, expansions or 0)
-    grid_bias = None if bias is None or expansions is None else bias[table + g.prefix].to(work)[None, None]
+    means = mean_queries(q[table], g, expansions)
+    grid_bias = None if bias is None else bias[table + g.prefix].to(work)[None, None]
     pools = expanded_pools(means[None, None], keys[None, None], values[None, None], pool, scale=1.0, key_bias=grid_bias)
     if bias is not None:
         bias = torch.cat([blocks_of(bias[table + g.prefix], g.block_k, 0).flatten(), bias[context]]).to(work)
@@ -166,6 +165,7 @@ def block_costs_reference(
     positions: torch.Tensor,
     *,
     pool: int,
+    expanded: bool = False,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> BlockCosts:
@@ -173,8 +173,8 @@ def block_costs_reference(
 
     q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias additive `[B, L]`. tables int `[Hq, N]`: grid index at each
     position of the head's order. positions int64 `[q_blocks, rows]`: places in the order, rows of each query block.
-    pool: tokens per pooled key, divides block_k; pools are plain means here, whatever the tail's are, and know no
-    key_bias: which blocks are worth keeping hardly depends on it.
+    pool: tokens per pooled key, divides block_k. expanded: pools are expanded around one mean query per head, whatever
+    the tail has: which blocks are worth keeping hardly depends on more, and one is cheap.
     """
     g, (batch, heads, _, dim) = geometry, q.shape
     scale = dim**-0.5 if scale is None else scale
@@ -186,7 +186,7 @@ def block_costs_reference(
     for b in range(batch):
         bias = None if key_bias is None else key_bias[b]
         for h in range(heads):
-            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, None, scale)
+            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, int(expanded), scale)
             for first in range(0, g.q_blocks, step):
                 part = slice(first, min(first + step, g.q_blocks))
                 seen = _rows(head, g, pool, positions[part].flatten())

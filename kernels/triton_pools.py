@@ -70,14 +70,8 @@ def load_means(means, entry, stretches, channels, PADDED_D: tl.constexpr):
 
 
 @triton.jit
-def pools_around(means, k, v, bias, inside, scale_log2, BIASED: tl.constexpr):
-    """One pool around each mean query: keys `[SETS, D]`, values `[SETS, D]`, logarithm to base 2 of their weight at it
-    `[SETS]`, all float32.
-
-    means `[SETS, D]`; k and v `[keys, D]`, rows in one order; bias float32 `[keys]` in log2 units; inside bool
-    `[keys]`: which keys are in the pool. At the mean query m the pool weighs 2^weight, and so its bias is
-    weight - scale_log2 m.key.
-    """
+def _weights_around(means, k, bias, inside, scale_log2, BIASED: tl.constexpr):
+    """Weights of the keys in k's type `[SETS, keys]`, their sum and the logarithm to base 2 of their unit `[SETS]`."""
     score = tl.dot(means.to(k.dtype), tl.trans(k), input_precision="ieee") * scale_log2
     if BIASED:
         score += bias[None, :]
@@ -86,7 +80,19 @@ def pools_around(means, k, v, bias, inside, scale_log2, BIASED: tl.constexpr):
     highest = tl.maximum(tl.max(score, 1), -2e30)
     # The sum is of what is multiplied, so that what all keys or values have in common stays exact.
     weight = tl.exp2(score - highest[:, None]).to(k.dtype)
-    total = tl.maximum(tl.sum(weight.to(tl.float32), 1), 1e-30)
+    return weight, tl.maximum(tl.sum(weight.to(tl.float32), 1), 1e-30), highest
+
+
+@triton.jit
+def pools_around(means, k, v, bias, inside, scale_log2, BIASED: tl.constexpr):
+    """One pool around each mean query: keys `[SETS, D]`, values `[SETS, D]`, logarithm to base 2 of their weight at it
+    `[SETS]`, all float32.
+
+    means `[SETS, D]`; k and v `[keys, D]`, rows in one order; bias float32 `[keys]` in log2 units; inside bool
+    `[keys]`: which keys are in the pool. At the mean query m the pool weighs 2^weight, and so its bias is
+    weight - scale_log2 m.key.
+    """
+    weight, total, highest = _weights_around(means, k, bias, inside, scale_log2, BIASED)
     keys = tl.dot(weight, k, input_precision="ieee") / total[:, None]
     values = tl.dot(weight.to(v.dtype), v, input_precision="ieee") / total[:, None]
     return keys, values, highest + tl.log2(total)
@@ -96,7 +102,7 @@ def pools_around(means, k, v, bias, inside, scale_log2, BIASED: tl.constexpr):
     "first", "heads", "group", "table_group", "tokens", "prefix", "pools", "stretches",
 ])  # fmt: skip
 def _expand(
-    K, V, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias,
+    K, V, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias, key_weights,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias, stride_table,
     first, heads, group, table_group, tokens, prefix, pools, stretches, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
@@ -104,7 +110,8 @@ def _expand(
     """Pools of one key block under every mean query of its head. Grid: (k_blocks, entries).
 
     pooled_k, pooled_v `[entries, stretches, pools, PADDED_D]`; pool_bias float32 `[entries, stretches, pools]` in log2
-    units.
+    units. key_weights float32 `[entries, tokens]`, or None: share of each key in its pool, in the head's order, of the
+    first mean query.
     """
     batch, head = head_of_entry(first + tl.program_id(1), wanted, heads)
     order = head // table_group
@@ -133,6 +140,11 @@ def _expand(
         cells = at[:, None] * PADDED_D + channels[None, :]
         tl.store(pooled_k + cells, keys.to(pooled_k.dtype.element_ty), wanted_rows[:, None])
         tl.store(pooled_v + cells, values.to(pooled_v.dtype.element_ty), wanted_rows[:, None])
+        if key_weights is not None:
+            inside = real & (columns // POOL == part)
+            weights, total, _ = _weights_around(m, k, bias, inside, scale_log2, BIASED)
+            shares = tl.where((stretch == 0)[:, None], weights.to(tl.float32) / total[:, None], 0.0)
+            tl.store(key_weights + tl.program_id(1).to(tl.int64) * tokens + place, tl.sum(shares, 0), inside)
 
 
 def launch_mean_queries(
@@ -158,17 +170,18 @@ def launch_expanded_pools(
     means: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, g: Geometry, tables: torch.Tensor,
     order_of_head: torch.Tensor | None, pool: int, pooled_k: torch.Tensor, pooled_v: torch.Tensor,
     pool_bias: torch.Tensor, *, scale: float, q_heads: int, key_bias: torch.Tensor | None = None,
-    table_group: int = 1, first: int = 0, wanted: torch.Tensor | None = None,
+    table_group: int = 1, first: int = 0, wanted: torch.Tensor | None = None, key_weights: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill pooled_k and pooled_v `[entries, stretches, pools, PADDED_D]` and pool_bias, float32 and in log2 units.
 
     means: what `launch_mean_queries` left for the same entries, None for plain means (one stretch). k and v
-    `[B, Hkv, L, D]`; q_heads: query heads of the call; the rest as there.
+    `[B, Hkv, L, D]`; q_heads: query heads of the call. key_weights float32 `[entries, N]`: filled too where it is
+    given, with each key's share in its pool under the first mean query. The rest as there.
     """
     entries, stretches, pools, padded = pooled_k.shape
     heads = q_heads if wanted is None else wanted.numel()
     _expand[(g.k_blocks, entries)](
-        k, v, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias,
+        k, v, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias, key_weights,
         *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0),
         first, heads, q_heads // k.shape[1], table_group, g.grid_tokens, g.prefix, pools, stretches, scale * LOG2E,
         D=k.shape[3], PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=key_bias is not None, num_warps=4,

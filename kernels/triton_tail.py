@@ -15,12 +15,12 @@ import triton.language as tl
 from .call import padded_dim
 from .problem import Geometry
 from .tail_reference import BlockCosts
+from .triton_pools import launch_expanded_pools, launch_mean_queries
 from .triton_rows import (
     LOG2E,
     SHIFT,
     UNSHIFT,
     bias_of,
-    launch_pool_means,
     load_rows,
     sixteen_bits,
     units_of,
@@ -119,7 +119,7 @@ def _pool_sums(x, ROWS: tl.constexpr, POOLS: tl.constexpr, POOL: tl.constexpr):
     "first", "heads", "group", "rows", "real_rows", "tokens", "prefix", "q_blocks", "k_blocks", "pools", "entries",
 ])  # fmt: skip
 def _block_costs(
-    Q, K, V, key_bias, units, tables, positions, out_high, out_low, lse, pooled_values, costs,
+    Q, K, V, key_bias, units, tables, positions, out_high, out_low, lse, pooled_values, pool_bias, key_weights, costs,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_kb, stride_kh, stride_kl, stride_kd,
     stride_vb, stride_vh, stride_vl, stride_vd, stride_bias, stride_table, stride_costs,
     first, heads, group, rows, real_rows, tokens, prefix, q_blocks, k_blocks, pools, entries, scale_log2, share,
@@ -128,7 +128,8 @@ def _block_costs(
 ):  # fmt: skip
     """Costs of every key block for ROWS / PER_BLOCK query blocks. Grid: (rows / ROWS, e); arguments as `_row_outputs`.
 
-    pooled_values: `_pool_means`. costs: five float32 tables `[Hq, q_blocks, k_blocks]`, stride_costs apart.
+    pooled_values, pool_bias and key_weights: of one mean query per head, see `triton_pools`. costs: five float32 tables
+    `[Hq, q_blocks, k_blocks]`, stride_costs apart.
     """
     GROUPS: tl.constexpr = ROWS // PER_BLOCK
     POOLS: tl.constexpr = KEYS // POOL
@@ -142,6 +143,8 @@ def _block_costs(
     V += batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
     tables += head.to(tl.int64) * stride_table
     pooled_values += tl.program_id(1).to(tl.int64) * pools * PADDED_D
+    pool_bias += tl.program_id(1) * pools
+    key_weights += tl.program_id(1).to(tl.int64) * tokens
     real = within < real_rows
     token = tl.load(tables + tl.load(positions + within, real, 0)) + prefix
     q = load_rows(Q, token, stride_ql, stride_qd, channels, real, D, PADDED_D)
@@ -170,11 +173,12 @@ def _block_costs(
         k = sixteen_bits(load_rows(K, token, stride_kl, stride_kd, channels, valid, D, PADDED_D), k_unit, WIDE)
         v = sixteen_bits(load_rows(V, token, stride_vl, stride_vd, channels, valid, D, PADDED_D), v_unit, WIDE)
         score = tl.dot(q, tl.trans(k)) * factor
-        # A pooled key's product is the mean of its keys' products, to which keys that are not there add nothing.
+        # A pooled key's product is the weighted mean of its keys' products.
         pool = block * POOLS + tl.arange(0, POOLS)
-        counts = tl.minimum(tl.maximum(tokens - pool * POOL, 1), POOL).to(tl.float32)
-        pooled_score = _pool_sums(score, ROWS, POOLS, POOL) / counts[None, :] + tl.log2(counts)[None, :]
-        each = tl.where((pool < pools)[None, :], tl.exp2(pooled_score - row_lse[:, None]), 0.0)
+        share_of_pool = tl.load(key_weights + keys, valid, 0.0)
+        its_bias = tl.load(pool_bias + pool, pool < pools, float("-inf"))
+        pooled_score = _pool_sums(score * share_of_pool[None, :], ROWS, POOLS, POOL)
+        each = tl.exp2(pooled_score + (its_bias[None, :] - row_lse[:, None]))
         if BIASED:
             score += bias_of(key_bias, batch, stride_bias, token, valid)[None, :]
         score = tl.where(valid[None, :], score, float("-inf"))
@@ -186,7 +190,9 @@ def _block_costs(
         # with the values come from the tensor cores, and neither o nor x nor y need registers.
         by_key = tl.dot(o_low, tl.trans(v), tl.dot(o_high, tl.trans(v)))
         total_out = tl.sum(weight.to(tl.float32) * by_key, 1)
-        by_pool = _pool_sums(by_key, ROWS, POOLS, POOL) / counts[None, :]
+        # Loaded again rather than kept in registers.
+        share_of_pool = tl.load(key_weights + keys, valid, 0.0, eviction_policy="evict_last")
+        by_pool = _pool_sums(by_key * share_of_pool[None, :], ROWS, POOLS, POOL)
         pooled = tl.sum(each, 1)
         pooled_out = tl.sum(each * by_pool, 1)
         total = tl.dot(weight, v)
@@ -235,6 +241,7 @@ def launch_block_costs(
     positions: torch.Tensor,
     *,
     pool: int,
+    expanded: bool = False,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> BlockCosts:
@@ -250,12 +257,17 @@ def launch_block_costs(
     real, pools = positions.numel(), -(-g.grid_tokens // pool)
     tiles = -(-real // ROWS)
     rows = tiles * ROWS
-    # Two 16-bit parts of the outputs, two numbers a row, pooled values.
-    step = balanced(heads, GROUP_BYTES // (4 * (rows * (padded + 2) + pools * padded)))
+    # Two 16-bit parts of the outputs, two numbers a row, pooled keys and values, a number a pool and a key.
+    step = balanced(
+        heads, GROUP_BYTES // (4 * (rows * (padded + 2) + pools * (2 * padded + 1) + g.grid_tokens))
+    )  # fmt: skip
     kind = torch.float16 if wide else q.dtype
     high, low = (torch.empty(step, rows, padded, dtype=kind, device=device) for _ in range(2))
     lse, energies = (torch.empty(step, rows, device=device) for _ in range(2))
-    pooled_values = torch.empty(step, pools, padded, device=device)
+    means = torch.empty(step, 1, padded, dtype=q.dtype, device=device) if expanded else None
+    pooled_keys, pooled_values = (torch.empty(step, 1, pools, padded, device=device) for _ in range(2))
+    pool_bias = torch.empty(step, 1, pools, device=device)
+    key_weights = torch.empty(step, g.grid_tokens, device=device)
     costs = torch.empty(5, heads, g.q_blocks, g.k_blocks, device=device)
     energy = torch.zeros(heads, device=device)
     addresses = (*q.stride(), *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0))
@@ -270,11 +282,18 @@ def launch_block_costs(
                 q, k, v, key_bias, units, tables, positions, high, low, lse, energies, *addresses,
                 *which, g.length, g.prefix, entries, scale_log2, **options,
             )  # fmt: skip
-            launch_pool_means(v, tables, g, pool, first, pooled_values[:count])
+            its = None
+            if means is not None:
+                its = means[:count]
+                launch_mean_queries(q, g, tables, None, its, first=first)
+            launch_expanded_pools(
+                its, k, v, g, tables, None, pool, pooled_keys[:count], pooled_values[:count], pool_bias[:count],
+                scale=scale_log2 / LOG2E, q_heads=heads, key_bias=key_bias, first=first, key_weights=key_weights,
+            )  # fmt: skip
             _block_costs[(tiles, count)](
-                q, k, v, key_bias, units, tables, positions, high, low, lse, pooled_values, costs, *addresses,
-                costs.stride(0), *which, g.grid_tokens, g.prefix, g.q_blocks, g.k_blocks, pools, entries, scale_log2,
-                1 / batch, PER_BLOCK=per_block, POOL=pool, ACCUMULATE=b > 0, **options,
+                q, k, v, key_bias, units, tables, positions, high, low, lse, pooled_values, pool_bias, key_weights,
+                costs, *addresses, costs.stride(0), *which, g.grid_tokens, g.prefix, g.q_blocks, g.k_blocks, pools,
+                entries, scale_log2, 1 / batch, PER_BLOCK=per_block, POOL=pool, ACCUMULATE=b > 0, **options,
             )  # fmt: skip
             energy[start : start + count] += energies[:count].sum(1) / batch
     return BlockCosts(*costs, energy)

@@ -151,7 +151,7 @@ def observe_tail(
     for some in _head_groups(heads, group, 32 * g.q_blocks * g.k_blocks):
         its = _of_key_heads(some, group)
         call = (q[:, some], k[:, its], v[:, its], g, tables[some])
-        costs = block_costs(*call, positions, **rest)
+        costs = block_costs(*call, positions, expanded=expansions > 0, **rest)
         factor = _small_block_factor(costs, density)[:, None, None]
         error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
         levels = torch.zeros(error.shape, dtype=torch.uint8, device=q.device)

@@ -39,7 +39,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     capability = (row.capability // 10, row.capability % 10)
     pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low", "mean_q", "mean_k", "mean_v"), "*bf16")
     floats = ("lse", "energy", "mass", "costs", "peaks", "totals", "sums", "result")
-    pointers |= dict.fromkeys((*floats, "pooled_values", "pooled_k", "pooled_v"), "*fp32")
+    pointers |= dict.fromkeys((*floats, "pooled_values", "pooled_k", "pooled_v", "pool_bias", "key_weights"), "*fp32")
     pointers |= {"levels": "*u8", "tables": "*i32", "positions": "*i64"}
     pointers |= dict.fromkeys(("share", "scale_log2", "epsilon"), "fp32")
     constants: dict = {"D": row.dim, "PADDED_D": row.dim, "BLOCK_Q": 128, "POOL": 64, "PER_BLOCK": 16}

@@ -60,10 +60,14 @@ def close(found, expected, names, seed):
         assert worst <= 4e-3, f"{name}: {worst:.2e} (seed {seed})"
 
 
+@pytest.mark.parametrize("expanded", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_block_costs(name, monkeypatch):
+def test_block_costs(name, expanded, monkeypatch):
     g, options = CASES[name]
     call, positions, rest, seed = make(g, **options)
+    # A mean query that is not nearly zero.
+    call = (call[0] + torch.randn(call[0].shape[3], dtype=call[0].dtype), *call[1:])
+    rest["expanded"] = expanded
     # Heads in more than one group.
     monkeypatch.setattr("comfyui_paro.kernels.triton_tail.GROUP_BYTES", 1)
     found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
