@@ -88,7 +88,7 @@ def run_sta(_: argparse.Namespace) -> tuple[list[dict], str]:
 def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     """Both grids: the table of orders, masks and tail; then calibration in passing against offline."""
     from comfyui_paro.bench.paro_bench.tiny import GRIDS, SEEDS, TinyBench, run_variants
-    from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, passing_variants, standard_variants, table
+    from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, overview, passing_variants, standard_variants, table
 
     records = []
     for grid in GRIDS[: args.grids]:
@@ -100,19 +100,19 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
         for variant in variants:
             records += run_variants(bench, [variant], lambda line: print(line, file=sys.stderr, flush=True))
             save(args, records)
-    return records, f"{table(records)}\n\n{acceptance(records)}"
+    return records, f"{table(records)}\n\n{overview(records)}\n\n{acceptance(records)}"
 
 
 def merge_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     """Records of several runs of the suite `tiny`; of two of one variant the later file's counts."""
-    from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, table
+    from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, overview, table
 
     found = {}
     for path in args.merge:
         for r in json.loads(path.read_text(encoding="utf-8"))["records"]:
             found[r["grid"], r["dense_steps"], r["density"], r["name"]] = r
     records = [found[key] for key in sorted(found)]
-    return records, f"{table(records)}\n\n{acceptance(records)}"
+    return records, f"{table(records)}\n\n{overview(records)}\n\n{acceptance(records)}"
 
 
 def run_moved(args: argparse.Namespace) -> tuple[list[dict], str]:

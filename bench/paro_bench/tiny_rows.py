@@ -109,6 +109,24 @@ def acceptance(records: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def overview(records: list[dict]) -> str:
+    """Markdown: mean PSNR in dB (worst video), a line per variant under its number of dense steps, a column per grid and
+    density."""
+    columns = sorted({(r["grid"], r["density"]) for r in records})
+    found = {(r["dense_steps"], r["name"], r["grid"], r["density"]): r for r in records}
+    lines = [
+        "| | " + " | ".join(f"{grid}, {density}" for grid, density in columns) + " |",
+        "|---|" + "---|" * len(columns),
+    ]
+    for dense in sorted({r["dense_steps"] for r in records}):
+        lines.append(f"| *{dense} of {STEPS} steps dense* |" + " |" * len(columns))
+        for name in dict.fromkeys(r["name"] for r in records if r["dense_steps"] == dense):
+            cells = [found.get((dense, name, *column)) for column in columns]
+            figures = ["" if r is None else f"{r['psnr']:.1f} ({r['psnr_worst']:.1f})" for r in cells]
+            lines.append(f"| {name} | " + " | ".join(figures) + " |")
+    return "\n".join(lines)
+
+
 def table(records: list[dict]) -> str:
     """Markdown, a line per grid, dense steps, density and variant."""
     head = "| grid | dense steps | density | variant | PSNR mean | worst | SSIM | latent cosine |"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from comfyui_paro.bench.metrics import psnr
 from comfyui_paro.bench.paro_bench.tiny import TinyBench, Variant
-from comfyui_paro.bench.paro_bench.tiny_rows import acceptance
+from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, overview
 from comfyui_paro.tests.tiny_wan import data
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "fidelity.py"
@@ -49,6 +49,18 @@ ROWS = records(
     ("radial", "9x13x11", 3, 0.1, 21.0),
     ("ours, passing", "8x12x12", 3, 0.1, 28.0),
 )
+
+
+def test_the_overview_has_a_column_per_grid_and_density_and_blanks_for_what_was_not_run():
+    assert overview(ROWS).splitlines() == [
+        "| | 8x12x12, 0.1 | 8x12x12, 0.2 | 9x13x11, 0.1 |",
+        "|---|---|---|---|",
+        "| *3 of 8 steps dense* | | | |",
+        "| ours, offline | 27.0 (1.0) |  |  |",
+        "| ours, offline, drop | 25.5 (1.0) | 28.2 (1.0) |  |",
+        "| radial | 22.0 (1.0) |  | 21.0 (1.0) |",
+        "| ours, passing | 28.0 (1.0) |  |  |",
+    ]
 
 
 def test_the_summary_compares_what_there_is():
