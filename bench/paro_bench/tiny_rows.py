@@ -110,8 +110,8 @@ def acceptance(records: list[dict]) -> str:
 
 
 def overview(records: list[dict]) -> str:
-    """Markdown: mean PSNR in dB (worst video), a line per variant under its number of dense steps, a column per grid and
-    density."""
+    """Markdown: mean PSNR in dB (worst video), a line per variant under its number of dense steps, a column for
+    each grid and density."""
     columns = sorted({(r["grid"], r["density"]) for r in records})
     found = {(r["dense_steps"], r["name"], r["grid"], r["density"]): r for r in records}
     lines = [
