@@ -4,7 +4,7 @@ Import only where a launch is wanted: this module needs Triton. The meaning is i
 sums of weights times values over all keys and over the dropped ones, s and d the sums of the weights, a row's output is
 o = S / s and the dropped blocks contribute D / s - d / s o: all of it comes from the same pass, before anything is
 normalised. Keys are split over programs, since few rows alone would leave most of a GPU idle; a second kernel adds the
-parts up. Nothing waits for the device. Inputs are multiplied in 16 bits with float32 sums, float32 ones in scaled fp16.
+parts up and the pools to them. Nothing waits for the device. Inputs are multiplied in 16 bits with float32 sums, float32 ones in scaled fp16.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import triton
 import triton.language as tl
 
 from .call import capability_of, padded_dim
+from .pools import stretches_of
 from .problem import Geometry
 from .tail_reference import RowMoments
+from .triton_pools import launch_expanded_pools, launch_mean_queries
 from .triton_rows import (
     LOG2E,
     SHIFT,
     bias_of,
-    launch_pool_means,
     load_rows,
     processors,
     sixteen_bits,
@@ -32,9 +33,11 @@ from .triton_rows import (
 )
 from .triton_statistics import balanced
 
-# Sums and pooled keys and values of one group of entries, in bytes: small beside what a model's layers hold, and on an
-# H100 still enough work at a time for every multiprocessor (a site of 75,600 tokens and 40 heads takes two groups).
-GROUP_BYTES = 96 << 20
+# Sums of one group of entries, and the pools of one part of it, in bytes: small beside what a model's layers hold. On an
+# H100 the sums of a site of 75,600 tokens and 40 heads take three groups, its pools around 16 mean queries 14 parts:
+# the sums want many entries at a time to fill the multiprocessors, an entry's pools are eight times as large and quick.
+SUM_BYTES = 32 << 20
+POOL_BYTES = 64 << 20
 # Programs per multiprocessor that the keys are split for, as far as each keeps at least so many blocks.
 PROGRAMS = 4
 LEAST_BLOCKS = 4
@@ -146,19 +149,19 @@ def _row_sums(
 
 
 @triton.jit(do_not_specialize=[
-    "first", "heads", "rows", "size", "tokens", "prefix", "q_blocks", "k_blocks", "pools", "splits", "entries",
+    "first", "heads", "rows", "size", "prefix", "q_blocks", "k_blocks", "pools", "stretches", "splits", "entries",
 ])  # fmt: skip
 def _row_moments(
-    Q, units, tables, positions, levels, pooled_k, pooled_v, peaks, totals, sums, result,
+    Q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks, totals, sums, result,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_table, stride_result,
-    first, heads, rows, size, tokens, prefix, q_blocks, k_blocks, pools, splits, entries, scale_log2,
+    first, heads, rows, size, prefix, q_blocks, k_blocks, pools, stretches, splits, entries, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, POOLS: tl.constexpr,
-    POOL: tl.constexpr, PER_BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    PER_BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The moments of ROWS rows from the parts of `_row_sums`, of `size` rows each. Grid: (ceil(rows / ROWS), masks, e).
 
-    pooled_k and pooled_v: `_pool_means`, in float32. result: five tables float32 `[B * Hq, masks, rows]`, stride_result
-    apart.
+    pooled_k, pooled_v and pool_bias: of `launch_expanded_pools`, in float32; a row looks at those of its stretch.
+    result: five tables float32 `[B * Hq, masks, rows]`, stride_result apart.
     """
     entry, mask, masks = first + tl.program_id(2), tl.program_id(1), tl.num_programs(1)
     batch, head = entry // heads, entry % heads
@@ -183,21 +186,26 @@ def _row_moments(
     token = tl.load(tables + head.to(tl.int64) * stride_table + place) + prefix
     q = load_rows(Q, token, stride_ql, stride_qd, channels, real, D, PADDED_D).to(tl.float32)
     levels += (head.to(tl.int64) * q_blocks + place // BLOCK_Q) * k_blocks
-    pooled_k += tl.program_id(2).to(tl.int64) * pools * PADDED_D
-    pooled_v += tl.program_id(2).to(tl.int64) * pools * PADDED_D
+    stretch = place // BLOCK_Q * stretches // q_blocks
     pooled = tl.zeros([ROWS], tl.float32)
     tail = tl.zeros([ROWS, PADDED_D], tl.float32)
-    for start in range(0, pools, POOLS):
-        pool = start + tl.arange(0, POOLS)
-        at = pool[:, None] * PADDED_D + channels[None, :]
-        counts = tl.minimum(tl.maximum(tokens - pool * POOL, 1), POOL).to(tl.float32)
-        keys = tl.load(pooled_k + at, (pool < pools)[:, None], 0.0)
-        score = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale_log2 + tl.log2(counts)[None, :]
-        level = tl.load(levels[:, None] + (pool // PER_BLOCK)[None, :], (pool < pools)[None, :], 0)
-        weight = tl.where(level.to(tl.int32) > mask, tl.exp2(score - lse[:, None]), 0.0)
-        pooled += tl.sum(weight, 1)
-        values = tl.load(pooled_v + at, (pool < pools)[:, None], 0.0)
-        tail = tl.dot(weight, values, tail, input_precision="tf32x3")
+    # Rows that follow each other lie in few stretches, mostly in one.
+    begin = tl.min(tl.where(real, stretch, stretches)).to(tl.int32)
+    end = tl.max(tl.where(real, stretch, 0)).to(tl.int32) + 1
+    for s in range(begin, end):
+        base = (tl.program_id(2) * stretches + s).to(tl.int64) * pools
+        for start in range(0, pools, POOLS):
+            pool = start + tl.arange(0, POOLS)
+            at = (base + pool)[:, None] * PADDED_D + channels[None, :]
+            keys = tl.load(pooled_k + at, (pool < pools)[:, None], 0.0)
+            bias = tl.load(pool_bias + base + pool, pool < pools, 0.0)
+            score = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale_log2 + bias[None, :]
+            level = tl.load(levels[:, None] + (pool // PER_BLOCK)[None, :], (pool < pools)[None, :], 0)
+            wanted = (level.to(tl.int32) > mask) & (stretch == s)[:, None]
+            weight = tl.where(wanted, tl.exp2(score - lse[:, None]), 0.0)
+            pooled += tl.sum(weight, 1)
+            values = tl.load(pooled_v + at, (pool < pools)[:, None], 0.0)
+            tail = tl.dot(weight, values, tail, input_precision="tf32x3")
 
     out_sum = tl.zeros([ROWS, PADDED_D], tl.float32)
     dropped = tl.zeros([ROWS, PADDED_D], tl.float32)
@@ -237,6 +245,7 @@ def launch_row_moments(
     masks: int,
     *,
     pool: int,
+    expansions: int = 0,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     tile: MomentsTile | None = None,
@@ -244,41 +253,51 @@ def launch_row_moments(
     """The Triton counterpart of `tail_reference.row_moments_reference`; tile: another than `moments_tile`'s."""
     g, (batch, heads, _, dim) = geometry, q.shape
     device, padded, wide = q.device, padded_dim(dim), q.dtype == torch.float32
-    scale_log2 = (dim**-0.5 if scale is None else scale) * LOG2E
+    scale = dim**-0.5 if scale is None else scale
     rows, entries = positions.numel(), batch * heads
     tile = tile or moments_tile(capability_of(device), wide, rows)
     tiles = -(-rows // tile.rows)
-    size, pools = tiles * tile.rows, -(-g.grid_tokens // pool)
+    size, pools, stretches = tiles * tile.rows, -(-g.grid_tokens // pool), stretches_of(g, expansions)
     blocks = g.k_blocks + -(-g.context_tokens // g.block_k)
     each = blocks_of_a_part(blocks, tiles * masks * entries, device)
     splits = -(-blocks // each)
     tables, levels = tables.contiguous(), levels.contiguous()
     units = units_of(q, k, v)
     result = torch.empty(5, batch, heads, masks, rows, device=device)
-    # float32 numbers of an entry: what `_row_sums` stores, pooled keys and values.
-    step = balanced(entries, GROUP_BYTES // (4 * (masks * splits * size * (2 * padded + 3) + 2 * pools * padded)))
+    # float32 numbers of an entry: what `_row_sums` stores, pooled keys, values and their bias.
+    step = balanced(entries, SUM_BYTES // (4 * masks * splits * size * (2 * padded + 3)))
+    part = balanced(step, POOL_BYTES // (4 * stretches * (pools * (2 * padded + 1) + padded)))
     peaks = torch.empty(step, masks, splits, size, device=device)
     totals = torch.empty(step, masks, splits, 2, size, device=device)
     sums = torch.empty(step, masks, splits, 2, size, padded, device=device)
-    pooled_k, pooled_v = (torch.empty(step, pools, padded, device=device) for _ in range(2))
+    pooled_k, pooled_v = (torch.empty(part, stretches, pools, padded, device=device) for _ in range(2))
+    pool_bias = torch.empty(part, stretches, pools, device=device)
+    means = torch.empty(part, stretches, padded, device=device) if expansions else None
     for first in range(0, entries, step):
-        count = min(step, entries - first)
-        launch_pool_means(k, tables, g, pool, first, pooled_k[:count])
-        launch_pool_means(v, tables, g, pool, first, pooled_v[:count])
-        _row_sums[(tiles, masks * splits, count)](
+        last = min(first + step, entries)
+        _row_sums[(tiles, masks * splits, last - first)](
             q, k, v, key_bias, units, tables, positions, levels, peaks, totals, sums,
             *q.stride(), *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0),
             first, heads, heads // k.shape[1], rows, g.grid_tokens, g.prefix, g.context_tokens, g.q_blocks, g.k_blocks,
-            blocks, each, splits, entries, scale_log2,
+            blocks, each, splits, entries, scale * LOG2E,
             D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=tile.rows, KEYS=g.block_k, BIASED=key_bias is not None,
             WIDE=wide, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        _row_moments[(-(-rows // MOMENT_ROWS), masks, count)](
-            q, units, tables, positions, levels, pooled_k, pooled_v, peaks, totals, sums, result,
-            *q.stride(), tables.stride(0), result.stride(0),
-            first, heads, rows, size, g.grid_tokens, g.prefix, g.q_blocks, g.k_blocks, pools, splits, entries,
-            scale_log2,
-            D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=MOMENT_ROWS, POOLS=MOMENT_POOLS, POOL=pool,
-            PER_BLOCK=g.block_k // pool, WIDE=wide, num_warps=MOMENT_WARPS, num_stages=2,
-        )  # fmt: skip
+        for begin in range(first, last, part):
+            count, its = min(part, last - begin), slice(begin - first, None)
+            around = None if means is None else means[:count]
+            if around is not None:
+                launch_mean_queries(q, g, tables, None, around, first=begin)
+            launch_expanded_pools(
+                around, k, v, g, tables, None, pool, pooled_k[:count], pooled_v[:count], pool_bias[:count],
+                scale=scale, q_heads=heads, key_bias=key_bias, first=begin,
+            )  # fmt: skip
+            _row_moments[(-(-rows // MOMENT_ROWS), masks, count)](
+                q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks[its], totals[its], sums[its],
+                result, *q.stride(), tables.stride(0), result.stride(0),
+                begin, heads, rows, size, g.prefix, g.q_blocks, g.k_blocks, pools, stretches, splits, entries,
+                scale * LOG2E,
+                D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=MOMENT_ROWS, POOLS=MOMENT_POOLS,
+                PER_BLOCK=g.block_k // pool, WIDE=wide, num_warps=MOMENT_WARPS, num_stages=2,
+            )  # fmt: skip
     return RowMoments(*result)

@@ -133,12 +133,14 @@ def _expand(
     for part in tl.static_range(KEYS // POOL):
         pool = tl.program_id(0) * (KEYS // POOL) + part
         keys, values, weight = pools_around(m, k, v, bias, real & (columns // POOL == part), scale_log2, BIASED)
-        at_mean = tl.sum(m.to(tl.float32) * keys, 1) * scale_log2
+        # Of the keys as they are stored, so that rounding them changes nothing at the mean query.
+        keys = keys.to(pooled_k.dtype.element_ty)
+        at_mean = tl.sum(m.to(tl.float32) * keys.to(tl.float32), 1) * scale_log2
         at = (tl.program_id(1).to(tl.int64) * stretches + stretch) * pools + pool
         wanted_rows = (stretch < stretches) & (pool < pools)
         tl.store(pool_bias + at, weight - at_mean, wanted_rows)
         cells = at[:, None] * PADDED_D + channels[None, :]
-        tl.store(pooled_k + cells, keys.to(pooled_k.dtype.element_ty), wanted_rows[:, None])
+        tl.store(pooled_k + cells, keys, wanted_rows[:, None])
         tl.store(pooled_v + cells, values.to(pooled_v.dtype.element_ty), wanted_rows[:, None])
         if key_weights is not None:
             inside = real & (columns // POOL == part)
@@ -159,10 +161,11 @@ def launch_mean_queries(
     """
     entries, stretches, padded = means.shape
     heads = q.shape[1] if wanted is None else wanted.numel()
+    longest = -(-g.q_blocks // stretches) * g.block_q
     _mean_queries[(stretches, entries)](
         q, tables, order_of_head, wanted, means, *q.stride(), tables.stride(0),
         first, heads, table_group, g.grid_tokens, g.prefix, g.q_blocks, stretches,
-        D=q.shape[3], PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=MEAN_ROWS, num_warps=4,
+        D=q.shape[3], PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=min(MEAN_ROWS, triton.next_power_of_2(longest)), num_warps=4,
     )  # fmt: skip
 
 

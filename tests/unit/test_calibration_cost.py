@@ -13,6 +13,7 @@ from collections import Counter
 import pytest
 import torch
 from comfyui_paro.kernels import api
+from comfyui_paro.kernels.problem import MOST_EXPANSIONS
 from comfyui_paro.kernels.support import interpreted
 from comfyui_paro.paro_runtime.recipes import query_block
 from comfyui_paro.paro_runtime.statistics import SHARED_ROWS, SHARED_TOKENS, StatisticsOptions, observe
@@ -69,6 +70,14 @@ def _moments(a: dict, grid: tuple[int, ...]) -> int:
     return tiles * parts // a["splits"] * entries * _cells(a, a["ROWS"], a["blocks"] * a["KEYS"], 3)
 
 
+def _pool_moments(a: dict, grid: tuple[int, ...]) -> int:
+    """A program goes over the pools once for every stretch that its rows lie in, from the first to the last."""
+    _, masks, entries = grid
+    stretch = a["positions"] // a["BLOCK_Q"] * a["stretches"] // a["q_blocks"]
+    passes = sum((rows.max() - rows.min() + 1).item() for rows in stretch.split(a["ROWS"]))
+    return passes * masks * entries * _cells(a, a["ROWS"], -(-a["pools"] // a["POOLS"]) * a["POOLS"], 2)
+
+
 # Multiply-adds of one launch: from its arguments by name, and its grid.
 LAUNCHES = {
     "triton_statistics._take_rows": lambda a, grid: 0,
@@ -82,8 +91,10 @@ LAUNCHES = {
     ),
     "triton_tail._block_costs": lambda a, grid: math.prod(grid) * _cells(a, a["ROWS"], a["k_blocks"] * a["KEYS"], 4),
     "triton_moments._row_sums": _moments,
-    "triton_moments._row_moments": lambda a, grid: (
-        math.prod(grid) * _cells(a, a["ROWS"], -(-a["pools"] // a["POOLS"]) * a["POOLS"], 2)
+    "triton_moments._row_moments": _pool_moments,
+    "triton_pools._mean_queries": lambda a, grid: 0,
+    "triton_pools._expand": lambda a, grid: (
+        math.prod(grid) * (a["KEYS"] // a["POOL"]) * _cells(a, MOST_EXPANSIONS, a["KEYS"], 3)
     ),
 }
 
@@ -92,9 +103,10 @@ LAUNCHES = {
 def launches(monkeypatch):
     """Counts multiply-adds by kernel, of a GPU's path; `launches.run = True` also runs the kernels."""
     pytest.importorskip("triton")
-    from comfyui_paro.kernels import triton_moments, triton_rows, triton_statistics, triton_tail
+    from comfyui_paro.kernels import triton_moments, triton_pools, triton_rows, triton_statistics, triton_tail
 
-    modules = {m.__name__.split(".")[-1]: m for m in (triton_moments, triton_rows, triton_statistics, triton_tail)}
+    every = (triton_moments, triton_pools, triton_rows, triton_statistics, triton_tail)
+    modules = {module.__name__.split(".")[-1]: module for module in every}
     found = Counter()
     found.run = False
 
@@ -140,7 +152,7 @@ def test_on_a_gpu(launches, monkeypatch, grid, dim, every_row):
     monkeypatch.setattr(triton_moments, "capability_of", lambda _: H100)
     torch_products = multiply_adds(grid, dim, every_row, torch.float16)
     dense = 2 * (-(-math.prod(grid) // TILE) * TILE) ** 2 * dim
-    assert launches["_block_costs"] and launches["_row_sums"]
+    assert launches["_block_costs"] and launches["_row_sums"] and launches["_expand"]
     assert 0.5 < (sum(launches.values()) + torch_products) / dense <= 3
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels import triton_moments, triton_rows, triton_tail
+from comfyui_paro.kernels import triton_moments, triton_pools, triton_rows, triton_tail
 
 BOTH = ("triton", "reference")
 CASES = {
@@ -25,19 +25,24 @@ CASES = {
     "grouped heads, a batch": (Geometry(0, (3, 7, 11), 3), {"heads": 4, "batch": 2, "dtype": torch.float16}),
     "tokens before heads": (Geometry(5, (3, 7, 11), 64), {"heads": 4, "batch": 2, "views": True, "biased": True}),
     "key bias, D 72": (Geometry(4, (3, 7, 11), 3), {"dim": 72, "biased": True, "batch": 2}),
+    "float16, key bias, D 40": (Geometry(4, (3, 9, 13), 3), {"dim": 40, "biased": True, "dtype": torch.float16}),
 }
 
 
 def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float32, biased=False, pool=64, rows=16,
          views=False):  # fmt: skip
-    """Fresh values every time; the first channel of V grows along the sequence, so that pools differ.
+    """Fresh values every time; the first channel of V grows along the sequence, so that pools differ, and queries grow
+    along each head's order, so that its mean queries do.
 
-    views: q, k and v as the host has them, views of `[B, L, H, D]`, here with other channels behind.
+    biased: a key bias that hides some keys, and all of the second 64 of the first head. views: q, k and v as the host has them, views of `[B, L, H, D]`, here with other channels behind.
     """
     seed = torch.seed()
     q, k, v = (torch.randn(batch, n, g.length, dim) for n in (heads, kv_heads, kv_heads))
     v[..., 0] += torch.linspace(0, 3, g.length)
     tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(heads)]).int()
+    growing = torch.linspace(-2, 2, g.grid_tokens)[:, None] * torch.randn(dim)
+    for head in range(heads):
+        q[:, head, tables[head].long() + g.prefix] += growing
     starts = torch.arange(g.q_blocks) * g.block_q
     size = (g.grid_tokens - starts).clamp_max(g.block_q)
     positions = starts[:, None] + ((torch.arange(rows) + 0.5) / rows * size[:, None]).long()
@@ -45,6 +50,7 @@ def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float
     if biased:
         bias = torch.randn(batch, g.length)
         bias[:, :3] = -torch.inf
+        bias[:, tables[0, 64:128].long() + g.prefix] = -torch.inf
     q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if views:
         q, k, v = (torch.cat([x, x + 1], 3).transpose(1, 2).contiguous()[..., :dim].transpose(1, 2) for x in (q, k, v))
@@ -81,13 +87,17 @@ def test_block_costs_of_other_row_counts(rows):
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
 
-@pytest.mark.parametrize("parts", ["one", "many"])
+@pytest.mark.parametrize("parts, expansions", [("one", 16), ("one", 0), ("many", 3), ("few pools", 16)])
 @pytest.mark.parametrize("name", CASES)
-def test_row_moments(name, parts, monkeypatch):
+def test_row_moments(name, parts, expansions, monkeypatch):
+    """Rows of a tile lie in several stretches; those of one tile that leaves rows out lie in all."""
     g, options = CASES[name]
     call, _, rest, seed = make(g, **options)
+    rest["expansions"] = expansions
+    if parts == "few pools":  # of one entry at a time, sums of all
+        monkeypatch.setattr(triton_moments, "POOL_BYTES", 1)
     if parts == "many":  # a program per key block, a group per head
-        for constant, value in {"GROUP_BYTES": 1, "PROGRAMS": 1000, "LEAST_BLOCKS": 1}.items():
+        for constant, value in {"SUM_BYTES": 1, "PROGRAMS": 1000, "LEAST_BLOCKS": 1}.items():
             monkeypatch.setattr(triton_moments, constant, value)
     blocks = g.k_blocks + -(-g.context_tokens // 64)
     assert triton_moments.blocks_of_a_part(blocks, 8, torch.device("cpu")) == (1 if parts == "many" else blocks)
@@ -179,7 +189,7 @@ def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
             return lambda *arguments, **options: None
 
     for module, names in ((triton_moments, ("_row_sums", "_row_moments")), (triton_rows, ("_pool_means",)),
-                          (triton_tail, ("_row_outputs", "_block_costs"))):  # fmt: skip
+                          (triton_pools, ("_mean_queries", "_expand")), (triton_tail, ("_row_outputs", "_block_costs"))):  # fmt: skip
         for name in names:
             monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(triton_moments, "processors", lambda device: 132)
@@ -194,7 +204,7 @@ def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
     levels = torch.zeros(1, dtype=torch.uint8).expand(heads, g.q_blocks, g.k_blocks).contiguous()
     positions = torch.zeros(max(64, g.grid_tokens // 100), dtype=torch.long)
     with Allocated() as allocated:
-        triton_moments.launch_row_moments(q, q, q, g, tables, positions, levels, 1, pool=64)
+        triton_moments.launch_row_moments(q, q, q, g, tables, positions, levels, 1, pool=64, expansions=16)
     assert allocated.bytes < 100 << 20
     with Allocated() as allocated:
         costs = triton_tail.launch_block_costs(q, q, q, g, tables, positions[:1].expand(g.q_blocks, 16), pool=64)
