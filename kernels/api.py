@@ -10,6 +10,7 @@ from .correction_reference import (
     add_corrections_reference,
     problem_with_correction,
     query_corrections_reference,
+    query_groups,
 )
 from .problem import Geometry, Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
@@ -233,6 +234,7 @@ def query_corrections(
     pattern: SparsePattern,
     heads: torch.Tensor,
     *,
+    rows: int,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
@@ -241,14 +243,14 @@ def query_corrections(
 
     Raises ValueError with one line for a call that does not fit.
     """
-    reason = problem_with(q, k, v, pattern) or problem_with_correction(q, pattern, heads)
+    reason = problem_with(q, k, v, pattern) or problem_with_correction(q, pattern, heads, rows)
     if reason:
         raise ValueError(reason)
     if correction_backend(backend, q) == "reference":
         run = query_corrections_reference
     else:
         from .triton_correction import launch_query_corrections as run
-    return run(q, k, v, pattern, heads, scale=scale, key_bias=key_bias)
+    return run(q, k, v, pattern, heads, rows=rows, scale=scale, key_bias=key_bias)
 
 
 def add_corrections(
@@ -258,14 +260,22 @@ def add_corrections(
     pattern: SparsePattern,
     heads: torch.Tensor,
     *,
+    rows: int,
     nonfinite: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """See `correction_reference.add_corrections_reference`; nonfinite as in `sparse_attention`."""
+    """See `correction_reference.add_corrections_reference`; nonfinite as in `sparse_attention`.
+
+    Raises ValueError with one line for corrections of other groups of rows.
+    """
+    if corrections.shape[2] != query_groups(pattern, rows):
+        raise ValueError(
+            f"corrections: {corrections.shape[2]} mean queries, expected {query_groups(pattern, rows)} of {rows} rows"
+        )
     if correction_backend(backend, out) == "triton":
         from .triton_correction import launch_add_corrections
 
-        return launch_add_corrections(out, corrections, shares, pattern, heads, nonfinite)
-    add_corrections_reference(out, corrections, shares, pattern, heads)
+        return launch_add_corrections(out, corrections, shares, pattern, heads, rows=rows, nonfinite=nonfinite)
+    add_corrections_reference(out, corrections, shares, pattern, heads, rows=rows)
     _tell_nonfinite(out, nonfinite)
     return out

@@ -7,6 +7,8 @@ kernel adds the parts up and the tail to them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +17,9 @@ from .block_list import context_blocks
 from .call import capability_of, padded_dim
 from .configs import generation
 from .correction_reference import query_groups
+from .pools import stretches_of
 from .problem import SparsePattern
+from .triton_pools import launch_expanded_pools, launch_mean_queries
 from .triton_rows import LOG2E, bias_of, load_rows, processors, tokens_of, valid_keys
 from .triton_statistics import balanced
 
@@ -23,33 +27,11 @@ BLOCK = tl.constexpr(64)
 # Programs per multiprocessor that the keys are split for, as far as each keeps at least so many blocks.
 PROGRAMS = 2
 LEAST_BLOCKS = 4
-# Rows and pools of a step of the second kernel.
+# Mean queries of a program of the second kernel, and rows of one that adds corrections.
 FINISH_ROWS = 32
-
-
-@triton.jit(do_not_specialize=["group", "share", "grid_tokens", "prefix", "groups"])
-def _mean_rows(
-    X, tables, order_of_head, heads, out,
-    stride_b, stride_h, stride_l, stride_d, group, share, grid_tokens, prefix, groups,
-    D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Means over each ROWS rows of the wanted heads, in 16 bits: out `[B, n, groups, PADDED_D]`. Grid: (groups, n, B).
-
-    group: query heads per key head; share: how many query heads one head of X serves (1 for Q, `group` for K and V).
-    """
-    wanted = tl.program_id(1)
-    head = tl.load(heads + wanted)
-    order = tl.load(order_of_head + head // group).to(tl.int64)
-    channels = tl.arange(0, PADDED_D)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    real = place < grid_tokens
-    token = tl.load(tables + order * grid_tokens + place, real, 0) + prefix
-    X += tl.program_id(2).to(tl.int64) * stride_b + (head // share).to(tl.int64) * stride_h
-    x = load_rows(X, token, stride_l, stride_d, channels, real, D, PADDED_D)
-    count = tl.minimum(grid_tokens - tl.program_id(0) * ROWS, ROWS).to(tl.float32)
-    mean = tl.sum(x.to(tl.float32), 0) / count
-    at = (tl.program_id(2) * tl.num_programs(1) + wanted).to(tl.int64) * groups + tl.program_id(0)
-    tl.store(out + at * PADDED_D + channels, mean.to(out.dtype.element_ty))
+ADD_ROWS = 64
+# Pools of a group of heads, in bytes: of 75,600 tokens around 16 mean queries, 13 heads of 128 channels.
+GROUP_BYTES = 128 << 20
 
 
 @triton.jit
@@ -60,20 +42,22 @@ def _kept_words_of(words, block, k_blocks):
 
 @triton.jit(
     do_not_specialize=[
-        "group", "wanted_heads", "grid_tokens", "prefix", "context", "k_blocks", "blocks", "blocks_each", "groups",
+        "group", "wanted_heads", "grid_tokens", "prefix", "context", "q_blocks", "k_blocks", "blocks", "blocks_each",
+        "groups", "per_block",
     ]
 )  # fmt: skip
 def _query_sums(
     mean_q, K, V, tables, order_of_head, heads, kept_words, key_bias, peaks, totals, sums,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias,
-    group, wanted_heads, grid_tokens, prefix, context, k_blocks, blocks, blocks_each, groups, scale_log2,
+    group, wanted_heads, grid_tokens, prefix, context, q_blocks, k_blocks, blocks, blocks_each, groups, per_block,
+    scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """ROWS mean queries of one head over a part of its keys. Grid: (tiles, splits, B * n).
 
-    mean_q `[B * n, groups, PADDED_D]`; kept_words in halves, int32: whole ones would take registers that the products
-    need to run side by side. Weights are relative to the row's largest score in the part, stored in peaks
-    `[B * n, splits, tiles * ROWS]` in log2 units; totals `[B * n, splits, 2, ...]`, sums
+    mean_q `[B * n, groups, PADDED_D]`, per_block of them for each query block; kept_words in halves, int32: whole ones
+    would take registers that the products need to run side by side. Weights are relative to the row's largest score in
+    the part, stored in peaks `[B * n, splits, tiles * ROWS]` in log2 units; totals `[B * n, splits, 2, ...]`, sums
     `[B * n, splits, 2, ..., PADDED_D]`: first of all keys, then of the kept ones.
     """
     entry = tl.program_id(2)
@@ -84,7 +68,7 @@ def _query_sums(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     own = tl.minimum(row, groups - 1)
     q = tl.load(mean_q + (entry.to(tl.int64) * groups + own)[:, None] * PADDED_D + channels[None, :])
-    kept_words += (head.to(tl.int64) * groups + own) * ((k_blocks + 63) // 64 + 1) * 2
+    kept_words += (head.to(tl.int64) * q_blocks + own // per_block) * ((k_blocks + 63) // 64 + 1) * 2
     K += batch.to(tl.int64) * stride_kb + kv_head * stride_kh
     V += batch.to(tl.int64) * stride_vb + kv_head * stride_vh
 
@@ -130,15 +114,18 @@ def _query_sums(
     tl.store(sums + (at + size)[:, None] * PADDED_D + channels[None, :], kept_result)
 
 
-@triton.jit(do_not_specialize=["wanted_heads", "grid_tokens", "k_blocks", "groups", "size", "splits"])
+@triton.jit(do_not_specialize=[
+    "wanted_heads", "q_blocks", "k_blocks", "stretches", "groups", "per_block", "size", "splits",
+])  # fmt: skip
 def _query_corrections(
-    mean_q, mean_k, mean_v, tail_bias, heads, kept_words, peaks, totals, sums, out,
-    wanted_heads, grid_tokens, k_blocks, groups, size, splits, scale_log2,
+    mean_q, pooled_k, pooled_v, pool_bias, tail_bias, heads, kept_words, peaks, totals, sums, out,
+    wanted_heads, q_blocks, k_blocks, stretches, groups, per_block, size, splits, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The corrections of ROWS mean queries from the parts of `_query_sums` and the pools. Grid: (tiles, B * n).
 
-    mean_k and mean_v `[B * n, k_blocks, PADDED_D]`; out float32 `[B * n, groups, D]`.
+    pooled_k and pooled_v `[B * n, stretches, k_blocks, PADDED_D]`, pool_bias float32 and in log2 units, of which a mean
+    query looks at those of its stretch; out float32 `[B * n, groups, D]`.
     """
     entry = tl.program_id(1).to(tl.int64)
     head = tl.load(heads + entry % wanted_heads)
@@ -164,37 +151,41 @@ def _query_corrections(
     result /= total[:, None]
 
     q = tl.load(mean_q + (entry * groups + own)[:, None] * PADDED_D + channels[None, :])
-    kept_words += (head.to(tl.int64) * groups + own) * ((k_blocks + 63) // 64 + 1)
+    block = own // per_block
+    kept_words += (head.to(tl.int64) * q_blocks + block) * ((k_blocks + 63) // 64 + 1)
     tail = tl.load(tail_bias + head) * 1.4426950408889634
-    mean_k += entry * k_blocks * PADDED_D
-    mean_v += entry * k_blocks * PADDED_D
-    for start in range(0, k_blocks, BLOCK):
-        pool = start + columns
-        there = (pool < k_blocks)[:, None]
-        k = tl.load(mean_k + pool[:, None] * PADDED_D + channels[None, :], there, 0.0)
-        v = tl.load(mean_v + pool[:, None] * PADDED_D + channels[None, :], there, 0.0)
-        counts = tl.maximum(tl.minimum(grid_tokens - pool * BLOCK, BLOCK), 1).to(tl.float32)
-        score = tl.dot(q, tl.trans(k)) * scale_log2 + (tl.log2(counts) + tail)[None, :]
-        kept = (tl.load(kept_words + start // 64)[:, None] >> columns[None, :]) & 1
-        score = tl.where((kept != 0) | (pool >= k_blocks)[None, :], float("-inf"), score)
-        highest = tl.maximum(peak, tl.max(score, 1))
-        shrink = tl.exp2(peak - highest)
-        weight = tl.exp2(score - highest[:, None]).to(v.dtype)
-        kept_total = kept_total * shrink + tl.sum(weight.to(tl.float32), 1)
-        kept_result = tl.dot(weight, v, kept_result * shrink[:, None])
-        peak = highest
+    stretch = block * stretches // q_blocks
+    for s in range(tl.min(stretch), tl.max(stretch) + 1):
+        base = (entry * stretches + s) * k_blocks
+        for start in range(0, k_blocks, BLOCK):
+            pool = start + columns
+            there = pool < k_blocks
+            cells = (base + pool)[:, None] * PADDED_D + channels[None, :]
+            k = tl.load(pooled_k + cells, there[:, None], 0.0)
+            v = tl.load(pooled_v + cells, there[:, None], 0.0)
+            bias = tl.load(pool_bias + base + pool, there, 0.0) + tail
+            score = tl.dot(q, tl.trans(k)) * scale_log2 + bias[None, :]
+            kept = (tl.load(kept_words + start // 64)[:, None] >> columns[None, :]) & 1
+            dropped = (kept == 0) & there[None, :] & (stretch == s)[:, None]
+            score = tl.where(dropped, score, float("-inf"))
+            highest = tl.maximum(peak, tl.max(score, 1))
+            shrink = tl.exp2(peak - highest)
+            weight = tl.exp2(score - highest[:, None]).to(v.dtype)
+            kept_total = kept_total * shrink + tl.sum(weight.to(tl.float32), 1)
+            kept_result = tl.dot(weight, v, kept_result * shrink[:, None])
+            peak = highest
     delta = result - kept_result / kept_total[:, None]
     target = out + (entry * groups + row)[:, None] * D + channels[None, :]
     tl.store(target, delta, (row < groups)[:, None] & (channels < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["group", "grid_tokens", "prefix"])
+@triton.jit(do_not_specialize=["group", "grid_tokens", "prefix", "groups", "rows"])
 def _add_corrections(
     out, corrections, shares, tables, order_of_head, heads, nonfinite,
-    stride_b, stride_h, stride_l, stride_d, group, grid_tokens, prefix,
+    stride_b, stride_h, stride_l, stride_d, group, grid_tokens, prefix, groups, rows,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One group of ROWS rows of one head. Grid: (groups, n, B)."""
+    """ROWS rows of one head, of which each `rows` share a correction. Grid: (tiles, n, B)."""
     wanted, batch = tl.program_id(1), tl.program_id(2)
     head = tl.load(heads + wanted)
     order = tl.load(order_of_head + head // group).to(tl.int64)
@@ -202,12 +193,12 @@ def _add_corrections(
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = place < grid_tokens
     token = tl.load(tables + order * grid_tokens + place, real, 0).to(tl.int64) + prefix
-    at = ((batch * tl.num_programs(1) + wanted).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * D
-    delta = tl.load(corrections + at + channels, channels < D, 0.0) * tl.load(shares + head)
+    mask = real[:, None] & (channels < D)[None, :]
+    at = ((batch * tl.num_programs(1) + wanted).to(tl.int64) * groups + place // rows) * D
+    delta = tl.load(corrections + at[:, None] + channels[None, :], mask, 0.0) * tl.load(shares + head)
     out += batch.to(tl.int64) * stride_b + head.to(tl.int64) * stride_h
     target = out + token[:, None] * stride_l + channels[None, :] * stride_d
-    mask = real[:, None] & (channels < D)[None, :]
-    result = (tl.load(target, mask, 0.0).to(tl.float32) + delta[None, :]).to(out.dtype.element_ty)
+    result = (tl.load(target, mask, 0.0).to(tl.float32) + delta).to(out.dtype.element_ty)
     tl.store(target, result, mask)
     if nonfinite is not None:
         broken = tl.sum(result.to(tl.float32) * 0.0, 1) != 0.0
@@ -235,43 +226,64 @@ def launch_query_corrections(
     pattern: SparsePattern,
     heads: torch.Tensor,
     *,
+    rows: int,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The Triton counterpart of `correction_reference.query_corrections_reference`; the call has been checked."""
+    g = pattern.geometry
+    pools = q.shape[0] * stretches_of(g, pattern.expansions) * g.k_blocks
+    step = balanced(heads.numel(), GROUP_BYTES // (pools * (2 * padded_dim(q.shape[3]) * q.element_size() + 4)))
+    found = [_corrections_of(q, k, v, pattern, some, rows, scale, key_bias) for some in heads.split(step)]
+    return found[0] if len(found) == 1 else torch.cat(found, 1)
+
+
+def _corrections_of(q, k, v, pattern: SparsePattern, heads: torch.Tensor, rows: int, scale, key_bias) -> torch.Tensor:
+    """Of heads whose pools fit at a time."""
     g, (batch, q_heads, _, dim) = pattern.geometry, q.shape
-    scale_log2 = (dim**-0.5 if scale is None else scale) * LOG2E
-    device, padded, count, groups = q.device, padded_dim(dim), heads.numel(), query_groups(pattern)
-    group = q_heads // k.shape[1]
-    means = []
-    for x, share, rows in ((q, 1, g.block_q), (k, group, g.block_k), (v, group, g.block_k)):
-        blocks = -(-g.grid_tokens // rows)
-        means.append(torch.empty(batch, count, blocks, padded, dtype=x.dtype, device=device))
-        _mean_rows[(blocks, count, batch)](
-            x, pattern.tables, pattern.order_of_head, heads, means[-1], *x.stride(), group, share, g.grid_tokens,
-            g.prefix, blocks, D=dim, PADDED_D=padded, ROWS=rows, num_warps=4,
-        )  # fmt: skip
-    rows, warps, stages = correction_tile(capability_of(device), padded)
-    tiles, entries = -(-groups // rows), batch * count
+    scale = dim**-0.5 if scale is None else scale
+    device, padded, count, groups = q.device, padded_dim(dim), heads.numel(), query_groups(pattern, rows)
+    entries, stretches, group = batch * count, stretches_of(g, pattern.expansions), q_heads // k.shape[1]
+    orders = {"table_group": group, "wanted": heads}
+
+    def means_of(geometry, stretches):
+        means = torch.empty(entries, stretches, padded, dtype=q.dtype, device=device)
+        launch_mean_queries(q, geometry, pattern.tables, pattern.order_of_head, means, **orders)
+        return means
+
+    # As of stretches of one query block each, were it of so many rows.
+    mean_q = means_of(replace(g, block_q=rows), groups)
+    around = means_of(g, stretches) if pattern.expansions else None
+    pools = [torch.empty(entries, stretches, g.k_blocks, padded, dtype=q.dtype, device=device) for _ in range(2)]
+    pools.append(torch.empty(entries, stretches, g.k_blocks, device=device))
+    launch_expanded_pools(
+        around, k, v, g, pattern.tables, pattern.order_of_head, pattern.pool, *pools, scale=scale, q_heads=q_heads,
+        key_bias=key_bias, **orders,
+    )  # fmt: skip
+
+    tile, warps, stages = correction_tile(capability_of(device), padded)
+    tiles = -(-groups // tile)
     blocks = g.k_blocks + context_blocks(g.context_tokens, g.block_k)
     splits = max(1, min(PROGRAMS * processors(device) // (tiles * entries), blocks // LEAST_BLOCKS))
     each = balanced(blocks, -(-blocks // splits))
-    splits, size = -(-blocks // each), tiles * rows
+    splits, size = -(-blocks // each), tiles * tile
     peaks = torch.empty(entries, splits, size, device=device)
     totals = torch.empty(entries, splits, 2, size, device=device)
     sums = torch.empty(entries, splits, 2, size, padded, device=device)
-    kept_words = pattern.kept_words
+    kept_words, per_block = pattern.kept_words, g.block_q // rows
     _query_sums[(tiles, splits, entries)](
-        means[0], k, v, pattern.tables, pattern.order_of_head, heads, kept_words.view(torch.int32), key_bias,
+        mean_q, k, v, pattern.tables, pattern.order_of_head, heads, kept_words.view(torch.int32), key_bias,
         peaks, totals, sums,
         *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0),
-        group, count, g.grid_tokens, g.prefix, g.context_tokens, g.k_blocks, blocks, each, groups, scale_log2,
-        D=dim, PADDED_D=padded, ROWS=rows, BIASED=key_bias is not None, num_warps=warps, num_stages=stages,
+        group, count, g.grid_tokens, g.prefix, g.context_tokens, g.q_blocks, g.k_blocks, blocks, each, groups,
+        per_block, scale * LOG2E,
+        D=dim, PADDED_D=padded, ROWS=tile, BIASED=key_bias is not None, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     out = torch.empty(batch, count, groups, dim, device=device)
     _query_corrections[(-(-groups // FINISH_ROWS), entries)](
-        *means, pattern.tail_bias, heads, kept_words, peaks, totals, sums, out, count, g.grid_tokens, g.k_blocks,
-        groups, size, splits, scale_log2, D=dim, PADDED_D=padded, ROWS=FINISH_ROWS, num_warps=4, num_stages=2,
+        mean_q, *pools, pattern.tail_bias, heads, kept_words, peaks, totals, sums, out, count, g.q_blocks, g.k_blocks,
+        stretches, groups, per_block, size, splits, scale * LOG2E,
+        D=dim, PADDED_D=padded, ROWS=FINISH_ROWS, num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -282,13 +294,15 @@ def launch_add_corrections(
     shares: torch.Tensor,
     pattern: SparsePattern,
     heads: torch.Tensor,
+    *,
+    rows: int,
     nonfinite: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The Triton counterpart of `correction_reference.add_corrections_reference`."""
     g, dim = pattern.geometry, out.shape[3]
-    _add_corrections[(corrections.shape[2], heads.numel(), out.shape[0])](
+    _add_corrections[(-(-g.grid_tokens // ADD_ROWS), heads.numel(), out.shape[0])](
         out, corrections.contiguous(), shares, pattern.tables, pattern.order_of_head, heads, nonfinite, *out.stride(),
-        out.shape[1] // pattern.kv_heads, g.grid_tokens, g.prefix, D=dim, PADDED_D=padded_dim(dim), ROWS=g.block_q,
-        num_warps=4,
+        out.shape[1] // pattern.kv_heads, g.grid_tokens, g.prefix, corrections.shape[2], rows,
+        D=dim, PADDED_D=padded_dim(dim), ROWS=ADD_ROWS, num_warps=4,
     )  # fmt: skip
     return out

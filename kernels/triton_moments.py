@@ -4,7 +4,8 @@ Import only where a launch is wanted: this module needs Triton. The meaning is i
 sums of weights times values over all keys and over the dropped ones, s and d the sums of the weights, a row's output is
 o = S / s and the dropped blocks contribute D / s - d / s o: all of it comes from the same pass, before anything is
 normalised. Keys are split over programs, since few rows alone would leave most of a GPU idle; a second kernel adds the
-parts up and the pools to them. Nothing waits for the device. Inputs are multiplied in 16 bits with float32 sums, float32 ones in scaled fp16.
+parts up and the pools to them. Nothing waits for the device. Inputs are multiplied in 16 bits with float32 sums,
+float32 ones in scaled fp16; pools are float32.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ from .triton_rows import (
 )
 from .triton_statistics import balanced
 
-# Sums of one group of entries, and the pools of one part of it, in bytes: small beside what a model's layers hold. On an
+# Sums of one group of entries, and pools of one part of it, in bytes: small beside what a model's layers hold. On an
 # H100 the sums of a site of 75,600 tokens and 40 heads take three groups, its pools around 16 mean queries 14 parts:
-# the sums want many entries at a time to fill the multiprocessors, an entry's pools are eight times as large and quick.
+# the sums want many entries at a time to fill the multiprocessors, and an entry's pools are eight times as large.
 SUM_BYTES = 32 << 20
 POOL_BYTES = 64 << 20
 # Programs per multiprocessor that the keys are split for, as far as each keeps at least so many blocks.

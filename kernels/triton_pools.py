@@ -1,7 +1,8 @@
 """Mean queries and expanded pools on a GPU. The meaning is in `pools`.
 
 Import only where a launch is wanted: this module needs Triton. Inputs are multiplied in their own type with float32
-sums; a mean query is rounded to it, which moves the point that the pools are expanded around, and no more.
+sums, float32 ones in three products of TF32 (exact ones are sums in registers, which spill); a mean query is rounded to
+their type, which moves the point that the pools are expanded around, and no more.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def load_means(means, entry, stretches, channels, PADDED_D: tl.constexpr):
 @triton.jit
 def _weights_around(means, k, bias, inside, scale_log2, BIASED: tl.constexpr):
     """Weights of the keys in k's type `[SETS, keys]`, their sum and the logarithm to base 2 of their unit `[SETS]`."""
-    score = tl.dot(means.to(k.dtype), tl.trans(k), input_precision="ieee") * scale_log2
+    score = tl.dot(means.to(k.dtype), tl.trans(k), input_precision="tf32x3") * scale_log2
     if BIASED:
         score += bias[None, :]
     score = tl.where(inside[None, :], score, float("-inf"))
@@ -93,8 +94,8 @@ def pools_around(means, k, v, bias, inside, scale_log2, BIASED: tl.constexpr):
     weight - scale_log2 m.key.
     """
     weight, total, highest = _weights_around(means, k, bias, inside, scale_log2, BIASED)
-    keys = tl.dot(weight, k, input_precision="ieee") / total[:, None]
-    values = tl.dot(weight.to(v.dtype), v, input_precision="ieee") / total[:, None]
+    keys = tl.dot(weight, k, input_precision="tf32x3") / total[:, None]
+    values = tl.dot(weight.to(v.dtype), v, input_precision="tf32x3") / total[:, None]
     return keys, values, highest + tl.log2(total)
 
 
@@ -149,6 +150,11 @@ def _expand(
             tl.store(key_weights + tl.program_id(1).to(tl.int64) * tokens + place, tl.sum(shares, 0), inside)
 
 
+def expand_warps(dtype: torch.dtype, padded: int) -> int:
+    """Warps of a program of `_expand`: float32 keys and values of 128 channels spill with four."""
+    return 8 if dtype == torch.float32 and padded > 64 else 4
+
+
 def launch_mean_queries(
     q: torch.Tensor, g: Geometry, tables: torch.Tensor, order_of_head: torch.Tensor | None, means: torch.Tensor, *,
     table_group: int = 1, first: int = 0, wanted: torch.Tensor | None = None,
@@ -161,11 +167,11 @@ def launch_mean_queries(
     """
     entries, stretches, padded = means.shape
     heads = q.shape[1] if wanted is None else wanted.numel()
-    longest = -(-g.q_blocks // stretches) * g.block_q
+    rows = min(MEAN_ROWS, triton.next_power_of_2(-(-g.q_blocks // stretches) * g.block_q))
     _mean_queries[(stretches, entries)](
         q, tables, order_of_head, wanted, means, *q.stride(), tables.stride(0),
         first, heads, table_group, g.grid_tokens, g.prefix, g.q_blocks, stretches,
-        D=q.shape[3], PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=min(MEAN_ROWS, triton.next_power_of_2(longest)), num_warps=4,
+        D=q.shape[3], PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -187,5 +193,6 @@ def launch_expanded_pools(
         k, v, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias, key_weights,
         *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0),
         first, heads, q_heads // k.shape[1], table_group, g.grid_tokens, g.prefix, pools, stretches, scale * LOG2E,
-        D=k.shape[3], PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=key_bias is not None, num_warps=4,
+        D=k.shape[3], PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=key_bias is not None,
+        num_warps=expand_warps(k.dtype, padded),
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""What mask and tail get wrong on average over the rows of a query block, given back to them.
+"""What mask and tail get wrong on average over rows that follow each other, given back to them.
 
-The mean query of a block of 64 or 128 rows is a row more to compute, with every key and with those kept. In a head that
+The mean query of 8 to 128 such rows is a row more to compute, with every key and with those kept. In a head that
 looks everywhere the difference is what all those rows miss; in a head that looks at one place the mean query looks at
 no place in particular and tells nothing. So each head takes the share of its correction that was best on sampled rows,
 whose exact output is known (least squares, 0 to 1), and heads that gain little take none and cost nothing. Measured
@@ -20,7 +20,7 @@ import torch
 
 from ..kernels.api import add_corrections, correction_backend, query_corrections
 from ..kernels.correction_reference import POOL
-from ..kernels.problem import SparsePattern
+from ..kernels.problem import Geometry, SparsePattern
 from ..kernels.reference import take_rows
 from .refresh import ROWS_SHARE
 from .tail import share_of_positions
@@ -29,6 +29,18 @@ from .tail import share_of_positions
 DENSE_STEPS = 1
 # A head that gets rid of less than this share of its squared error is not worth the time.
 LEAST_GAIN = 0.2
+# A mean query stands for so many rows on grids of up to so many tokens, on larger ones for a whole query block.
+FINE_ROWS = ((2048, 8), (8192, 16))
+
+
+def rows_per_mean_query(g: Geometry) -> int:
+    """Rows that share a mean query.
+
+    On small grids launches take the time and mean queries next to none, and a query block is wide compared with the
+    picture: its rows have less in common. On large ones a block is a small part of the picture, and half as many rows
+    to a mean query would cost twice the time.
+    """
+    return next((rows for tokens, rows in FINE_ROWS if g.grid_tokens <= tokens), g.block_q)
 
 
 @dataclass
@@ -108,7 +120,8 @@ class QueryCorrection:
 
         Calls of one step (conditionings that the host runs apart) add up.
         """
-        rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
+        rows = rows_per_mean_query(pattern.geometry)
+        rest = {"rows": rows, "scale": scale, "key_bias": key_bias, "backend": backend}
         corrections = None
         if due:
             every_head = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
@@ -122,7 +135,8 @@ class QueryCorrection:
             corrections = query_corrections(q, k, v, pattern, its.heads, **rest)
         else:
             corrections = corrections[:, its.heads.long()]
-        add_corrections(out, corrections, its.shares, pattern, its.heads, nonfinite=nonfinite, backend=backend)
+        rest = {"rows": rows, "nonfinite": nonfinite, "backend": backend}
+        add_corrections(out, corrections, its.shares, pattern, its.heads, **rest)
 
     def _measure(self, key, step, q, k, v, out, pattern, corrections, scale, key_bias) -> None:
         g, group = pattern.geometry, q.shape[1] // pattern.kv_heads
@@ -130,7 +144,7 @@ class QueryCorrection:
         rows = pattern.tables[:, positions][pattern.order_of_head.long()].repeat_interleave(group, 0).long() + g.prefix
         exact = exact_rows(q, k, v, rows, scale=scale, key_bias=key_bias).float()
         error = exact - take_rows(out, rows).float()
-        correction = corrections[:, :, positions // g.block_q].float()
+        correction = corrections[:, :, positions // rows_per_mean_query(g)].float()
         sums = torch.stack(
             [(a * b).sum((0, 2, 3)) for a, b in ((error, error), (error, correction), (correction,) * 2)]
         )

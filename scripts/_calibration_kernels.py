@@ -7,12 +7,15 @@ from dataclasses import asdict, dataclass
 EXPECTED = {90: {"HGMMA"}, 100: {"UTCHMMA"}}
 DEFAULT = {"HMMA"}
 DIMS = (128, 64)
+# Without a product, or without one in a loop: nothing of them may spill.
+UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "add")
 
 
 @dataclass(frozen=True)
 class CalibrationRow:
     """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `sums`, `few` (the same for few rows),
-    `moments`, `correct`, `finish`."""
+    `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the correction wants them), `pools+` (in float32, as
+    the moments do), `means32` and `pools32` (of float32 inputs)."""
 
     capability: int
     dim: int
@@ -21,7 +24,7 @@ class CalibrationRow:
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[CalibrationRow]:
     """Every kernel at every head dimension; quick: the costs of blocks at D = 128, which is the tightest."""
-    every = ("lse", "blocks", "rows", "costs", "sums", "few", "moments", "correct", "finish")
+    every = ("lse", "blocks", "rows", "costs", "sums", "few", "moments", "correct", "finish", *UNLOOPED)
     kernels = ("costs",) if quick else every
     return [
         CalibrationRow(c, d, kernel) for c in capabilities for d in (DIMS[:1] if quick else DIMS) for kernel in kernels
@@ -32,12 +35,20 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     """The figures of one kernel, and under `problems` what is wrong; shared_limit in KiB."""
     import _checkout
     import _compile
+    import torch
 
     _checkout.register()
-    from comfyui_paro.kernels import triton_correction, triton_moments, triton_statistics, triton_tail
+    from comfyui_paro.kernels import (
+        pools,
+        triton_correction,
+        triton_moments,
+        triton_pools,
+        triton_statistics,
+        triton_tail,
+    )
 
     capability = (row.capability // 10, row.capability % 10)
-    pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low", "mean_q", "mean_k", "mean_v"), "*bf16")
+    pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low", "mean_q"), "*bf16")
     floats = ("lse", "energy", "mass", "costs", "peaks", "totals", "sums", "result")
     pointers |= dict.fromkeys((*floats, "pooled_values", "pooled_k", "pooled_v", "pool_bias", "key_weights"), "*fp32")
     pointers |= {"levels": "*u8", "tables": "*i32", "positions": "*i64"}
@@ -61,12 +72,30 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
             kernel = triton_correction._query_corrections
         words = "*i64" if row.kernel == "finish" else "*i32"
         pointers |= {"out": "*fp32", "tail_bias": "*fp32", "kept_words": words}
+        pointers |= dict.fromkeys(("pooled_k", "pooled_v"), "*bf16")
         pointers |= dict.fromkeys(("order_of_head", "heads"), "*i32")
     elif row.kernel in ("sums", "few"):
         tile = triton_moments.moments_tile(capability, wide=False, rows=64 if row.kernel == "few" else 128)
         rows, keys, warps, stages = tile.rows, 64, tile.warps, tile.stages
         kernel = triton_moments._row_sums
         constants |= {"KEYS": keys}
+    elif row.kernel in UNLOOPED:
+        rows, keys, warps, stages = pools.MEAN_ROWS, 64, 4, 3
+        kernel = triton_pools._mean_queries if row.kernel.startswith("means") else triton_pools._expand
+        constants |= {"KEYS": keys, "POOL": keys}
+        wide = "*fp32" if row.kernel.endswith("32") else "*bf16"
+        pointers |= dict.fromkeys(("Q", "K", "V", "means", "pooled_k", "pooled_v"), wide)
+        pointers |= dict.fromkeys(("order_of_head", "wanted", "heads", "nonfinite"), "*i32")
+        if row.kernel == "pools+":
+            pointers |= dict.fromkeys(("means", "pooled_k", "pooled_v"), "*fp32")
+        if row.kernel == "pools32":
+            warps = triton_pools.expand_warps(torch.float32, row.dim)
+        if row.kernel == "add":
+            rows, kernel = triton_correction.ADD_ROWS, triton_correction._add_corrections
+            pointers |= {"out": "*bf16", "corrections": "*fp32", "shares": "*fp32"}
+            constants["stride_d"] = 1
+        else:
+            pointers.pop("heads")
     elif row.kernel == "moments":
         rows, keys = triton_moments.MOMENT_ROWS, triton_moments.MOMENT_POOLS
         warps, stages = triton_moments.MOMENT_WARPS, 2
@@ -80,6 +109,15 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     wanted = set(kernel.arg_names)
     constants = {name: value for name, value in constants.items() if name in wanted}
     compiled = _compile.compile_kernel(kernel, pointers, constants, row.capability, warps, stages)
+    tile = {"rows": rows, "keys": keys, "warps": warps, "stages": stages}
+    if row.kernel in UNLOOPED:
+        code, registers = _compile.disassemble(compiled)
+        spills, products = len(_compile.SPILL.findall(code)), sorted(set(_compile.MATRIX.findall(code)))
+        problems = [f"{spills} spills"] if spills else []
+        if compiled.metadata.shared > shared_limit * 1024:
+            problems.append(f"shared memory over {shared_limit} KiB")
+        found = _compile.Compiled(registers, spills, 0, compiled.metadata.shared, 0.0, tuple(products), False)
+        return {**asdict(row), "tile": tile, **asdict(found), "problems": problems}
     found = _compile.inspect(compiled, warps, rows * keys)
     # Few rows in TF32: no warpgroup's product.
     expected = DEFAULT if row.kernel in ("moments", "finish") else EXPECTED.get(row.capability, DEFAULT)
@@ -92,7 +130,6 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         problems.append(f"shared memory over {shared_limit} KiB")
     if found.serialized:
         problems.append("wgmma is serialised")
-    tile = {"rows": rows, "keys": keys, "warps": warps, "stages": stages}
     return {**asdict(row), "tile": tile, **asdict(found), "problems": problems}
 
 
