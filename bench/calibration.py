@@ -46,6 +46,7 @@ from comfyui_paro.kernels.api import (  # noqa: E402
 )
 from comfyui_paro.paro_runtime.attention import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.calibration import Calibrator  # noqa: E402
+from comfyui_paro.paro_runtime.correction import rows_per_mean_query  # noqa: E402
 from comfyui_paro.paro_runtime.falloff import observe_falloff  # noqa: E402
 from comfyui_paro.paro_runtime.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site  # noqa: E402
@@ -137,13 +138,17 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
 
     times["refresh_ms"] = median_ms(refresh, repeats, device)
     pattern = pattern_of(
-        plans[0].sites[SITE], layout, group=1, block_q=g.block_q, pool=POOL, kv_heads=heads, device=device
-    )
+        plans[0].sites[SITE], layout, group=1, block_q=g.block_q, pool=POOL, expansions=plans[0].expansions,
+        kv_heads=heads, device=device,
+    )  # fmt: skip
     corrected = torch.arange(0, heads, 2, dtype=torch.int32, device=device)
     shares, out = torch.ones(heads, device=device), torch.zeros_like(q)
 
+    each = rows_per_mean_query(g)
+
     def correct():
-        add_corrections(out, query_corrections(q, k, v, pattern, corrected), shares, pattern, corrected)
+        found = query_corrections(q, k, v, pattern, corrected, rows=each)
+        add_corrections(out, found, shares, pattern, corrected, rows=each)
 
     times["correct_ms"] = median_ms(correct, repeats, device)
     return {

@@ -13,9 +13,19 @@ pytestmark = [
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim, block_q, biased", [(128, 128, False), (128, 64, True), (64, 64, False), (72, 128, True)])
+@pytest.mark.parametrize(
+    "dim, block_q, rows, expansions, biased",
+    [
+        (128, 128, 128, 16, False),
+        (128, 64, 8, 16, True),
+        (64, 64, 64, 3, False),
+        (72, 128, 16, 3, True),
+        (64, 128, 64, 0, True),
+        (128, 128, 8, 16, False),
+    ],
+)
 @pytest.mark.parametrize("grid", [(5, 13, 11), (9, 40, 37)])
-def test_corrections(grid, dim, block_q, biased, dtype):
+def test_corrections(grid, dim, block_q, rows, expansions, biased, dtype):
     g = Geometry(70, grid, 7, block_q)
     q, k, v = (torch.randn(2, n, g.length, dim, device="cuda") for n in (4, 2, 2))
     q += 2 * torch.randn(2, 4, 1, dim, device="cuda")
@@ -23,21 +33,30 @@ def test_corrections(grid, dim, block_q, biased, dtype):
     # As a fused projection leaves them: [B, L, H, D].
     q, k, v = (x.to(dtype).transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
     tables = torch.stack([torch.randperm(g.grid_tokens, device="cuda") for _ in range(2)]).int()
+    order_of_head = torch.tensor([1, 0], dtype=torch.int32, device="cuda")
+    # Queries that follow each other have something in common, and other things further on.
+    growing = torch.linspace(-2, 2, g.grid_tokens, device="cuda")[:, None] * torch.randn(dim, device="cuda")
+    for head in range(4):
+        q[:, head, tables[1 - head // 2].long() + g.prefix] += growing.to(dtype)
     mask = torch.rand(4, g.q_blocks, g.k_blocks, device="cuda") < 0.3
     mask[:, :, 0] = True
-    order_of_head = torch.tensor([1, 0], dtype=torch.int32, device="cuda")
-    pattern = SparsePattern.from_mask(g, tables, order_of_head, mask, torch.randn(4, device="cuda"))
-    bias = torch.randn(2, g.length, device="cuda") if biased else None
+    tail = 0.5 + torch.rand(4, device="cuda")
+    pattern = SparsePattern.from_mask(g, tables, order_of_head, mask, tail, 64, expansions)
+    bias = None
+    if biased:
+        bias = torch.randn(2, g.length, device="cuda")
+        bias[:, tables[0, 64:128].long() + g.prefix] = -torch.inf
     heads = torch.tensor([3, 0, 1], dtype=torch.int32, device="cuda")
-    found = query_corrections(q, k, v, pattern, heads, key_bias=bias, backend="triton")
-    expected = query_corrections(*(x.double() for x in (q, k, v)), pattern, heads, key_bias=bias, backend="reference")
-    worst = ((found - expected).abs().max() / expected.abs().max()).item()
+    rest = {"rows": rows, "key_bias": bias}
+    found = query_corrections(q, k, v, pattern, heads, backend="triton", **rest)
+    expected = query_corrections(*(x.double() for x in (q, k, v)), pattern, heads, backend="reference", **rest)
+    worst = ((found - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
     assert worst < (3e-3 if dtype == torch.float16 else 2e-2), worst
 
     shares, out = torch.rand(4, device="cuda"), torch.randn_like(q)
     flag = torch.zeros(4, dtype=torch.int32, device="cuda")
     given = [
-        add_corrections(out.clone(), found, shares, pattern, heads, nonfinite=flag, backend=backend)
+        add_corrections(out.clone(), found, shares, pattern, heads, rows=rows, nonfinite=flag, backend=backend)
         for backend in ("triton", "reference")
     ]
     # Both round once.

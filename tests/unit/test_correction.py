@@ -7,7 +7,7 @@ import torch
 from comfyui_paro.kernels.api import sparse_attention
 from comfyui_paro.kernels.problem import Geometry, Precision, SparsePattern
 from comfyui_paro.paro_runtime import correction as correction_module
-from comfyui_paro.paro_runtime.correction import QueryCorrection, best_shares, exact_rows
+from comfyui_paro.paro_runtime.correction import QueryCorrection, best_shares, exact_rows, rows_per_mean_query
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
@@ -18,6 +18,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 EXACT = Precision("16", "16")
 GEOMETRY = Geometry(3, (5, 8, 9), 2)
 LAYOUT = TokenLayout(3, (5, 8, 9), 2)
+# Of the grid's tokens, -1 to 1 along each axis.
+PLACES = torch.cartesian_prod(*(torch.linspace(-1, 1, size) for size in LAYOUT.grid))
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
 
@@ -25,19 +27,19 @@ SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 ALIKE = 2
 
 
-def problem(batch=1, heads=4, kv_heads=2, dim=32, block_q=64):
-    """Head ALIKE has the same query for all rows of a block; the queries of the other heads have nothing in common."""
+def problem(batch=1, heads=4, kv_heads=2, dim=32, block_q=64, rows=8):
+    """Head ALIKE has the same query for so many rows each; the queries of the other heads have nothing in common."""
     g = replace(GEOMETRY, block_q=block_q)
     q, k, v = (torch.randn(batch, n, g.length, dim) for n in (heads, kv_heads, kv_heads))
     v[..., 0] += torch.linspace(0, 3, g.length)
     tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(kv_heads)]).int()
-    rows = tables[ALIKE // (heads // kv_heads)].long() + g.prefix
-    for start in range(0, g.grid_tokens, block_q):
-        q[:, ALIKE, rows[start : start + block_q]] = q[:, ALIKE, rows[start : start + 1]]
+    its = tables[ALIKE // (heads // kv_heads)].long() + g.prefix
+    for start in range(0, g.grid_tokens, rows):
+        q[:, ALIKE, its[start : start + rows]] = q[:, ALIKE, its[start : start + 1]]
     mask = torch.rand(heads, g.q_blocks, g.k_blocks) < 0.4
     mask[:, :, 0] = True
     mask[:, :, -1] = False
-    return q, k, v, SparsePattern.from_mask(g, tables, torch.arange(kv_heads).int(), mask, torch.zeros(heads))
+    return q, k, v, SparsePattern.from_mask(g, tables, torch.arange(kv_heads).int(), mask, torch.zeros(heads), 64, 2)
 
 
 def dense_of(q, k, v, bias=None):
@@ -69,9 +71,17 @@ def test_shares_are_least_squares_between_nothing_and_all():
     assert best_shares(torch.zeros(3, 2)).tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("block_q", [64, 128])
-def test_only_heads_whose_rows_have_something_in_common_are_corrected(block_q):
-    q, k, v, pattern = problem(block_q=block_q)
+@pytest.mark.parametrize(
+    "tokens, rows", [(512, 8), (2048, 8), (2049, 16), (4096, 16), (8192, 16), (8193, 128), (75600, 128)]
+)
+def test_small_grids_have_a_mean_query_for_fewer_rows(tokens, rows):
+    assert rows_per_mean_query(Geometry(5, (1, 1, tokens), 0, block_q=128)) == rows
+
+
+@pytest.mark.parametrize("block_q, rows", [(64, 8), (128, 16), (64, 64), (128, 128)])
+def test_only_heads_whose_rows_have_something_in_common_are_corrected(block_q, rows, monkeypatch):
+    monkeypatch.setattr(correction_module, "FINE_ROWS", ((2048, rows),) if rows < 64 else ())
+    q, k, v, pattern = problem(block_q=block_q, rows=rows)
     dense, out = dense_of(q, k, v), sparse_attention(q, k, v, pattern, EXACT)
     before, correction = out.clone(), QueryCorrection()
     call = (q, k, v, out, pattern)
@@ -109,7 +119,8 @@ def test_calls_of_one_step_add_up():
 
 
 def run(dense_steps, **more):
-    """A run of one site whose heads look everywhere; returns the session, and the error of every sparse step."""
+    """A run of one site whose heads look at wide places that move with the row; the session, and the error of every
+    sparse step."""
     settings = Settings(
         preset="custom", density=0.3, precision="16bit", dense_steps=dense_steps, **more.pop("settings", {})
     )
@@ -119,7 +130,8 @@ def run(dense_steps, **more):
     errors = []
     for sigma in SIGMAS[:-1]:
         q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
-        q = 0.3 * q + torch.randn(1, 4, 1, 32, generator=generator)
+        q = 0.3 * q
+        q[:, :, 3:-2] += 0.5 * PLACES @ torch.randn(1, 4, 3, 32, generator=generator)
         dense = sdpa(q, k, v)
         evaluation = session.begin(layout=LAYOUT, sigma=sigma)
         out = evaluation.attend(Site("block", 0), q, k, v, dense=lambda d=dense: d.clone(), blocks=1)

@@ -34,7 +34,8 @@ def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float
     """Fresh values every time; the first channel of V grows along the sequence, so that pools differ, and queries grow
     along each head's order, so that its mean queries do.
 
-    biased: a key bias that hides some keys, and all of the second 64 of the first head. views: q, k and v as the host has them, views of `[B, L, H, D]`, here with other channels behind.
+    biased: a key bias that hides some keys, and all of the second 64 of the first head. views: q, k and v as the host
+    has them, views of `[B, L, H, D]`, here with other channels behind.
     """
     seed = torch.seed()
     q, k, v = (torch.randn(batch, n, g.length, dim) for n in (heads, kv_heads, kv_heads))
@@ -188,8 +189,13 @@ def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
         def __getitem__(self, grid):
             return lambda *arguments, **options: None
 
-    for module, names in ((triton_moments, ("_row_sums", "_row_moments")), (triton_rows, ("_pool_means",)),
-                          (triton_pools, ("_mean_queries", "_expand")), (triton_tail, ("_row_outputs", "_block_costs"))):  # fmt: skip
+    kernels = {
+        triton_moments: ("_row_sums", "_row_moments"),
+        triton_pools: ("_mean_queries", "_expand"),
+        triton_rows: ("_pool_means",),
+        triton_tail: ("_row_outputs", "_block_costs"),
+    }
+    for module, names in kernels.items():
         for name in names:
             monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(triton_moments, "processors", lambda device: 132)
