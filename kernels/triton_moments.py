@@ -187,25 +187,25 @@ def _row_moments(
     token = tl.load(tables + head.to(tl.int64) * stride_table + place) + prefix
     q = load_rows(Q, token, stride_ql, stride_qd, channels, real, D, PADDED_D).to(tl.float32)
     levels += (head.to(tl.int64) * q_blocks + place // BLOCK_Q) * k_blocks
-    stretch = place // BLOCK_Q * stretches // q_blocks
+    stretch = place.to(tl.int32) // BLOCK_Q * stretches // q_blocks
     pooled = tl.zeros([ROWS], tl.float32)
     tail = tl.zeros([ROWS, PADDED_D], tl.float32)
     # Rows that follow each other lie in few stretches, mostly in one.
-    begin = tl.min(tl.where(real, stretch, stretches)).to(tl.int32)
-    end = tl.max(tl.where(real, stretch, 0)).to(tl.int32) + 1
+    begin = tl.min(tl.where(real, stretch, stretches))
+    end = tl.max(tl.where(real, stretch, 0)) + 1
     for s in range(begin, end):
         base = (tl.program_id(2) * stretches + s).to(tl.int64) * pools
         for start in range(0, pools, POOLS):
             pool = start + tl.arange(0, POOLS)
-            at = (base + pool)[:, None] * PADDED_D + channels[None, :]
-            keys = tl.load(pooled_k + at, (pool < pools)[:, None], 0.0)
+            at = pool[:, None] * PADDED_D + channels[None, :]
+            keys = tl.load(pooled_k + base * PADDED_D + at, (pool < pools)[:, None], 0.0)
             bias = tl.load(pool_bias + base + pool, pool < pools, 0.0)
             score = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale_log2 + bias[None, :]
             level = tl.load(levels[:, None] + (pool // PER_BLOCK)[None, :], (pool < pools)[None, :], 0)
             wanted = (level.to(tl.int32) > mask) & (stretch == s)[:, None]
             weight = tl.where(wanted, tl.exp2(score - lse[:, None]), 0.0)
             pooled += tl.sum(weight, 1)
-            values = tl.load(pooled_v + at, (pool < pools)[:, None], 0.0)
+            values = tl.load(pooled_v + base * PADDED_D + at, (pool < pools)[:, None], 0.0)
             tail = tl.dot(weight, values, tail, input_precision="tf32x3")
 
     out_sum = tl.zeros([ROWS, PADDED_D], tl.float32)
