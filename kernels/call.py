@@ -254,7 +254,7 @@ def call_of(key: CallKey) -> Call:
         statistics_grid=(chunks, key.kv_heads, key.batch),
         finish_grid=(key.batch * key.kv_heads,),
         prepare_grid=(blocks, key.kv_heads, key.batch),
-        pools_grid=(pool_rows * key.pool // 64, key.kv_heads * key.group, key.batch),
+        pools_grid=(g.k_blocks, key.kv_heads * key.group, key.batch),
         attention_grid=(key.batch * key.kv_heads * key.group * q_blocks * (block_q // tile.rows),),
         statistics_options=statistics_options,
         finish_options=finish_options,

@@ -47,13 +47,12 @@ def store_pools(
     D: tl.constexpr, PADDED_D: tl.constexpr, POOL: tl.constexpr, QK: tl.constexpr, SMOOTH: tl.constexpr,
     ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr, BIASED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
-    """Pools of one block of 64 keys under every mean query of a query head. Grid: (rows / (64 / POOL), heads, B), where
-    rows are the pools rounded up to 64: programs behind the last block of the grid store pools that weigh nothing.
+    """Pools of one block of 64 keys under every mean query of a query head. Grid: (k_blocks, heads, B).
 
-    pooled_k `[B*heads, stretches, rows, PADDED_D]`, half as wide where PACKED, in the attention's Q K^T type;
-    pooled_scales and pool_bias float32 `[B*heads, stretches, rows]`, in log2 units; pooled_v 16 bits, like pooled_k
-    in shape, in units of v_scales. k_means and v_scales: what the pre-pass has left, means: `launch_mean_queries`,
-    None for plain means; scale_log2 is that of raw queries and keys.
+    pooled_k `[B*heads, stretches, pools rounded up to 64, PADDED_D]`, half as wide where PACKED, in the attention's
+    Q K^T type; pooled_v 16 bits, in units of v_scales; pooled_scales and pool_bias float32, one for each row, in log2
+    units. The last block also stores what is behind the pools and weighs nothing. k_means and v_scales: what the
+    pre-pass has left; means: `launch_mean_queries`, None for plain means; scale_log2: of raw queries and keys.
     """
     batch, head = tl.program_id(2), tl.program_id(1)
     kv_head = batch * (heads // group) + head // group
@@ -89,20 +88,31 @@ def store_pools(
         keys, values, weight = pools_around(m, k, v, bias, real & (columns // POOL == part), scale_log2, BIASED)
         if ROTATE:
             keys = _rotated(keys, matrix) * rotation_scale
-        # Zero where there is no pool: nothing that is not a number may meet the weight of zero.
-        keys = tl.where(pool < pools, keys - mean_key[None, :], 0.0)
-        quantized, scale = _quantized_rows(keys, QK, PACKED)
+        quantized, scale = _quantized_rows(keys - mean_key[None, :], QK, PACKED)
         stored = quantized.to(pooled_k.dtype.element_ty)
         worth = stored.to(tl.float32) * (scale * (16.0 if PACKED else 1.0))[:, None]
         at_mean = (tl.sum(seen_m * worth, 1) + missing) * scale_log2
         at = (entry.to(tl.int64) * stretches + stretch) * rows + pool
-        tl.store(pooled_scales + at, scale, there)
-        tl.store(pool_bias + at, tl.where(pool < pools, weight - at_mean, float("-inf")), there)
+        wanted = there & (pool < pools)
+        tl.store(pooled_scales + at, scale, wanted)
+        tl.store(pool_bias + at, weight - at_mean, wanted)
         if PACKED:
             stored = packed(stored)
         key_cells = at[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :]
-        tl.store(pooled_k + key_cells, stored, there[:, None])
+        tl.store(pooled_k + key_cells, stored, wanted[:, None])
         if VALUES_SCALED:
             values *= per_unit[None, :]
         cells = at[:, None] * PADDED_D + channels[None, :]
-        tl.store(pooled_v + cells, values.to(pooled_v.dtype.element_ty), there[:, None])
+        tl.store(pooled_v + cells, values.to(pooled_v.dtype.element_ty), wanted[:, None])
+    if tl.program_id(0) == tl.num_programs(0) - 1:
+        behind = rows - BLOCK + tl.arange(0, BLOCK)
+        gone = behind >= pools
+        # Zero: nothing that is not a number may meet the weight of zero.
+        no_keys = tl.zeros([BLOCK, K_ROW], tl.float32).to(pooled_k.dtype.element_ty)
+        no_values = tl.zeros([BLOCK, PADDED_D], tl.float32).to(pooled_v.dtype.element_ty)
+        for i in range(0, stretches):
+            at = (entry.to(tl.int64) * stretches + i) * rows + behind
+            tl.store(pooled_scales + at, tl.zeros([BLOCK], tl.float32), gone)
+            tl.store(pool_bias + at, tl.full([BLOCK], float("-inf"), tl.float32), gone)
+            tl.store(pooled_k + at[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :], no_keys, gone[:, None])
+            tl.store(pooled_v + at[:, None] * PADDED_D + channels[None, :], no_values, gone[:, None])

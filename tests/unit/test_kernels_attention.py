@@ -37,7 +37,8 @@ def run(case: Case, precision: str, tile: Tile = PAIRS):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_edge_case(case: Case):
     out, expected = run(case, "int8", PAIRS if len(case.name) % 2 else SINGLE)
-    assert relative_error(out, expected) < BOUNDS["int8"]
+    # Rounding is a share of the scores.
+    assert relative_error(out, expected) < BOUNDS["int8"] * case.sigma
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -45,6 +46,33 @@ def test_edge_case(case: Case):
 def test_precision(precision: str, dim: int):
     out, expected = run(Case("", grid=(2, 8, 13), suffix=5, tail=True, dim=dim, heads=1, kv_heads=1), precision)
     assert relative_error(out, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("case", [
+    Case("int8", batch=2, heads=2, kv_heads=1, suffix=3),
+    Case("int8", grid=(3, 11, 13), block_q=128, prefix=5, bias=True, expansions=3),
+    Case("16bit", pool=16, dim=32, heads=4, expansions=2),
+    Case("16bit", dtype=torch.float32, bias=True, expansions=3),
+    Case("int4", dim=72, heads=2, kv_heads=1, bias=True, expansions=3),
+    Case("int4", expansions=0),
+    Case("rotated", dtype=torch.float32),
+], ids=lambda case: f"{case.name} {case.expansions}")  # fmt: skip
+def test_the_tail_alone(case: Case):
+    """Every row with one kept block, queries that differ from stretch to stretch and from head to head.
+
+    Against the reference, which rounds as the kernels do: with the pools of another stretch or query head, or with
+    another bias, the error is above 0.05.
+    """
+    q, k, v, pattern, bias = make(replace(case, tail=True, orders="axes", mask=0.0))
+    # The queries' mean drifts along the first head's order, another way in each head.
+    drift = torch.randn(case.heads, 1, case.dim, generator=torch.Generator().manual_seed(1))
+    q = (q + 3 * torch.linspace(-1, 1, q.shape[2])[:, None] * drift).to(q.dtype)
+    qk = PRECISIONS.get(case.name, PRECISIONS["int8"]).qk
+    precision = Precision(qk, "16", case.name in ("int4", "rotated"))
+    out = launch_attention(q, k, v, pattern, precision, key_bias=bias)
+    expected = sparse_attention_reference(q, k, v, pattern, precision, key_bias=bias)
+    # A number at the edge of a step may round the other way, and a step of 4 bits is large.
+    assert relative_error(out, expected) < (1e-2 if qk == "int4" else 2e-3)
 
 
 @pytest.mark.parametrize("precision", ["16bit", "int8_pv8", "int4_pv4"])
