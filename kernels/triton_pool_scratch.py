@@ -111,8 +111,8 @@ def store_pools(
         no_keys = tl.zeros([BLOCK, K_ROW], tl.float32).to(pooled_k.dtype.element_ty)
         no_values = tl.zeros([BLOCK, PADDED_D], tl.float32).to(pooled_v.dtype.element_ty)
         for i in range(0, stretches):
-            at = (entry.to(tl.int64) * stretches + i) * rows + behind
-            tl.store(pooled_scales + at, tl.zeros([BLOCK], tl.float32), gone)
-            tl.store(pool_bias + at, tl.full([BLOCK], float("-inf"), tl.float32), gone)
-            tl.store(pooled_k + at[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :], no_keys, gone[:, None])
-            tl.store(pooled_v + at[:, None] * PADDED_D + channels[None, :], no_values, gone[:, None])
+            row = (entry.to(tl.int64) * stretches + i) * rows + behind
+            tl.store(pooled_scales + row, tl.zeros([BLOCK], tl.float32), gone)
+            tl.store(pool_bias + row, tl.full([BLOCK], float("-inf"), tl.float32), gone)
+            tl.store(pooled_k + row[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :], no_keys, gone[:, None])
+            tl.store(pooled_v + row[:, None] * PADDED_D + channels[None, :], no_values, gone[:, None])
