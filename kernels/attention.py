@@ -124,7 +124,7 @@ def prepare(
 
 
 def _prepare_pools(piece, pattern, s, scale, key_bias, rotation) -> None:
-    """The tail's pools, around the mean queries of each query head; after what leaves the mean keys and value scales."""
+    """The tail's pools, around each query head's mean queries; behind what leaves mean keys and value scales."""
     call, q, k, v, g = piece.call, piece.q, piece.k, piece.v, pattern.geometry
     group, means = q.shape[1] // k.shape[1], None
     if call.key.expansions:

@@ -68,7 +68,8 @@ class Call:
     """Sizes, memory and launch options of one call. See `attention` for what is launched with them.
 
     values_scaled, smooth, rotate: what the pre-pass does to V and K. few_chunks: no kernel finishes the statistics.
-    pools, stretches: of each query head, sets of pools. rotation_scale makes the rotation by +-1 orthonormal. gluon: which kernel `attention_options` are for.
+    stretches: sets of pools that a query head has. rotation_scale makes the rotation by +-1 orthonormal. gluon: which
+    kernel `attention_options` are for.
     """
 
     key: CallKey
@@ -133,7 +134,9 @@ def packs(precision: Precision, padded: int) -> bool:
     return precision.qk == "int4" and padded in (64, 128)
 
 
-def _scratch_layout(key: CallKey, padded: int, blocks: int, pool_rows: int, stretches: int, chunks: int) -> ScratchLayout:
+def _scratch_layout(
+    key: CallKey, padded: int, blocks: int, pool_rows: int, stretches: int, chunks: int
+) -> ScratchLayout:
     """Everything the kernels hand on to each other; absent parts have one element. Q is staged in the output."""
     g = key.geometry
     k_type, v_type, pooled_v_type = storage_types(key)

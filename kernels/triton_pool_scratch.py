@@ -26,8 +26,8 @@ def _rotated(x, matrix):
 
 @triton.jit
 def _quantized_rows(keys, QK: tl.constexpr, PACKED: tl.constexpr):
-    """What is to be stored of keys float32 `[SETS, D]`, and the scale of it: one for each row, for pools are smaller than
-    the keys they stand for."""
+    """What is to be stored of keys float32 `[SETS, D]`, and the scale of it: one for each row, for pools are smaller
+    than the keys they stand for."""
     UNIT: tl.constexpr = 16.0 if PACKED else 1.0
     largest = tl.maximum(tl.max(tl.abs(keys), 1), 1e-12)
     if QK == "16":

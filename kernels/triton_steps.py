@@ -232,8 +232,8 @@ def two_blocks(
 
 @triton.jit
 def pooled_tail(
-    accumulator, total, maximum, q, q_high, q_scale, q_base, kept_words, bias, pooled_k, pooled_scales,
-    pool_bias, pooled_v, pools, columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    accumulator, total, maximum, q, q_high, q_scale, q_base, kept_words, bias, pooled_k, pooled_scales, pool_bias,
+    pooled_v, pools, columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
     PACKED: tl.constexpr, SEPARATE: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over the pooled keys of dropped blocks: score + the pool's bias + the head's.

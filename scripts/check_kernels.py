@@ -4,9 +4,9 @@
 
 Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element, and compiles the
 pre-pass, the writer of lists and what makes the tail's pools too. Exits 1 where a loop (or one of those) spills, the
-expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128 needs more issue slots than
-stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a Triton that cannot compile it,
-that is said.
+expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128 needs
+more issue slots than stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a Triton
+that cannot compile it, that is said.
 """
 
 from __future__ import annotations
