@@ -91,9 +91,9 @@ def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
     kernel = prepass = 0.0
     pieces = pieces_of(q, k, v, out, p, precision)
     for piece in pieces:
-        prepared = prepare(piece, p)
+        prepared = prepare(piece, p, scale)
         kernel += median_ms(lambda piece=piece, prepared=prepared: forward(piece, prepared, p, scale), q.device)
-        prepass += median_ms(lambda piece=piece: prepare(piece, p), q.device)
+        prepass += median_ms(lambda piece=piece: prepare(piece, p, scale), q.device)
     call = pieces[0].call
     tile = call.tile
     steps = f"{'pairs' if tile.pairs else 'single'}, w{tile.warps} st{tile.stages}"

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from comfyui_paro.kernels.problem import Geometry, SparsePattern
-from comfyui_paro.kernels.reference import pool_counts, pool_rows
+from comfyui_paro.kernels.pools import expanded_pools, mean_queries, stretch_of_rows, stretches_of
+from comfyui_paro.kernels.problem import MOST_EXPANSIONS, Geometry, SparsePattern
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,15 @@ def block_mask(kind: str, density: float, heads: int, geometry: Geometry, device
 def pattern(
     shape: Shape, heads: int, density: float, kind: str, tail: bool, device, block_q: int = 64
 ) -> SparsePattern:
-    """A pattern of this density; density 1 keeps everything without a list."""
+    """A pattern of this density, its pools expanded as runs have them; density 1 keeps everything without a list."""
     geometry = Geometry(shape.prefix, shape.grid, shape.suffix, block_q)
     bias = torch.full((heads,), 0.4, device=device) if tail else None
     orders = torch.arange(heads, device=device, dtype=torch.int32) % len(AXES)
     tables = order_tables(shape.grid, device)
     if density >= 1:
         return SparsePattern(geometry, tables, orders, None, bias)
-    return SparsePattern.from_mask(geometry, tables, orders, block_mask(kind, density, heads, geometry, device), bias)
+    mask = block_mask(kind, density, heads, geometry, device)
+    return SparsePattern.from_mask(geometry, tables, orders, mask, bias, expansions=MOST_EXPANSIONS)
 
 
 def exact_rows(q, k, v, p: SparsePattern, head: int, rows: torch.Tensor) -> torch.Tensor:
@@ -102,16 +103,17 @@ def exact_rows(q, k, v, p: SparsePattern, head: int, rows: torch.Tensor) -> torc
     position = torch.empty_like(table)
     position[table] = torch.arange(table.numel(), device=table.device)
     in_grid = (rows >= g.prefix) & (rows < g.prefix + g.grid_tokens)
-    q_block = position[(rows - g.prefix).clamp(0, g.grid_tokens - 1)] // g.block_q
-    kept = p.mask[head][q_block] | ~in_grid[:, None]
+    place = position[(rows - g.prefix).clamp(0, g.grid_tokens - 1)]
+    kept = p.mask[head][place // g.block_q] | ~in_grid[:, None]
     keep_key = torch.ones_like(scores, dtype=torch.bool)
     keep_key[:, g.prefix : g.prefix + g.grid_tokens] = kept[:, position // g.block_k]
     scores = scores.masked_fill(~keep_key, -torch.inf)
-    if p.tail_bias is not None:
-        source = table + g.prefix
-        pooled = q[0, head, rows].float() @ pool_rows(kf[source], p.pool).T * scale
-        pooled = pooled + pool_counts(g.grid_tokens, p.pool, q.device).float().log() + p.tail_bias[head]
-        dropped = ~kept.repeat_interleave(g.block_k // p.pool, 1)[:, : pooled.shape[1]]
-        scores = torch.cat([scores, pooled.masked_fill(~dropped, -torch.inf)], 1)
-        vf = torch.cat([vf, pool_rows(vf[source], p.pool)])
-    return scores.softmax(1) @ vf
+    if p.tail_bias is None:
+        return scores.softmax(1) @ vf
+    queries, keys, values = (x[table + g.prefix][None, None] for x in (q[0, head].float(), kf, vf))
+    pools = expanded_pools(mean_queries(queries, g, p.expansions), keys, values, p.pool, scale=scale)
+    stretch = stretch_of_rows(g, stretches_of(g, p.expansions), place)
+    tail = pools.logits(q[None, None, 0, head, rows].float(), stretch, scale)[0, 0] + p.tail_bias[head]
+    tail = tail.masked_fill(kept.repeat_interleave(g.block_k // p.pool, 1)[:, : tail.shape[1]], -torch.inf)
+    weights = torch.cat([scores, tail], 1).softmax(1)
+    return weights[:, : g.length] @ vf + pools.weighted(weights[None, None, :, g.length :], stretch)[0, 0]

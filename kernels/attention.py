@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,11 +15,12 @@ from .problem import Precision, SparsePattern, empty_output
 from .scratch import ScratchOutOfMemory, allocate, release_scratch
 from .triton_attention import attention_forward
 from .triton_lists import write_lists
+from .triton_pool_scratch import store_pools
+from .triton_pools import launch_mean_queries
 from .triton_prepass import channel_statistics, finish_statistics, prepare_keys_values
+from .triton_rows import LOG2E
 
 log = logging.getLogger("paro")
-
-LOG2E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def pieces_of(
     key = CallKey(
         batch, kv_heads, q.shape[1] // kv_heads, dim, q.dtype, capability_of(q.device), pattern.geometry, precision,
         pattern.pool, bias is not None, biased, lists is not None, lists is not None and lists.blocks is None, tile,
-        gluon,
+        gluon, pattern.expansions if bias is not None else 0,
     )  # fmt: skip
     parts = parts_of(key, most or kv_heads)
     if len(parts) == 1:
@@ -92,10 +92,10 @@ def pieces_of(
 
 
 def prepare(
-    piece: Piece, pattern: SparsePattern, key_bias: torch.Tensor | None = None
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    piece: Piece, pattern: SparsePattern, scale: float, key_bias: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """Reorder, smooth, rotate, quantise and pool K and V `[B, Hkv, L, D]` into scratch memory, and write the lists of
-    kept blocks where none are kept; returns its tensors."""
+    kept blocks where none are kept; returns its tensors. scale: of the scores, around which pools are expanded."""
     call, k, v, g = piece.call, piece.k, piece.v, pattern.geometry
     s = allocate(call.scratch, k.device)
     heads = k.shape[1]
@@ -113,12 +113,30 @@ def prepare(
             )  # fmt: skip
     prepare_keys_values[call.prepare_grid](
         k, v, key_bias, s["k"], s["v"], s["key_bias"], s["k_scales"], s["sums"], s["largest"], s["k_means"],
-        s["v_scales"], s["pooled_k"], s["pooled_v"], s["pooled_scales"], pattern.tables, piece.order_of_head, rotation,
+        s["v_scales"], pattern.tables, piece.order_of_head, rotation,
         *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0),
-        heads, g.grid_tokens, g.prefix, g.length, call.blocks, g.k_blocks, call.pools, call.chunks, call.sampled_rows,
+        heads, g.grid_tokens, g.prefix, g.length, call.blocks, g.k_blocks, call.chunks, call.sampled_rows,
         call.rotation_scale, **call.prepare_options,
     )  # fmt: skip
+    if call.key.tail:
+        _prepare_pools(piece, pattern, s, scale, key_bias, rotation)
     return s
+
+
+def _prepare_pools(piece, pattern, s, scale, key_bias, rotation) -> None:
+    """The tail's pools, around each query head's mean queries; behind what leaves mean keys and value scales."""
+    call, q, k, v, g = piece.call, piece.q, piece.k, piece.v, pattern.geometry
+    group, means = q.shape[1] // k.shape[1], None
+    if call.key.expansions:
+        means = s["mean_queries"]
+        launch_mean_queries(q, g, pattern.tables, piece.order_of_head, means, table_group=group)
+    store_pools[call.pools_grid](
+        k, v, key_bias, pattern.tables, piece.order_of_head, rotation, means, s["k_means"], s["v_scales"],
+        s["pooled_k"], s["pooled_v"], s["pooled_scales"], s["pool_bias"],
+        *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0),
+        q.shape[1], group, g.grid_tokens, g.prefix, call.pools, call.stretches, scale * LOG2E, call.rotation_scale,
+        **call.pools_options,
+    )  # fmt: skip
 
 
 def forward(
@@ -139,10 +157,10 @@ def forward(
     rotation = rotation_matrix(q.shape[3], q.device, q.dtype) if call.rotate else None
     attention_forward[call.attention_grid](
         q, out, nonfinite, s["q_scales"], s["q_excess"], s["k"], s["v"], s["k_scales"], s["v_scales"], s["key_bias"],
-        s["pooled_k"], s["pooled_v"], s["pooled_scales"], piece.tail_bias, pattern.tables, piece.order_of_head,
-        rotation, piece.kept_words, *piece.listed(s), *q.stride(), *out.stride()[:3],
+        s["pooled_k"], s["pooled_v"], s["pooled_scales"], s["pool_bias"], piece.tail_bias, pattern.tables,
+        piece.order_of_head, rotation, piece.kept_words, *piece.listed(s), *q.stride(), *out.stride()[:3],
         heads, heads // piece.k.shape[1], g.grid_tokens, g.prefix, g.length, call.q_blocks, call.q_blocks_grid,
-        call.blocks, g.k_blocks, call.pools, scale_log2, **call.attention_options,
+        call.blocks, g.k_blocks, call.pools, call.stretches, scale_log2, **call.attention_options,
     )  # fmt: skip
 
 
@@ -173,7 +191,7 @@ def launch_attention(
             for piece in pieces_of(
                 q, k, v, written, pattern, precision, biased=key_bias is not None, tile=tile, most=most
             ):
-                forward(piece, prepare(piece, pattern, key_bias), pattern, scale, nonfinite)
+                forward(piece, prepare(piece, pattern, scale, key_bias), pattern, scale, nonfinite)
             return written if direct or out is None else out.copy_(written)
         except torch.OutOfMemoryError as error:
             release_scratch()

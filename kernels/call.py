@@ -16,6 +16,7 @@ import torch
 from . import gluon_launch, scratch
 from .block_list import context_blocks, list_shape
 from .configs import Tile, in_channel_halves, needs_separate_tail, tail_stages, tile_for
+from .pools import stretches_of
 from .problem import Geometry, Precision
 from .quantization import hadamard_matrix
 from .scratch import ScratchLayout
@@ -38,9 +39,10 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 class CallKey:
     """All that decides how a call is done. kv_heads may be fewer than the tensors have: see `parts_of`.
 
-    capability: of the GPU, None on AMD; see `capability_of`. tail: there is a bias for the pooled tail. biased: with a
-    bias per key. listed: with a mask. lists: its lists are made for this call. tile: another one of the Triton kernel
-    than the table's. gluon: the Gluon kernel may do it.
+    capability: of the GPU, None on AMD; see `capability_of`. pool, tail, expansions: of the pooled tail: tokens per
+    pool, whether there is a bias for it, mean queries at most (`pools`). biased: with a bias per key. listed: with a
+    mask. lists: its lists are made for this call. tile: another one of the Triton kernel than the table's. gluon: the
+    Gluon kernel may do it.
     """
 
     batch: int
@@ -58,6 +60,7 @@ class CallKey:
     lists: bool = False
     tile: Tile | None = None
     gluon: bool = False
+    expansions: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +68,8 @@ class Call:
     """Sizes, memory and launch options of one call. See `attention` for what is launched with them.
 
     values_scaled, smooth, rotate: what the pre-pass does to V and K. few_chunks: no kernel finishes the statistics.
-    rotation_scale makes the rotation by +-1 orthonormal. gluon: which kernel `attention_options` are for.
+    stretches: sets of pools that a query head has. rotation_scale makes the rotation by +-1 orthonormal. gluon: which
+    kernel `attention_options` are for.
     """
 
     key: CallKey
@@ -78,6 +82,7 @@ class Call:
     few_chunks: bool
     blocks: int
     pools: int
+    stretches: int
     chunks: int
     sampled_rows: int
     q_blocks: int
@@ -86,10 +91,12 @@ class Call:
     statistics_grid: tuple[int, int, int]
     finish_grid: tuple[int]
     prepare_grid: tuple[int, int, int]
+    pools_grid: tuple[int, int, int]
     attention_grid: tuple[int]
     statistics_options: dict
     finish_options: dict
     prepare_options: dict
+    pools_options: dict
     attention_options: dict
 
 
@@ -127,7 +134,9 @@ def packs(precision: Precision, padded: int) -> bool:
     return precision.qk == "int4" and padded in (64, 128)
 
 
-def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: int) -> ScratchLayout:
+def _scratch_layout(
+    key: CallKey, padded: int, blocks: int, pool_rows: int, stretches: int, chunks: int
+) -> ScratchLayout:
     """Everything the kernels hand on to each other; absent parts have one element. Q is staged in the output."""
     g = key.geometry
     k_type, v_type, pooled_v_type = storage_types(key)
@@ -135,7 +144,8 @@ def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: 
     q_rows = heads * key.group * sum(
         -(-tokens // LARGEST_TILE) * LARGEST_TILE for tokens in (g.grid_tokens, g.context_tokens)
     )  # fmt: skip
-    pool_rows = -(-pools // 64) * 64
+    sets = (heads * key.group, stretches)
+    pools = (*sets, pool_rows)
     key_row = padded // 2 if packs(key.precision, padded) else padded
     shapes = {
         "blocks": (list_shape(g, key.kv_heads * key.group) if key.lists else (1,), torch.int16),
@@ -147,9 +157,11 @@ def _scratch_layout(key: CallKey, padded: int, blocks: int, pools: int, chunks: 
         "k_means": ((heads, padded), torch.float32),
         "v_scales": ((heads, padded), torch.float32),
         "key_bias": ((heads, blocks * 64) if key.biased else (1,), torch.float32),
-        "pooled_k": ((heads, pool_rows, key_row) if key.tail else (1,), k_type),
-        "pooled_v": ((heads, pool_rows, padded) if key.tail else (1,), pooled_v_type),
-        "pooled_scales": ((heads, pool_rows) if key.tail else (1,), torch.float32),
+        "mean_queries": ((*sets, padded) if key.tail and key.expansions else (1,), key.dtype),
+        "pooled_k": ((*pools, key_row) if key.tail else (1,), k_type),
+        "pooled_v": ((*pools, padded) if key.tail else (1,), pooled_v_type),
+        "pooled_scales": (pools if key.tail else (1,), torch.float32),
+        "pool_bias": (pools if key.tail else (1,), torch.float32),
         "q_scales": ((q_rows,), torch.float32),
         "q_excess": ((q_rows,) if packs(key.precision, padded) else (1,), torch.int32),
     }
@@ -182,7 +194,9 @@ def call_of(key: CallKey) -> Call:
         tile = key.tile or tile_for(capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
     block_q = g.block_q if key.listed else tile.rows
     blocks = g.k_blocks + context_blocks(g.context_tokens, g.block_k)
-    pools = -(-g.grid_tokens // key.pool)
+    pools, stretches = -(-g.grid_tokens // key.pool), stretches_of(g, key.expansions)
+    # Pools are read 64 at a time.
+    pool_rows = -(-pools // 64) * 64
     chunks = -(-g.length // STATISTICS_CHUNK)
     q_blocks_grid = -(-g.grid_tokens // block_q)
     q_blocks = q_blocks_grid + context_blocks(g.context_tokens, block_q)
@@ -205,7 +219,11 @@ def call_of(key: CallKey) -> Call:
     packed = packs(precision, padded)
     prepare_options = {
         **finish_options, "D": key.dim, "QK": precision.qk, "FINISH": few_chunks, "BIASED": key.biased,
-        "TAIL": key.tail, "POOL": key.pool, "PACKED": packed,
+        "PACKED": packed,
+    }  # fmt: skip
+    pools_options = {
+        "D": key.dim, "PADDED_D": padded, "POOL": key.pool, "QK": precision.qk, "SMOOTH": smooth, "ROTATE": rotate,
+        "VALUES_SCALED": values_scaled, "BIASED": key.biased, "PACKED": packed, **LAUNCH,
     }  # fmt: skip
     attention_options = {
         "D": key.dim, "PADDED_D": padded, "ROWS": tile.rows, "BLOCK_Q": block_q, "PAIRS": tile.pairs,
@@ -223,13 +241,14 @@ def call_of(key: CallKey) -> Call:
         key=key,
         gluon=gluon,
         tile=tile,
-        scratch=_scratch_layout(key, padded, blocks, pools, chunks),
+        scratch=_scratch_layout(key, padded, blocks, pool_rows, stretches, chunks),
         smooth=smooth,
         values_scaled=values_scaled,
         rotate=rotate,
         few_chunks=few_chunks,
         blocks=blocks,
         pools=pools,
+        stretches=stretches,
         chunks=chunks,
         sampled_rows=_sampled_rows(g.length, every),
         q_blocks=q_blocks,
@@ -238,10 +257,12 @@ def call_of(key: CallKey) -> Call:
         statistics_grid=(chunks, key.kv_heads, key.batch),
         finish_grid=(key.batch * key.kv_heads,),
         prepare_grid=(blocks, key.kv_heads, key.batch),
+        pools_grid=(g.k_blocks, key.kv_heads * key.group, key.batch),
         attention_grid=(key.batch * key.kv_heads * key.group * q_blocks * (block_q // tile.rows),),
         statistics_options=statistics_options,
         finish_options=finish_options,
         prepare_options=prepare_options,
+        pools_options=pools_options,
         attention_options=attention_options,
     )
 

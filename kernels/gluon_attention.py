@@ -256,13 +256,19 @@ def _steps(
 
 
 @gluon.jit
-def _of_pools(step, pool_scales, kept_words, bias, last_bias, pools):
+def _pool_set(batch, head, q_block, heads, stretches, q_blocks_grid):
+    """Number of the pools that a query block looks at: of its head, around the mean query of its stretch."""
+    return (batch * heads + head) * stretches + q_block * stretches // q_blocks_grid
+
+
+@gluon.jit
+def _of_pools(step, pool_scales, pool_bias, kept_words, bias, pools):
     """Key scale and bias of 128 pools, one a thread; minus infinity for pools of kept blocks and behind the last."""
     pool = step * PAIR + gl.arange(0, PAIR, POOL)
     there = pool < pools
     scale = gl.load(pool_scales + pool, mask=there, other=0.0)
     word = gl.load(kept_words + pool // BLOCK, mask=there, other=-1)
-    bias = gl.where(pool < pools - 1, bias, last_bias)
+    bias += gl.load(pool_bias + pool, mask=there, other=0.0)
     return scale, gl.where((word >> (pool % BLOCK).to(gl.int64)) & 1 == 0, bias, float("-inf"))
 
 
@@ -287,7 +293,7 @@ def _read_pools(scores, maximum, q_scale, scale, bias):
 
 @gluon.jit
 def _tail(
-    accumulator, total, maximum, k_place, v_place, tail, of_tile, start, grid_tokens, q, q_scale, buffers, bars,
+    accumulator, total, maximum, k_place, v_place, tail, of_tile, start, q, q_scale, buffers, bars,
     VALUE: gl.constexpr, VALUES_LAYOUT: gl.constexpr, D: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
     P_LOG2: gl.constexpr,
 ):  # fmt: skip
@@ -298,19 +304,19 @@ def _tail(
     so runs into the accumulator. SPLIT: 128 pooled values fill two places of the ring.
     What follows from the kernel's arguments is worked out here: registers are short in the loops before.
     """
-    pool_scales, kept_words, tail_bias, pools, q_blocks_grid, k_blocks_grid = tail
-    _, head, kv_head = of_tile
+    pool_scales, pool_bias, kept_words, tail_bias, pools, heads, stretches, q_blocks_grid, k_blocks_grid = tail
+    batch, head, _ = of_tile
     blocks_of_pools = (pools + BLOCK - 1) // BLOCK
     pool_steps = (blocks_of_pools + 1) // 2
-    pool_scales += kv_head * blocks_of_pools * BLOCK
+    first = _pool_set(batch, head, start // PAIR, heads, stretches, q_blocks_grid) * blocks_of_pools * BLOCK
+    pool_scales += first
+    pool_bias += first
     kept_words += (head * q_blocks_grid + start // PAIR) * ((k_blocks_grid + 63) // 64 + 1)
     bias = gl.load(tail_bias + head) * LOG2E
-    last_bias = bias + gl.log2((grid_tokens - (pools - 1) * BLOCK).to(gl.float32))
-    bias += 6.0
     ROW: gl.constexpr = maximum.type.layout
     ACC: gl.constexpr = accumulator.type.layout
     accumulator = gl.convert_layout(accumulator, _mma(D, 16), assert_trivial=True)
-    scale, column_bias = _of_pools(0, pool_scales, kept_words, bias, last_bias, pools)
+    scale, column_bias = _of_pools(0, pool_scales, pool_bias, kept_words, bias, pools)
     mbarrier.wait(bar(bars, K_FULL, k_place[0]), k_place[1])
     scores = warpgroup_mma_wait(0, deps=[_scores(q, buffers, k_place[0])])
     mbarrier.arrive(bar(bars, K_EMPTY, k_place[0]), count=1)
@@ -319,7 +325,7 @@ def _tail(
     rescale = gl.exp2(maximum - highest)
     maximum = highest
     for i in range(0, pool_steps):
-        scale, column_bias = _of_pools(i + 1, pool_scales, kept_words, bias, last_bias, pools)
+        scale, column_bias = _of_pools(i + 1, pool_scales, pool_bias, kept_words, bias, pools)
         offset = gl.convert_layout(maximum - P_LOG2, gl.SliceLayout(1, SCORES))
         p = gl.exp2(score - gl.expand_dims(offset, 1))
         total = total * rescale + gl.convert_layout(gl.sum(p, 1), ROW)
@@ -419,8 +425,8 @@ def _consume(
     # Context rows have no tail.
     if TAIL and start < grid_padded:
         accumulator, total = _tail(
-            accumulator, total, maximum, k_place, v_place, tail, of_tile, start, grid_tokens, q, q_scale, buffers,
-            bars, POOL_TYPE, POOL_LAYOUT, D, STAGES, V_TYPE.primitive_bitwidth == 8, P_LOG2,
+            accumulator, total, maximum, k_place, v_place, tail, of_tile, start, q, q_scale, buffers, bars,
+            POOL_TYPE, POOL_LAYOUT, D, STAGES, V_TYPE.primitive_bitwidth == 8, P_LOG2,
         )  # fmt: skip
 
     if LISTED:
@@ -450,20 +456,22 @@ def _consume(
         "k_blocks",
         "k_blocks_grid",
         "pools",
+        "stretches",
     ]
 )
 def gluon_forward(
-    Q, OUT, nonfinite, K, V, k_scales, v_scales, pooled_k, pooled_v, pool_scales, tail_bias,
+    Q, OUT, nonfinite, K, V, k_scales, v_scales, pooled_k, pooled_v, pool_scales, pool_bias, tail_bias,
     tables, order_of_head, kept_words, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_ob, stride_oh, stride_ol,
-    heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
+    heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, stretches,
+    scale_log2,
     D: gl.constexpr, P_LOG2: gl.constexpr, LISTED: gl.constexpr, TAIL: gl.constexpr, STAGES: gl.constexpr,
     SCHEDULE: gl.constexpr,
 ):  # fmt: skip
     """One tile of 128 query rows of one (batch, head); grid (batch * heads * q_blocks,), four warps and eight more.
 
     K, V: tensor descriptors of the scratch as `[B*Hkv*k_blocks*64, D]` and `[B*Hkv*k_blocks*D, 64]`, a block each.
-    pooled_k, pooled_v: likewise, `[B*Hkv*pools rounded up to 64, D]`. The rest as in `triton_attention`.
+    pooled_k, pooled_v: likewise, `[B*Hq*stretches*pools rounded up to 64, D]`. The rest as in `triton_attention`.
     """
     program = gl.program_id(0)
     items = heads * q_blocks
@@ -495,12 +503,12 @@ def gluon_forward(
     steps = main_steps + (count - 2 * main_steps + 1) // 2
     pool_steps = 0
     pool_base = 0
-    tail = (k_scales, k_scales, k_scales, 0, 0, 0)
+    tail = (k_scales, k_scales, k_scales, k_scales, 0, 0, 0, 0, 0)
     if TAIL:
         of_head = (pools + BLOCK - 1) // BLOCK
         pool_steps = gl.where(q_block < q_blocks_grid, (of_head + 1) // 2, 0)
-        pool_base = kv_head * of_head
-        tail = (pool_scales, kept_words, tail_bias, pools, q_blocks_grid, k_blocks_grid)
+        pool_base = _pool_set(batch, head, q_block, heads, stretches, q_blocks_grid) * of_head
+        tail = (pool_scales, pool_bias, kept_words, tail_bias, pools, heads, stretches, q_blocks_grid, k_blocks_grid)
 
     queries = gl.allocate_shared_memory(gl.int8, [CONSUMERS, ROWS, D], K.layout)
     keys = gl.allocate_shared_memory(gl.int8, [STAGES, PAIR, D], K.layout)

@@ -160,11 +160,11 @@ def _launch(piece, s, pattern, scale_log2, nonfinite) -> None:
     keys, values, pooled_k, pooled_v = _sources_of(s, q.shape[3], tail)
     gluon_forward[call.attention_grid](
         q, out, nonfinite, keys, values, s["k_scales"], s["v_scales"] if call.values_scaled else None,
-        pooled_k, pooled_v, s["pooled_scales"] if tail else None, piece.tail_bias,
+        pooled_k, pooled_v, s["pooled_scales"] if tail else None, s["pool_bias"] if tail else None, piece.tail_bias,
         pattern.tables, piece.order_of_head, piece.kept_words if tail else None, *piece.listed(s),
         *q.stride()[:3], *out.stride()[:3],
         heads, heads // piece.k.shape[1], g.grid_tokens, g.prefix, g.length, call.q_blocks, call.q_blocks_grid,
-        call.blocks, g.k_blocks, call.pools, scale_log2, **call.attention_options,
+        call.blocks, g.k_blocks, call.pools, call.stretches, scale_log2, **call.attention_options,
     )  # fmt: skip
 
 

@@ -24,14 +24,16 @@ from .triton_steps import BLOCK, one_block, pooled_tail, two_blocks
         "k_blocks",
         "k_blocks_grid",
         "pools",
+        "stretches",
     ]
 )
 def attention_forward(
     Q, OUT, nonfinite, q_scales, q_excess, K, V, k_scales, v_scales, key_bias,
-    pooled_k, pooled_v, pooled_scales, tail_bias,
+    pooled_k, pooled_v, pooled_scales, pool_bias, tail_bias,
     tables, order_of_head, rotation, kept_words, head_order, row_order, list_start, list_full, list_all, block_list,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_ob, stride_oh, stride_ol,
-    heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, scale_log2,
+    heads, group, grid_tokens, prefix, length, q_blocks, q_blocks_grid, k_blocks, k_blocks_grid, pools, stretches,
+    scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, PAIRS: tl.constexpr,
     QK: tl.constexpr, PV: tl.constexpr, P_LOG2: tl.constexpr, LISTED: tl.constexpr, TAIL: tl.constexpr,
     POOL: tl.constexpr, BIASED: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr,
@@ -180,14 +182,16 @@ def attention_forward(
 
     if TAIL:
         if q_block < q_blocks_grid:
-            pool_block = kv_head.to(tl.int64) * ((pools + BLOCK - 1) // BLOCK)
+            # Of this query head, around the mean query of the stretch that its query block lies in.
+            pool_set = (batch * heads + head) * stretches + q_block * stretches // q_blocks_grid
+            pool_block = pool_set.to(tl.int64) * ((pools + BLOCK - 1) // BLOCK)
             accumulator, total = pooled_tail(
                 accumulator, total, maximum, q, q_high, q_scale, q_base,
                 kept_words + (head * q_blocks_grid + q_block) * ((k_blocks_grid + 63) // 64 + 1),
                 tl.load(tail_bias + head) * 1.4426950408889634,
                 pooled_k + pool_block * (BLOCK * PADDED_D // 2 if PACKED else BLOCK * PADDED_D),
-                pooled_scales + pool_block * BLOCK,
-                pooled_v + pool_block * (BLOCK * PADDED_D), grid_tokens, pools, columns,
+                pooled_scales + pool_block * BLOCK, pool_bias + pool_block * BLOCK,
+                pooled_v + pool_block * (BLOCK * PADDED_D), pools, columns,
                 PADDED_D, QK, P_LOG2, POOL, PACKED, SEPARATE_TAIL, HALVES, TAIL_STAGES,
             )  # fmt: skip
 

@@ -99,6 +99,25 @@ def pools_around(means, k, v, bias, inside, scale_log2, BIASED: tl.constexpr):
     return keys, values, highest + tl.log2(total)
 
 
+@triton.jit
+def block_of_keys(
+    K, V, key_bias, table, batch, stride_kl, stride_kd, stride_vl, stride_vd, stride_bias, tokens, prefix,
+    D: tl.constexpr, PADDED_D: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
+):  # fmt: skip
+    """Keys and values `[KEYS, PADDED_D]` of this program's block of a head's grid, their biases in log2 units (zero
+    without) and which of them there are, `[KEYS]`. K and V begin at the head, the table at its order."""
+    channels = tl.arange(0, PADDED_D)
+    place = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
+    real = place < tokens
+    token = tl.load(table + place, real, 0) + prefix
+    k = load_rows(K, token, stride_kl, stride_kd, channels, real, D, PADDED_D)
+    v = load_rows(V, token, stride_vl, stride_vd, channels, real, D, PADDED_D)
+    bias = tl.zeros([KEYS], tl.float32)
+    if BIASED:
+        bias = bias_of(key_bias, batch, stride_bias, token, real)
+    return k, v, bias, real
+
+
 @triton.jit(do_not_specialize=[
     "first", "heads", "group", "table_group", "tokens", "prefix", "pools", "stretches",
 ])  # fmt: skip
@@ -119,16 +138,12 @@ def _expand(
     if order_of_head is not None:
         order = tl.load(order_of_head + order)
     channels, columns = tl.arange(0, PADDED_D), tl.arange(0, KEYS)
-    place = tl.program_id(0) * KEYS + columns
-    real = place < tokens
-    token = tl.load(tables + order.to(tl.int64) * stride_table + place, real, 0) + prefix
     K += batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
     V += batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
-    k = load_rows(K, token, stride_kl, stride_kd, channels, real, D, PADDED_D)
-    v = load_rows(V, token, stride_vl, stride_vd, channels, real, D, PADDED_D)
-    bias = tl.zeros([KEYS], tl.float32)
-    if BIASED:
-        bias = bias_of(key_bias, batch, stride_bias, token, real)
+    k, v, bias, real = block_of_keys(
+        K, V, key_bias, tables + order.to(tl.int64) * stride_table, batch,
+        stride_kl, stride_kd, stride_vl, stride_vd, stride_bias, tokens, prefix, D, PADDED_D, KEYS, BIASED,
+    )  # fmt: skip
     m = load_means(means, tl.program_id(1), stretches, channels, PADDED_D).to(k.dtype)
     stretch = tl.arange(0, SETS)
     for part in tl.static_range(KEYS // POOL):

@@ -1,4 +1,4 @@
-"""The pre-pass: channel statistics of K and V, then reorder, smooth, rotate, quantise and pool them in one read each.
+"""The pre-pass: channel statistics of K and V, then reorder, smooth, rotate and quantise them in one read each.
 
 K becomes `[B, Hkv, blocks, 64, D]`, one scale per block; V becomes the same in 16 bits, or `[B, Hkv, blocks, D, 64]`
 with shuffled rows in 8 bits (see `triton_steps._product`), one scale per channel. Padding is zero. PACKED: 4-bit
@@ -99,12 +99,6 @@ def finish_statistics(
         tl.store(v_scales + head * PADDED_D + channels, scale)
 
 
-@triton.jit
-def _pool_means(x, counts, POOL: tl.constexpr, PADDED_D: tl.constexpr):
-    """Means over each POOL consecutive rows of x `[64, D]` (padding rows are zero), `[64 / POOL, D]`."""
-    return tl.sum(tl.reshape(x, [BLOCK // POOL, POOL, PADDED_D]), 1) / counts[:, None]
-
-
 @triton.jit(
     do_not_specialize=[
         "kv_heads",
@@ -113,25 +107,23 @@ def _pool_means(x, counts, POOL: tl.constexpr, PADDED_D: tl.constexpr):
         "length",
         "k_blocks",
         "k_blocks_grid",
-        "pools",
         "chunks",
         "sampled_rows",
     ]
 )
 def prepare_keys_values(
-    K, V, key_bias, k_out, v_out, bias_out, k_scales, sums, largest, k_means, v_scales, pooled_k, pooled_v,
-    pooled_scales, tables, order_of_head, rotation,
+    K, V, key_bias, k_out, v_out, bias_out, k_scales, sums, largest, k_means, v_scales,
+    tables, order_of_head, rotation,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias,
-    kv_heads, grid_tokens, prefix, length, k_blocks, k_blocks_grid, pools, chunks, sampled_rows, rotation_scale,
+    kv_heads, grid_tokens, prefix, length, k_blocks, k_blocks_grid, chunks, sampled_rows, rotation_scale,
     D: tl.constexpr, PADDED_D: tl.constexpr, QK: tl.constexpr, PV: tl.constexpr, V_LEVELS: tl.constexpr,
     SMOOTH: tl.constexpr, ROTATE: tl.constexpr, VALUES_SCALED: tl.constexpr, FINISH: tl.constexpr,
-    BIASED: tl.constexpr, TAIL: tl.constexpr, POOL: tl.constexpr, PACKED: tl.constexpr,
+    BIASED: tl.constexpr, PACKED: tl.constexpr,
 ):  # fmt: skip
     """One block of 64 keys and values of one head. Grid: (k_blocks, Hkv, B).
 
     FINISH: no `finish_statistics` ran; the chunks are few and every program adds them up, the first one of a head
-    leaving v_scales to the attention kernel. Pools `[B*Hkv, pools rounded up to 64, PADDED_D]`: pooled_k in the
-    attention's Q K^T type with one float32 scale each, pooled_v in 16 bits, in units of v_scales; zero behind the last.
+    leaving k_means and v_scales to the kernels that follow.
     """
     UNIT: tl.constexpr = 16.0 if PACKED else 1.0
     block = tl.program_id(0)
@@ -159,6 +151,8 @@ def prepare_keys_values(
     if SMOOTH:
         if FINISH:
             mean = _mean_key(sums, head, chunks, sampled_rows, PADDED_D)
+            if block == 0:
+                tl.store(k_means + head * PADDED_D + channels, mean)
         else:
             mean = tl.load(k_means + head * PADDED_D + channels)
         k = tl.where(real[:, None], k - mean[None, :], 0.0)
@@ -209,53 +203,3 @@ def prepare_keys_values(
         else:
             v_quantized = round_to_int8(tl.clamp(v, -V_LEVELS, V_LEVELS))
         tl.store(v_out + block_base + transposed, tl.trans(v_quantized))
-
-    if TAIL:
-        if block < k_blocks_grid:
-            _store_pools(
-                k, v, pooled_k, pooled_v, pooled_scales, head, block, k_blocks_grid, grid_tokens, pools,
-                PADDED_D, QK, POOL, PACKED,
-            )  # fmt: skip
-
-
-@triton.jit
-def _store_pools(
-    k, v, pooled_k, pooled_v, pooled_scales, head, block, k_blocks_grid, grid_tokens, pools,
-    PADDED_D: tl.constexpr, QK: tl.constexpr, POOL: tl.constexpr, PACKED: tl.constexpr,
-):  # fmt: skip
-    """Mean key and value of each POOL rows of a block of the grid; the last block also clears what is behind them."""
-    PER_BLOCK: tl.constexpr = BLOCK // POOL
-    K_ROW: tl.constexpr = PADDED_D // 2 if PACKED else PADDED_D
-    UNIT: tl.constexpr = 16.0 if PACKED else 1.0
-    channels = tl.arange(0, PADDED_D)
-    key_bytes = tl.arange(0, K_ROW)
-    first = head.to(tl.int64) * ((pools + BLOCK - 1) // BLOCK * BLOCK)
-    pool = block * PER_BLOCK + tl.arange(0, PER_BLOCK)
-    counts = tl.maximum(tl.minimum(grid_tokens - pool * POOL, POOL), 1).to(tl.float32)
-    offsets = (first + pool)[:, None] * PADDED_D + channels[None, :]
-    keys = _pool_means(k, counts, POOL, PADDED_D)
-    # Scales of their own: means are smaller than the keys they stand for.
-    largest = tl.maximum(tl.max(tl.abs(keys), 1), 1e-12)
-    if QK == "16":
-        scale = power_of_two_at_least(largest)
-        quantized = keys / scale[:, None]
-    else:
-        LEVELS: tl.constexpr = 127.0 if QK == "int8" else 7.0
-        scale = largest / (LEVELS * UNIT)
-        quantized = round_to_int8(keys * (LEVELS / largest)[:, None])
-    if PACKED:
-        quantized = packed(quantized)
-    values = _pool_means(v.to(tl.float32), counts, POOL, PADDED_D)
-    key_offsets = (first + pool)[:, None] * K_ROW + key_bytes[None, :]
-    tl.store(pooled_k + key_offsets, quantized.to(pooled_k.dtype.element_ty), (pool < pools)[:, None])
-    tl.store(pooled_scales + first + pool, scale, pool < pools)
-    tl.store(pooled_v + offsets, values.to(pooled_v.dtype.element_ty), (pool < pools)[:, None])
-    if block == k_blocks_grid - 1:
-        behind = (pools - 1) // BLOCK * BLOCK + tl.arange(0, BLOCK)
-        cleared = (first + behind)[:, None] * PADDED_D + channels[None, :]
-        key_cleared = (first + behind)[:, None] * K_ROW + key_bytes[None, :]
-        no_keys = tl.zeros([BLOCK, K_ROW], tl.float32).to(pooled_k.dtype.element_ty)
-        zeros = tl.zeros([BLOCK, PADDED_D], tl.float32)
-        tl.store(pooled_k + key_cleared, no_keys, (behind >= pools)[:, None])
-        tl.store(pooled_scales + first + behind, tl.zeros([BLOCK], tl.float32), behind >= pools)
-        tl.store(pooled_v + cleared, zeros.to(pooled_v.dtype.element_ty), (behind >= pools)[:, None])

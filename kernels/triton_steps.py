@@ -232,18 +232,17 @@ def two_blocks(
 
 @triton.jit
 def pooled_tail(
-    accumulator, total, maximum, q, q_high, q_scale, q_base, kept_words, bias, pooled_k, pooled_scales, pooled_v,
-    grid_tokens, pools, columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
+    accumulator, total, maximum, q, q_high, q_scale, q_base, kept_words, bias, pooled_k, pooled_scales, pool_bias,
+    pooled_v, pools, columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
     PACKED: tl.constexpr, SEPARATE: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the pooled keys of dropped blocks: score + log2(tokens in the pool) + bias.
+    """Online softmax over the pooled keys of dropped blocks: score + the pool's bias + the head's.
 
-    kept_words: this row's mask as int64 words, bit b of word w for key block 64 w + b.
+    kept_words: this row's mask as int64 words, bit b of word w for key block 64 w + b. Behind the last pool, up to a
+    multiple of 64, biases are minus infinity.
     """
     K_ROW: tl.constexpr = PADDED_D // 2 if PACKED else PADDED_D
     PER_BLOCK: tl.constexpr = BLOCK // POOL
-    last_bias = bias + tl.log2((grid_tokens - (pools - 1) * POOL).to(tl.float32))
-    bias += tl.log2(POOL * 1.0)
     word = tl.load(kept_words)
     for start in tl.range(0, pools, BLOCK, num_stages=STAGES):
         next_word = tl.load(kept_words + (start + BLOCK) // (PER_BLOCK * 64))
@@ -252,14 +251,13 @@ def pooled_tail(
         bit = columns // PER_BLOCK
         kept = (tl.where(bit < 32, bits.to(tl.int32), (bits >> 32).to(tl.int32)) >> (bit % 32)) & 1
         pool = start + columns
-        pool_bias = tl.where(pool < pools - 1, bias, last_bias)
-        pool_bias = tl.where((pool < pools) & (kept == 0), pool_bias, float("-inf"))
+        own_bias = tl.where(kept == 0, tl.load(pool_bias + pool) + bias, float("-inf"))
         offsets = pool[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :]
         keys = tl.load(pooled_k + offsets)
         product = _products_with_keys(q, q_high, keys, PACKED).to(tl.float32)
         if PACKED:
             product -= (q_base - MAGIC)[:, None]
-        score = product * tl.load(pooled_scales + pool)[None, :] * q_scale[:, None] + pool_bias[None, :]
+        score = product * tl.load(pooled_scales + pool)[None, :] * q_scale[:, None] + own_bias[None, :]
         # `maximum` is finite here: every row has at least one real key behind it.
         highest = tl.maximum(maximum, tl.max(score, 1))
         p = tl.exp2(score - (highest - P_LOG2)[:, None])

@@ -95,7 +95,7 @@ def _compile(dim: int, precision: str, form: str):
         "kept_words": "*i64",
         "pooled_k": descriptor("i8", 64, dim),
         "pooled_v": descriptor("fp16" if fp8 else "bf16", 64, dim),
-        **dict.fromkeys(("pool_scales", "tail_bias"), "*fp32"),
+        **dict.fromkeys(("pool_scales", "pool_bias", "tail_bias"), "*fp32"),
     }
     pv = "fp8" if fp8 else "16"
     chosen = options(dim, pv, P_LOG2[pv], form != "dense", form == "tail")

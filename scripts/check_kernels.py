@@ -3,10 +3,10 @@
     python scripts/check_kernels.py [--json] [--quick] [--capability 90 ...]
 
 Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element, and compiles the
-pre-pass and the writer of lists too. Exits 1 where a loop (or one of those two) spills, the expected tensor instruction
-is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128 needs more issue slots than
-stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a Triton that cannot compile it,
-that is said.
+pre-pass, the writer of lists and what makes the tail's pools too. Exits 1 where a loop (or one of those) spills, the
+expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128 needs
+more issue slots than stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a Triton
+that cannot compile it, that is said.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
@@ -37,12 +37,13 @@ DEFAULT_MMA = {"16": {"HMMA"}, "fp8": {"QMMA"}, "int8": {"IMMA"}}
 # and head dimension: no tile without them was found.
 PARKED = {("16bit", 90, 128): 2, ("int8_pv8", 120, 128): 3}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-PREPARE, LISTS = -1, -2
+PREPARE, LISTS, POOLS, MEANS, EXPAND = -1, -2, -3, -4, -5
+NAMES = {PREPARE: "prepass", LISTS: "lists", POOLS: "pools", MEANS: "means", EXPAND: "expand"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel to compile. block_q: of attention with a list and the tail 64 or 128, without 0; or PREPARE, LISTS."""
+    """One kernel to compile. block_q: of attention with a list and the tail 64 or 128, without 0; or one of `NAMES`."""
 
     capability: int
     dim: int
@@ -61,7 +62,8 @@ def precisions() -> dict:
 
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
-    """Every distinct tile of the table and the pre-pass; quick: attention for D = 128 with a list and the tail only."""
+    """Every distinct tile of the table, the pre-pass and what makes the tail's pools; quick: for D = 128, attention with a
+    list and the tail, pools in INT4 only."""
     from comfyui_paro.kernels.configs import tile_for
     from comfyui_paro.kernels.support import ROOMY_CAPABILITIES, WIDEST_ROTATION
 
@@ -70,6 +72,7 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
         pair = (capability // 10, capability % 10)
         result.append(Row(capability, 0, "", LISTS))
         for dim in (128,) if quick else (128, 64, 256):
+            result += [] if quick else [Row(capability, dim, "16bit", kind) for kind in (MEANS, EXPAND)]
             for name, precision in precisions().items():
                 qk, pv = precision.qk, precision.pv
                 rotated = precision.hadamard and qk == "int8"
@@ -79,6 +82,8 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
                     continue
                 if not quick and dim == 128:
                     result.append(Row(capability, dim, name, PREPARE))
+                if dim == 128 and (name == "int4" or not quick):
+                    result.append(Row(capability, dim, name, POOLS))
                 if rotated and dim != 128:
                     continue
                 for block_q in (128,) if dim == 256 or rotated else (64, 128) if quick else (64, 128, 0):
@@ -95,7 +100,7 @@ def call_for(row: Row):
     """The plan of such a call with bf16 inputs, as it would be launched, and what K, V and pooled V are stored in."""
     import torch
     from comfyui_paro.kernels.call import CallKey, call_of, storage_types
-    from comfyui_paro.kernels.problem import Geometry
+    from comfyui_paro.kernels.problem import MOST_EXPANSIONS, Geometry
 
     listed = row.block_q != 0
     capability = (row.capability // 10, row.capability % 10)
@@ -103,6 +108,7 @@ def call_for(row: Row):
     geometry = Geometry(512, (1, 64, 64), 0, max(row.block_q, 64))
     precision = precisions()[row.precision]
     key = CallKey(1, 8, 1, row.dim, torch.bfloat16, capability, geometry, precision, 64, listed, False, listed)
+    key = replace(key, expansions=MOST_EXPANSIONS)
     names = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8", torch.float8_e4m3fn: "*fp8e4nv"}
     return call_of(key), [names[dtype] for dtype in storage_types(key)]
 
@@ -111,7 +117,7 @@ def arguments_of(options: dict, types: list[str]) -> tuple[dict, dict]:
     """Pointer types and constants that the attention kernel and the pre-pass have in common."""
     keys, _, pooled_values = types
     pointers = {"pooled_k": keys, "pooled_v": pooled_values, "tables": "*i32", "order_of_head": "*i32"}
-    pointers.update(dict.fromkeys(("k_scales", "v_scales", "pooled_scales"), "*fp32"))
+    pointers.update(dict.fromkeys(("k_scales", "v_scales", "pooled_scales", "pool_bias", "k_means"), "*fp32"))
     constants = {name: value for name, value in options.items() if name not in LAUNCH_OPTIONS}
     if options["ROTATE"]:
         pointers["rotation"] = "*bf16"
@@ -125,12 +131,13 @@ def compile_row(row: Row) -> dict:
     import _checkout
 
     _checkout.register()
-    others = {PREPARE: compile_prepass, LISTS: compile_lists}
+    others = {PREPARE: compile_prepass, LISTS: compile_lists, POOLS: compile_pools}
+    others |= dict.fromkeys((MEANS, EXPAND), compile_raw_pools)
     return others.get(row.block_q, compile_attention)(row)
 
 
 def compile_prepass(row: Row) -> dict:
-    """`prepare_keys_values` with the tail."""
+    """`prepare_keys_values`."""
     import _compile
     from comfyui_paro.kernels import triton_prepass
 
@@ -138,12 +145,46 @@ def compile_prepass(row: Row) -> dict:
     options = call.prepare_options
     pointers, constants = arguments_of(options, types)
     pointers |= {"K": "*bf16", "V": "*bf16", "k_out": types[0], "v_out": types[1], "rotation_scale": "fp32"}
-    pointers |= dict.fromkeys(("bias_out", "sums", "largest", "k_means"), "*fp32")
+    pointers |= dict.fromkeys(("bias_out", "sums", "largest"), "*fp32")
     constants |= {"key_bias": None, "stride_kd": 1, "stride_vd": 1}
     kernel = _compile.compile_kernel(
         triton_prepass.prepare_keys_values, pointers, constants, row.capability, options["num_warps"], 3
     )
     return without_products(row, kernel)
+
+
+def compile_pools(row: Row) -> dict:
+    """`store_pools` around mean queries."""
+    import _compile
+    from comfyui_paro.kernels import triton_pool_scratch
+
+    call, types = call_for(row)
+    options = call.pools_options
+    pointers, constants = arguments_of(options, types)
+    pointers |= dict.fromkeys(("K", "V", "means"), "*bf16") | dict.fromkeys(("scale_log2", "rotation_scale"), "fp32")
+    constants |= {"key_bias": None, "stride_kd": 1, "stride_vd": 1}
+    kernel = _compile.compile_kernel(
+        triton_pool_scratch.store_pools, pointers, constants, row.capability, options["num_warps"], 3
+    )
+    return without_products(row, kernel)
+
+
+def compile_raw_pools(row: Row) -> dict:
+    """`_mean_queries` with the tables of key heads, or `_expand` with float32 pools and a table for each head."""
+    import _compile
+    from comfyui_paro.kernels import pools, triton_pools
+
+    pointers = {**dict.fromkeys(("Q", "K", "V", "means"), "*bf16"), "tables": "*i32", "order_of_head": "*i32"}
+    pointers |= dict.fromkeys(("pooled_k", "pooled_v", "pool_bias"), "*fp32") | {"scale_log2": "fp32"}
+    constants = {"D": row.dim, "PADDED_D": row.dim, "wanted": None, "stride_qd": 1, "stride_kd": 1, "stride_vd": 1}
+    if row.block_q == MEANS:
+        kernel = triton_pools._mean_queries
+        constants |= {"BLOCK_Q": 128, "ROWS": pools.MEAN_ROWS}
+    else:
+        kernel = triton_pools._expand
+        constants |= {"POOL": 64, "KEYS": 64, "BIASED": False, "order_of_head": None, "key_bias": None}
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    return without_products(row, _compile.compile_kernel(kernel, pointers, constants, row.capability, 4, 3))
 
 
 def compile_lists(row: Row) -> dict:
@@ -160,7 +201,7 @@ def compile_lists(row: Row) -> dict:
 
 
 def without_products(row: Row, kernel) -> dict:
-    """What is to be known of a kernel without tensor products."""
+    """What is to be known of a kernel without a loop of tensor products."""
     import _compile
 
     code, registers = _compile.disassemble(kernel)
@@ -218,9 +259,8 @@ def line_of(result: dict) -> str:
     problems = "".join(f"  PROBLEM: {problem}" for problem in result["problems"])
     start = f"{result['capability']:<4} {result['dim']:<4} {result['precision']:<12} "
     shared = f"{result['shared'] // 1024:<4} "
-    if result["block_q"] in (PREPARE, LISTS):
-        name = "prepass" if result["block_q"] == PREPARE else "lists"
-        return f"{start}{name:<7} {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
+    if result["block_q"] in NAMES:
+        return f"{start}{NAMES[result['block_q']]:<7} {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
     tile = result["tile"]
     name = f"{tile['rows']}x{'2x64' if tile['pairs'] else '64'} w{tile['warps']} st{tile['stages']}"
     call = f"q{result['block_q']}" if result["block_q"] else "dense"

@@ -10,7 +10,7 @@ from comfyui_paro.kernels.problem import Geometry, SparsePattern
 
 @dataclass(frozen=True)
 class Case:
-    """One call. mask: density, `isolated` (1-0-1), `empty` (a row keeps nothing), `one` (one block in all) or None."""
+    """One call. drift: how far the queries' mean moves along the sequence, another way in each head. mask: density, `isolated` (1-0-1), `empty` (a row keeps nothing), `one` (one block in all) or None."""
 
     name: str
     grid: tuple[int, int, int] = (3, 7, 11)
@@ -27,6 +27,7 @@ class Case:
     expansions: int = 16
     orders: str = "random"
     sigma: float = 1.0
+    drift: float = 0.0
     bias: bool = False
     strided: bool = False
     dtype: torch.dtype = torch.float16
@@ -113,6 +114,9 @@ def make(case: Case, seed: int = 0):
             bias[:, case.prefix : case.prefix + 70] = -torch.inf
         bias[:, -1] = 0.7
     tail = torch.randn(case.heads, generator=generator) * 0.5 if case.tail else None
+    if case.drift:
+        way = torch.randn(case.heads, 1, case.dim, generator=generator)
+        q = q + case.drift * torch.linspace(-1, 1, g.length)[:, None] * way
     pattern = SparsePattern(g, tables.int(), order_of_head.int(), None, tail, case.pool, case.expansions)
     if mask is not None:
         pattern = with_mask(pattern, mask)
@@ -141,26 +145,22 @@ def oracle(q, k, v, pattern: SparsePattern, bias=None) -> torch.Tensor:
             scores = scores.masked_fill(~allowed, -torch.inf)
             values = v[b, h // group]
             if pattern.mask is not None and pattern.tail_bias is not None:
-                scores, values = _with_tail(
-                    q[b, h], k[b, h // group], values, scores, allowed, pattern, h, table, bias, b
-                )
-            if values.dim() == 3:
-                result[b, h] = torch.einsum("lk,lkd->ld", scores.softmax(1), values)
-                continue
-            result[b, h] = scores.softmax(1) @ values
+                one_bias = None if bias is None else bias[b].double()
+                result[b, h] = _with_tail(q[b, h], k[b, h // group], values, scores, allowed, pattern, h, one_bias)
+            else:
+                result[b, h] = scores.softmax(1) @ values
     return result
 
 
-def _with_tail(q, k, values, scores, allowed, pattern, h, table, bias, b):
-    """Scores `[L, L + pools]` and, row by row, values `[L, L + pools, D]` of a head with its pools behind the keys."""
+def _with_tail(q, k, values, scores, allowed, pattern, h, bias):
+    """Attention `[L, D]` of one head with its pools behind the keys, whose scores `[L, L]` are given; bias `[L]`."""
     g, scale, pool = pattern.geometry, q.shape[1] ** -0.5, pattern.pool
+    table = pattern.tables[pattern.order_of_head[h // (pattern.tail_bias.numel() // pattern.kv_heads)]].long()
     pools = [table[first : first + pool] + g.prefix for first in range(0, g.grid_tokens, pool)]
     stretches = max(1, min(pattern.expansions, g.q_blocks))
     of_block = [i * stretches // g.q_blocks for i in range(g.q_blocks)]
-    place = torch.empty_like(table)
-    place[table] = torch.arange(table.numel())
     tail = torch.full((g.length, len(pools)), -torch.inf, dtype=q.dtype)
-    pooled_v = torch.zeros(g.length, len(pools), q.shape[1], dtype=q.dtype)
+    pooled = []
     for s in range(stretches):
         first, last = of_block.index(s), len(of_block) - of_block[::-1].index(s)
         stretch = table[first * g.block_q : last * g.block_q] + g.prefix
@@ -170,17 +170,23 @@ def _with_tail(q, k, values, scores, allowed, pattern, h, table, bias, b):
             mean = q[stretch].mean(0)
         else:
             mean = q[stretch[(2 * torch.arange(128) + 1) * len(stretch) // 256]].mean(0)
+        pooled_v = torch.empty(len(pools), q.shape[1], dtype=q.dtype)
+        pooled.append((stretch, pooled_v))
         for i, members in enumerate(pools):
             logits = k[members] @ mean * scale
             if bias is not None:
-                logits = logits + bias[b, members].double().clamp_min(-1e30)
+                logits = logits + bias[members].clamp_min(-1e30)
             weights = logits.softmax(0)
             key, value = weights @ k[members], weights @ values[members]
             tail[stretch, i] = (q[stretch] - mean) @ key * scale + logits.logsumexp(0) + pattern.tail_bias[h].double()
-            pooled_v[stretch, i] = value
+            pooled_v[i] = value
     for i, members in enumerate(pools):
         tail[allowed[:, members[0]], i] = -torch.inf
-    return torch.cat([scores, tail], 1), torch.cat([values.expand(g.length, -1, -1), pooled_v], 1)
+    weights = torch.cat([scores, tail], 1).softmax(1)
+    result = weights[:, : g.length] @ values
+    for stretch, pooled_v in pooled:
+        result[stretch] += weights[stretch, g.length :] @ pooled_v
+    return result
 
 
 def relative_error(x: torch.Tensor, expected: torch.Tensor) -> float:

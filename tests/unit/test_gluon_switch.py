@@ -115,16 +115,21 @@ class Recorder:
         return run
 
 
+# Of `attention`; before the attention kernel.
+BEFORE = ("channel_statistics", "finish_statistics", "prepare_keys_values", "store_pools")
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     """(Gluon, Triton) attention kernels that run nothing, on a GPU of sm_90 that is none."""
-    from comfyui_paro.kernels import attention, gluon_attention
+    from comfyui_paro.kernels import attention, gluon_attention, triton_pools
 
     gluon, triton = Recorder(), Recorder()
     monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))
     monkeypatch.setattr(attention, "attention_forward", triton)
-    for name in ("channel_statistics", "finish_statistics", "prepare_keys_values"):
+    for name in BEFORE:
         monkeypatch.setattr(attention, name, Recorder())
+    monkeypatch.setattr(triton_pools, "_mean_queries", Recorder())
     names = gluon_attention.gluon_forward.arg_names
     monkeypatch.setattr(gluon_attention, "gluon_forward", gluon)
     gluon.names = names
@@ -160,13 +165,18 @@ def test_every_argument_of_the_kernel_is_passed(kernels, mask, tail: bool, preci
     assert given["V"].block_shape == ([128, 64] if precision == "fp8" else [64, 128])
     assert (given["v_scales"] is not None) == (precision == "fp8")
     assert (given["group"], given["k_blocks"], given["k_blocks_grid"], given["pools"]) == (2, 5, 4, 4)
+    if listed and tail:
+        # Two blocks of queries, each a stretch of its own; four heads.
+        assert given["stretches"] == 2
+        assert given["pooled_k"].shape == given["pooled_v"].shape == (4 * 2 * 64, 128)
+        assert given["pool_bias"].shape == given["pool_scales"].shape == (4, 2, 64)
 
 
 @triton_launches
 @pytest.mark.parametrize("kept", [True, False])
 def test_descriptors_go_with_the_memory(kernels, monkeypatch, kept: bool):
     """Kept scratch has its descriptors made once; those of a call's own scratch would hold it beyond the call."""
-    from comfyui_paro.kernels import attention, scratch
+    from comfyui_paro.kernels import attention, scratch, triton_pools
 
     gluon, _ = kernels
     scratch.release_scratch()
@@ -184,7 +194,7 @@ def test_descriptors_go_with_the_memory(kernels, monkeypatch, kept: bool):
         attention.launch_attention(q, k, v, pattern, PRECISIONS["fp8"])
     first, second = (dict(zip(gluon.names, arguments, strict=False))["K"] for _, arguments, _ in gluon.calls)
     assert (first is second) is kept
-    for recorder in (gluon, attention.channel_statistics, attention.finish_statistics, attention.prepare_keys_values):
+    for recorder in (gluon, triton_pools._mean_queries, *(getattr(attention, name) for name in BEFORE)):
         recorder.calls.clear()
     del first, second
     assert [memory() is not None for memory in memories] == [kept, kept]

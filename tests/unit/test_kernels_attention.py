@@ -9,6 +9,7 @@ import torch
 from comfyui_paro.kernels.api import sparse_attention
 from comfyui_paro.kernels.problem import PRECISIONS, Precision
 from comfyui_paro.kernels.reference import sparse_attention_reference
+from comfyui_paro.kernels.scratch import allocate
 from comfyui_paro.kernels.support import interpreted
 
 from .kernel_cases import CASES, Case, make, oracle, relative_error
@@ -17,7 +18,7 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels.attention import launch_attention
+from comfyui_paro.kernels.attention import launch_attention, pieces_of
 from comfyui_paro.kernels.configs import Tile, in_channel_halves
 
 # Relative L2 against float64. Triton's interpreter casts fp32 to fp8 wrongly (no carry into the next binade), which
@@ -37,7 +38,8 @@ def run(case: Case, precision: str, tile: Tile = PAIRS):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_edge_case(case: Case):
     out, expected = run(case, "int8", PAIRS if len(case.name) % 2 else SINGLE)
-    assert relative_error(out, expected) < BOUNDS["int8"]
+    # Rounding is a share of the scores.
+    assert relative_error(out, expected) < BOUNDS["int8"] * case.sigma
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -45,6 +47,34 @@ def test_edge_case(case: Case):
 def test_precision(precision: str, dim: int):
     out, expected = run(Case("", grid=(2, 8, 13), suffix=5, tail=True, dim=dim, heads=1, kv_heads=1), precision)
     assert relative_error(out, expected) < BOUNDS[precision]
+
+
+@pytest.mark.parametrize("case", [
+    Case("int8", batch=2, heads=2, kv_heads=1, suffix=3),
+    Case("int8", grid=(3, 11, 13), block_q=128, prefix=5, bias=True, expansions=3),
+    Case("16bit", pool=16, dim=32, heads=4, expansions=2),
+    Case("16bit", dtype=torch.float32, bias=True, expansions=3),
+    Case("int4", dim=72, heads=2, kv_heads=1, bias=True, expansions=3),
+    Case("int4", expansions=0),
+    Case("rotated", dtype=torch.float32),
+], ids=lambda case: f"{case.name} {case.expansions}")  # fmt: skip
+def test_the_tail_alone(case: Case):
+    """Every row with one kept block, queries that differ from stretch to stretch and from head to head.
+
+    Against the reference, which rounds as the kernels do: with the pools of another stretch or query head, or with
+    another bias, the error is above 0.05.
+    """
+    q, k, v, pattern, bias = make(replace(case, tail=True, orders="axes", mask=0.0, drift=3.0))
+    qk = PRECISIONS.get(case.name, PRECISIONS["int8"]).qk
+    precision = Precision(qk, "16", case.name in ("int4", "rotated"))
+    # What lies in the scratch memory, also behind the last pool, is no number before the call.
+    (piece,) = pieces_of(q, k, v, torch.empty_like(q), pattern, precision, biased=case.bias)
+    for tensor in allocate(piece.call.scratch, q.device).values():
+        tensor.view(torch.uint8).fill_(255)
+    out = launch_attention(q, k, v, pattern, precision, key_bias=bias)
+    expected = sparse_attention_reference(q, k, v, pattern, precision, key_bias=bias)
+    # A number at the edge of a step may round the other way, and a step of 4 bits is large.
+    assert relative_error(out, expected) < (1e-2 if qk == "int4" else 2e-3)
 
 
 @pytest.mark.parametrize("precision", ["16bit", "int8_pv8", "int4_pv4"])

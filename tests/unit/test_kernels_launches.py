@@ -18,12 +18,13 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels import attention, triton_lists
+from comfyui_paro.kernels import attention, triton_lists, triton_pools
 
 KERNELS = ("channel_statistics", "finish_statistics", "prepare_keys_values", "attention_forward")
+OF_POOLS = ("mean_queries", "store_pools")
 WAN_720P = call.CallKey(
     1, 40, 1, 128, torch.bfloat16, (9, 0), Geometry(0, (21, 45, 80), 0, 128), PRECISIONS["fp8"], 64,
-    True, False, True, True,
+    True, False, True, True, expansions=16,
 )  # fmt: skip
 
 
@@ -61,19 +62,27 @@ def launches(monkeypatch) -> list[str]:
         def __getitem__(self, grid):
             return lambda *arguments, **options: names.append(self.name)
 
-    for name in KERNELS:
+    for name in (*KERNELS, "store_pools"):
         monkeypatch.setattr(attention, name, Kernel(name))
     monkeypatch.setattr(triton_lists, "list_blocks", Kernel("list_blocks"))
+    monkeypatch.setattr(triton_pools, "_mean_queries", Kernel("mean_queries"))
     return names
 
 
-def problem(tokens: int, heads: int = 2, tail: bool = True):
+def expected_launches(*names: str, tail: bool = True) -> list[str]:
+    """The names with what makes the pools of a tail."""
+    return [*names[:-1], *(OF_POOLS if tail else ()), names[-1]]
+
+
+def problem(tokens: int, heads: int = 2, tail: bool = True, expansions: int = 16):
     g = Geometry(64, (1, 64, tokens // 64), 0, 64)
     q, k, v = (torch.zeros(1, g.length, heads, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3))
     mask = torch.rand(heads, g.q_blocks, g.k_blocks) < 0.3
     tables = torch.arange(tokens, dtype=torch.int32)[None]
     order_of_head = torch.zeros(heads, dtype=torch.int32)
-    return q, k, v, SparsePattern.from_mask(g, tables, order_of_head, mask, torch.zeros(heads) if tail else None)
+    return q, k, v, SparsePattern.from_mask(
+        g, tables, order_of_head, mask, torch.zeros(heads) if tail else None, expansions=expansions
+    )  # fmt: skip
 
 
 def test_lists_too_large_to_be_kept_are_one_launch_more(launches, monkeypatch):
@@ -83,7 +92,7 @@ def test_lists_too_large_to_be_kept_are_one_launch_more(launches, monkeypatch):
         launches.clear()
         with Operations() as operations:
             sparse_attention(q, k, v, pattern, PRECISIONS["fp8"], backend="triton")
-    assert launches == ["list_blocks", *KERNELS]
+    assert launches == expected_launches("list_blocks", *KERNELS)
     assert operations.names == ["aten.empty_strided.default"]
 
 
@@ -101,7 +110,7 @@ def test_a_call_is_its_launches_and_one_allocation(launches, precision: str, tok
     launches.clear()
     with Operations() as operations:
         sparse_attention(q, k, v, pattern, PRECISIONS[precision], backend="triton")
-    assert launches == expected
+    assert launches == expected_launches(*expected, tail=tail)
     assert operations.names == ["aten.empty_strided.default"]
 
 
@@ -157,7 +166,7 @@ def test_statistics(every: int, hadamard: bool, monkeypatch):
     q, k, v, pattern, _ = make(Case("", grid=(3, 20, 22), suffix=3, dim=72, dtype=torch.float32))
     precision = Precision("int8", "int8", hadamard)
     (piece,) = attention.pieces_of(q, k, v, torch.empty_like(q), pattern, precision)
-    prepared = attention.prepare(piece, pattern)
+    prepared = attention.prepare(piece, pattern, 0.1)
     sampled = (torch.arange(k.shape[2]) // 64) % every == 0
     mean = k[0, :, sampled].double().mean(1)
     if hadamard:
@@ -168,7 +177,7 @@ def test_statistics(every: int, hadamard: bool, monkeypatch):
 
 def test_scratch_of_a_large_call_stays_within_the_budget():
     parts = call.parts_of(WAN_720P, 40)
-    assert [part.kv for part in parts] == [slice(0, 12), slice(12, 24), slice(24, 36), slice(36, 40)]
+    assert [part.kv for part in parts] == [slice(first, first + 8) for first in range(0, 40, 8)]
     assert all(part.call.scratch.bytes <= scratch.BUDGET for part in parts)
     assert parts[0].call.scratch.bytes > 0.7 * scratch.BUDGET
     # A third of what the queries alone take.

@@ -181,7 +181,7 @@ def test_lists_of_a_call_lie_in_its_scratch(each_call):
 
     q, k, v, pattern, _ = make(Case("", grid=(3, 7, 11), heads=4, kv_heads=2, suffix=3))
     (piece,) = pieces_of(q, k, v, torch.empty_like(q), pattern, PRECISIONS["int8"])
-    prepared = prepare(piece, pattern)
+    prepared = prepare(piece, pattern, 0.1)
     assert prepared["blocks"].shape == lists_module.list_shape(pattern.geometry, 4)
     assert piece.listed(prepared)[-1] is prepared["blocks"]
     (dense,) = pieces_of(q, k, v, torch.empty_like(q), SparsePattern(pattern.geometry, pattern.tables,

@@ -40,7 +40,7 @@ def unpacked(monkeypatch):
 def prepared(case: Case) -> dict[str, torch.Tensor]:
     q, k, v, pattern, _ = make(case)
     (piece,) = attention.pieces_of(q, k, v, torch.empty_like(q), pattern, INT4)
-    return {name: tensor.clone() for name, tensor in attention.prepare(piece, pattern).items()}
+    return {name: tensor.clone() for name, tensor in attention.prepare(piece, pattern, case.dim**-0.5).items()}
 
 
 def decoded(x: torch.Tensor) -> torch.Tensor:
@@ -57,9 +57,11 @@ def test_bytes_hold_the_values(dim: int, unpacked):
     assert two["k"].numel() * 2 == one["k"].numel() and one["k"].unique().numel() == 15
     assert torch.equal(decoded(two["k"]), one["k"].int())
     pools = -(-330 // 64)
-    assert torch.equal(decoded(two["pooled_k"])[:, :pools], one["pooled_k"].int()[:, :pools])
+    assert torch.equal(decoded(two["pooled_k"])[:, :, :pools], one["pooled_k"].int()[:, :, :pools])
+    assert one["pooled_k"][:, :, :pools].unique().numel() == 15
+    torch.testing.assert_close(two["pool_bias"], one["pool_bias"])
     torch.testing.assert_close(two["k_scales"] * 16, one["k_scales"])
-    torch.testing.assert_close(two["pooled_scales"][:, :pools] * 16, one["pooled_scales"][:, :pools])
+    torch.testing.assert_close(two["pooled_scales"][:, :, :pools] * 16, one["pooled_scales"][:, :, :pools])
 
 
 @pytest.mark.parametrize("tile", [Tile(64, True, 4, 2), Tile(64, False, 4, 2)], ids=["pairs", "single"])
