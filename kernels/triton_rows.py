@@ -14,8 +14,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .problem import Geometry
-
 LOG2E = math.log2(math.e)
 # Weights are multiplied by 2^15 before they are rounded: of 75,600 equal ones each would be subnormal in fp16.
 SHIFT = tl.constexpr(15.0)
@@ -66,41 +64,6 @@ def bias_of(key_bias, batch, stride_bias, token, valid):
     """The bias of keys in log2 units, float32 like token."""
     bias = tl.load(key_bias + batch.to(tl.int64) * stride_bias + token, valid, 0.0).to(tl.float32)
     return tl.maximum(bias * 1.4426950408889634, -1e30)
-
-
-@triton.jit(do_not_specialize=["first", "heads", "group", "tokens", "prefix", "pools"])
-def _pool_means(
-    X, tables, means, stride_xb, stride_xh, stride_xl, stride_xd, stride_table,
-    first, heads, group, tokens, prefix, pools,
-    D: tl.constexpr, PADDED_D: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Means over POOL keys in the head's order, float32 `[entries, pools, PADDED_D]`. Grid: (ceil(tokens / KEYS),
-    entries)."""
-    POOLS: tl.constexpr = KEYS // POOL
-    entry = first + tl.program_id(1)
-    batch, head = entry // heads, entry % heads
-    X += batch.to(tl.int64) * stride_xb + (head // group).to(tl.int64) * stride_xh
-    channels = tl.arange(0, PADDED_D)
-    place = tl.program_id(0) * KEYS + tl.arange(0, KEYS)
-    token = tl.load(tables + head.to(tl.int64) * stride_table + place, place < tokens, 0) + prefix
-    x = load_rows(X, token, stride_xl, stride_xd, channels, place < tokens, D, PADDED_D).to(tl.float32)
-    pool = tl.program_id(0) * POOLS + tl.arange(0, POOLS)
-    counts = tl.minimum(tl.maximum(tokens - pool * POOL, 1), POOL).to(tl.float32)
-    mean = tl.sum(tl.reshape(x, [POOLS, POOL, PADDED_D]), 1) / counts[:, None]
-    at = (tl.program_id(1).to(tl.int64) * pools + pool)[:, None] * PADDED_D + channels[None, :]
-    tl.store(means + at, mean, (pool < pools)[:, None])
-
-
-def launch_pool_means(x: torch.Tensor, tables: torch.Tensor, g: Geometry, pool: int, first: int, means: torch.Tensor):
-    """Fill means float32 `[entries, pools, PADDED_D]` for the entries from `first` on.
-
-    x `[B, Hkv, L, D]`, tables int `[Hq, N]`; the last pool's mean is over what is there.
-    """
-    heads = tables.shape[0]
-    _pool_means[(g.k_blocks, means.shape[0])](
-        x, tables, means, *x.stride(), tables.stride(0), first, heads, heads // x.shape[1], g.grid_tokens, g.prefix,
-        means.shape[1], D=x.shape[3], PADDED_D=means.shape[2], POOL=pool, KEYS=g.block_k, num_warps=4,
-    )  # fmt: skip
 
 
 def units_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor | None:

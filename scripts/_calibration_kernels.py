@@ -88,6 +88,8 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         pointers |= dict.fromkeys(("order_of_head", "wanted", "heads", "nonfinite"), "*i32")
         if row.kernel == "pools+":
             pointers |= dict.fromkeys(("means", "pooled_k", "pooled_v"), "*fp32")
+        if row.kernel == "pools":
+            constants["key_weights"] = None
         if row.kernel == "pools32":
             warps = triton_pools.expand_warps(torch.float32, row.dim)
         if row.kernel == "add":

@@ -85,7 +85,6 @@ LAUNCHES = {
         math.prod(grid) * _cells(a, a["ROWS"], -(-a["length"] // a["KEYS"]) * a["KEYS"], 1)
     ),
     "triton_statistics._block_statistics": _statistics,
-    "triton_rows._pool_means": lambda a, grid: 0,
     "triton_tail._row_outputs": lambda a, grid: (
         math.prod(grid) * _cells(a, a["ROWS"], -(-a["length"] // a["KEYS"]) * a["KEYS"], 2)
     ),
@@ -94,7 +93,9 @@ LAUNCHES = {
     "triton_moments._row_moments": _pool_moments,
     "triton_pools._mean_queries": lambda a, grid: 0,
     "triton_pools._expand": lambda a, grid: (
-        math.prod(grid) * (a["KEYS"] // a["POOL"]) * _cells(a, MOST_EXPANSIONS, a["KEYS"], 3)
+        math.prod(grid)
+        * (a["KEYS"] // a["POOL"])
+        * _cells(a, MOST_EXPANSIONS, a["KEYS"], 3 if a["key_weights"] is None else 4)
     ),
 }
 
@@ -103,9 +104,9 @@ LAUNCHES = {
 def launches(monkeypatch):
     """Counts multiply-adds by kernel, of a GPU's path; `launches.run = True` also runs the kernels."""
     pytest.importorskip("triton")
-    from comfyui_paro.kernels import triton_moments, triton_pools, triton_rows, triton_statistics, triton_tail
+    from comfyui_paro.kernels import triton_moments, triton_pools, triton_statistics, triton_tail
 
-    every = (triton_moments, triton_pools, triton_rows, triton_statistics, triton_tail)
+    every = (triton_moments, triton_pools, triton_statistics, triton_tail)
     modules = {module.__name__.split(".")[-1]: module for module in every}
     found = Counter()
     found.run = False

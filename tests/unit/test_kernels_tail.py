@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels import triton_moments, triton_pools, triton_rows, triton_tail
+from comfyui_paro.kernels import triton_moments, triton_pools, triton_tail
 
 BOTH = ("triton", "reference")
 CASES = {
@@ -192,7 +192,6 @@ def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
     kernels = {
         triton_moments: ("_row_sums", "_row_moments"),
         triton_pools: ("_mean_queries", "_expand"),
-        triton_rows: ("_pool_means",),
         triton_tail: ("_row_outputs", "_block_costs"),
     }
     for module, names in kernels.items():
