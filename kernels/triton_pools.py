@@ -162,7 +162,8 @@ def _expand(
             inside = real & (columns // POOL == part)
             weights, total, _ = _weights_around(m, k, bias, inside, scale_log2, BIASED)
             shares = tl.where((stretch == 0)[:, None], weights.to(tl.float32) / total[:, None], 0.0)
-            tl.store(key_weights + tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0) * KEYS + columns, tl.sum(shares, 0), inside)
+            at = tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0) * KEYS + columns
+            tl.store(key_weights + at, tl.sum(shares, 0), inside)
 
 
 def expand_warps(dtype: torch.dtype, padded: int) -> int:
