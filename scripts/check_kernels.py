@@ -3,10 +3,10 @@
     python scripts/check_kernels.py [--json] [--quick] [--capability 90 ...]
 
 Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element, and compiles the
-pre-pass, the writer of lists and what makes the tail's pools too. Exits 1 where a loop (or one of those) spills, the
-expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128 needs
-more issue slots than stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a Triton
-that cannot compile it, that is said.
+pre-pass, the writer of lists and the makers of the tail's pools too. Exits 1 where a loop (or one of those) spills, the
+expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128
+needs more issue slots than stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a
+Triton that cannot compile it, that is said.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def precisions() -> dict:
 
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
-    """Every distinct tile of the table, the pre-pass and what makes the tail's pools; quick: for D = 128, attention with a
+    """Every distinct tile of the table, the pre-pass, what makes the tail's pools; quick: for D = 128, attention with a
     list and the tail, pools in INT4 only."""
     from comfyui_paro.kernels.configs import tile_for
     from comfyui_paro.kernels.support import ROOMY_CAPABILITIES, WIDEST_ROTATION
@@ -175,7 +175,7 @@ def compile_raw_pools(row: Row) -> dict:
     from comfyui_paro.kernels import pools, triton_pools
 
     pointers = {**dict.fromkeys(("Q", "K", "V", "means"), "*bf16"), "tables": "*i32", "order_of_head": "*i32"}
-    pointers |= dict.fromkeys(("pooled_k", "pooled_v", "pool_bias"), "*fp32") | {"scale_log2": "fp32"}
+    pointers |= dict.fromkeys(("pooled_k", "pooled_v", "pool_bias", "key_weights"), "*fp32") | {"scale_log2": "fp32"}
     constants = {"D": row.dim, "PADDED_D": row.dim, "wanted": None, "stride_qd": 1, "stride_kd": 1, "stride_vd": 1}
     if row.block_q == MEANS:
         kernel = triton_pools._mean_queries
@@ -260,7 +260,8 @@ def line_of(result: dict) -> str:
     start = f"{result['capability']:<4} {result['dim']:<4} {result['precision']:<12} "
     shared = f"{result['shared'] // 1024:<4} "
     if result["block_q"] in NAMES:
-        return f"{start}{NAMES[result['block_q']]:<7} {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
+        name = NAMES[result["block_q"]]
+        return f"{start}{name:<7} {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
     tile = result["tile"]
     name = f"{tile['rows']}x{'2x64' if tile['pairs'] else '64'} w{tile['warps']} st{tile['stages']}"
     call = f"q{result['block_q']}" if result["block_q"] else "dense"

@@ -10,7 +10,10 @@ from comfyui_paro.kernels.problem import Geometry, SparsePattern
 
 @dataclass(frozen=True)
 class Case:
-    """One call. drift: how far the queries' mean moves along the sequence, another way in each head. mask: density, `isolated` (1-0-1), `empty` (a row keeps nothing), `one` (one block in all) or None."""
+    """One call. drift: how far the queries' mean moves along the sequence, another way in each head.
+
+    mask: density, `isolated` (1-0-1), `empty` (a row keeps nothing), `one` (one block in all) or None.
+    """
 
     name: str
     grid: tuple[int, int, int] = (3, 7, 11)
