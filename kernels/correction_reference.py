@@ -61,8 +61,8 @@ def query_corrections_reference(
     scale = q.shape[3] ** -0.5 if scale is None else scale
     group = q.shape[1] // k.shape[1]
     index = reordered_index(pattern, q.shape[1])
-    first = torch.arange(query_groups(pattern, rows), device=q.device) * rows
-    kept, block = pattern.mask, first // g.block_q
+    first = torch.arange(query_groups(pattern, rows)) * rows
+    kept, block = pattern.mask, first.to(q.device) // g.block_q
     stretch = stretch_of_rows(g, stretches_of(g, pattern.expansions), first)
     result = torch.empty(q.shape[0], heads.numel(), first.numel(), q.shape[3], dtype=work, device=q.device)
     for i, head in enumerate(heads.tolist()):

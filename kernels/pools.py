@@ -13,6 +13,7 @@ look at similar places. A kernel reads one set of pools for each row of blocks, 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import pairwise
 
 import torch
@@ -37,19 +38,12 @@ class Pools:
 
     def logits(self, rows: torch.Tensor, stretch: torch.Tensor, scale: float) -> torch.Tensor:
         """Logits `[B, H, n, pools]` of rows `[B, H, n, D]`, of which each looks at the pools of its stretch `[n]`."""
-        out = rows.new_empty(*rows.shape[:3], self.keys.shape[3])
-        for s in stretch.unique().tolist():
-            its = stretch == s
-            out[:, :, its] = rows[:, :, its] @ self.keys[:, :, s].mT * scale + self.bias[:, :, s, None]
-        return out
+        parts = [rows[:, :, its] @ self.keys[:, :, s].mT * scale + self.bias[:, :, s, None] for s, its in runs(stretch)]
+        return torch.cat(parts, 2)
 
     def weighted(self, weights: torch.Tensor, stretch: torch.Tensor) -> torch.Tensor:
         """Sums of values `[B, H, n, D]` for weights as `logits` has them."""
-        out = weights.new_empty(*weights.shape[:3], self.values.shape[4])
-        for s in stretch.unique().tolist():
-            its = stretch == s
-            out[:, :, its] = weights[:, :, its] @ self.values[:, :, s]
-        return out
+        return torch.cat([weights[:, :, its] @ self.values[:, :, s] for s, its in runs(stretch)], 2)
 
 
 def _products(means: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
@@ -67,6 +61,13 @@ def stretch_of_rows(g: Geometry, stretches: int, positions: torch.Tensor) -> tor
     return positions // g.block_q * stretches // g.q_blocks
 
 
+def runs(stretch: torch.Tensor) -> list[tuple[int, slice]]:
+    """Rows that follow each other and are of one stretch, for stretches `[n]`: waits for the device once."""
+    values, counts = stretch.cpu().unique_consecutive(return_counts=True)
+    ends = counts.cumsum(0).tolist()
+    return [(s, slice(end - count, end)) for s, count, end in zip(values.tolist(), counts.tolist(), ends, strict=True)]
+
+
 def stretch_bounds(g: Geometry, stretches: int) -> list[tuple[int, int]]:
     """First position of each stretch and the one behind its last."""
     starts = [-(-i * g.q_blocks // stretches) * g.block_q for i in range(stretches)] + [g.grid_tokens]
@@ -77,12 +78,22 @@ def mean_queries(q: torch.Tensor, g: Geometry, expansions: int) -> torch.Tensor:
     """Mean query of each stretch, `[..., stretches, D]`, zero with plain means; q `[..., N, D]` in the head's order."""
     if not expansions:
         return torch.zeros_like(q[..., :1, :])
-    means = []
-    for start, end in stretch_bounds(g, stretches_of(g, expansions)):
+    rows, shares = _rows_of_means(g, stretches_of(g, expansions), q.device)
+    return (q[..., rows, :] * shares.to(q.dtype)[..., None]).sum(-2)
+
+
+@lru_cache(maxsize=16)
+def _rows_of_means(g: Geometry, stretches: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions int64 `[stretches, rows]` that a mean query is of, and their shares float64, 0 behind the last."""
+    bounds = stretch_bounds(g, stretches)
+    most = min(MEAN_ROWS, max(end - start for start, end in bounds))
+    rows = torch.zeros(stretches, most, dtype=torch.int64)
+    shares = torch.zeros(stretches, most, dtype=torch.float64)
+    for i, (start, end) in enumerate(bounds):
         count = min(end - start, MEAN_ROWS)
-        rows = start + (2 * torch.arange(count, device=q.device) + 1) * (end - start) // (2 * count)
-        means.append(q[..., rows, :].mean(-2))
-    return torch.stack(means, -2)
+        rows[i, :count] = start + (2 * torch.arange(count) + 1) * (end - start) // (2 * count)
+        shares[i, :count] = 1 / count
+    return rows.to(device), shares.to(device)
 
 
 def expanded_pools(

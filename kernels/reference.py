@@ -168,7 +168,7 @@ def sparse_attention_reference(
         if bias_in_order is not None:
             scores += bias_in_order[:, :, None, :]
         if pools_bias is not None:
-            positions = torch.arange(rows.start, rows.stop, device=q.device).clamp_max(g.grid_tokens - 1)
+            positions = torch.arange(rows.start, rows.stop).clamp_max(g.grid_tokens - 1)
             stretch = stretch_of_rows(g, stretches_of(g, pattern.expansions), positions)
             scores = torch.cat([scores, pools.logits(rq[:, :, rows], stretch, scale) + pools_bias], 3)
         weights = (scores - scores.amax(3, keepdim=True)).exp()

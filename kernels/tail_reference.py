@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .pools import Pools, expanded_pools, mean_queries, stretch_of_rows
+from .pools import Pools, expanded_pools, mean_queries, runs, stretch_of_rows
 from .problem import Geometry
 
 # Elements of one chunk of per-block contributions: what a CPU's cache holds a few times; on a GPU some hundred MB.
@@ -147,8 +147,7 @@ def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows
     # With one pool a block, a product of one column and one row: cheaper as a plain multiplication.
     product = torch.mul if g.block_k == pool else torch.matmul
     pooled_sums = torch.empty_like(sums)
-    for s in stretch.unique().tolist():
-        its = stretch == s
+    for s, its in runs(stretch):
         values = blocks_of(head.pools.values[0, 0, s], g.block_k // pool, 0)
         pooled_sums[:, its] = product(pooled_tiles.transpose(0, 1)[:, its], values)
     x = sums.addcmul_(mass.T[..., None], out, value=-1)

@@ -160,7 +160,6 @@ def _expand(
         tl.store(pooled_v + cells, values.to(pooled_v.dtype.element_ty), wanted_rows[:, None])
         if key_weights is not None:
             inside = real & (columns // POOL == part)
-            place = tl.program_id(0) * KEYS + columns
             weights, total, _ = _weights_around(m, k, bias, inside, scale_log2, BIASED)
             shares = tl.where((stretch == 0)[:, None], weights.to(tl.float32) / total[:, None], 0.0)
             at = tl.program_id(1).to(tl.int64) * tokens + tl.program_id(0) * KEYS + columns
