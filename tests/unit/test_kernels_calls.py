@@ -246,7 +246,7 @@ def test_the_operator_is_sound():
     )
     torch.library.opcheck(
         attention_operator,
-        (*arguments, 64, "int8", "16", False, None, "reference"),
+        (*arguments, 64, 16, "int8", "16", False, None, "reference"),
         test_utils=("test_schema", "test_faketensor"),
     )
 
