@@ -74,11 +74,13 @@ def test_moments_of_many_rows(tile, tokens_first):
     levels = torch.randint(0, 2, (6, g.q_blocks, g.k_blocks), dtype=torch.uint8, device="cuda")
     positions = torch.randperm(g.grid_tokens, device="cuda")[:300].sort().values
     call = (q, k, v, g, tables, positions, levels, 1)
-    expected = row_moments(*call, pool=64, backend="reference")
-    for group_bytes in (1, triton_moments.GROUP_BYTES):
+    pools = {"pool": 64, "expansions": 5}
+    expected = row_moments(*call, **pools, backend="reference")
+    for sum_bytes, pool_bytes in ((1, 1), (triton_moments.SUM_BYTES, triton_moments.POOL_BYTES)):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(triton_moments, "GROUP_BYTES", group_bytes)
-            found = triton_moments.launch_row_moments(*call, pool=64, tile=triton_moments.MomentsTile(*tile))
+            patch.setattr(triton_moments, "SUM_BYTES", sum_bytes)
+            patch.setattr(triton_moments, "POOL_BYTES", pool_bytes)
+            found = triton_moments.launch_row_moments(*call, **pools, tile=triton_moments.MomentsTile(*tile))
         assert worst(found, expected, COSTS[:5]) < 1.5e-2
 
 
