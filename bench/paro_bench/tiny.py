@@ -131,7 +131,9 @@ class TinyBench:
         key = (options.order, options.pool, variant.videos, replace(method, criterion="mass"))
         if key not in self._calibrators:
             calibrator = Calibrator(IDENTITY, replace(options, density=0.1), method=replace(method, criterion="error"))
-            self.sample(CALIBRATION_SEEDS[: variant.videos], self.session(variant, calibrator=calibrator))
+            # One after the other, as PARO Calibrate runs its prompts: orders are compared under each one's attention.
+            for calibrator.prompt, seed in enumerate(CALIBRATION_SEEDS[: variant.videos]):
+                self.sample([seed], self.session(variant, calibrator=calibrator))
             self._calibrators[key] = calibrator
         calibrator = self._calibrators[key]
         calibrator.options, calibrator.method = options, method
