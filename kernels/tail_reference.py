@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .pools import Pools, expanded_pools, mean_queries, runs, stretch_of_rows
+from .pools import Pools, expanded_pools, mean_queries, stretch_of_rows
 from .problem import Geometry
 
 # Elements of one chunk of per-block contributions: what a CPU's cache holds a few times; on a GPU some hundred MB.
@@ -139,17 +139,25 @@ def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows
     mass = tiles.sum(2)
     sums = tiles.transpose(0, 1) @ head.value_blocks
     out = sums.sum(0) + weights[:, padded:] @ head.context_values
-    stretches = head.pools.keys.shape[2]
-    stretch = stretch_of_rows(g, stretches, positions)
-    pooled_weights = (head.pools.logits(queries[None, None], stretch, 1.0)[0, 0] - highest).exp_() / total
-    pooled_tiles = blocks_of(pooled_weights, g.block_k // pool, 1)
+    pools, per_block = head.pools, g.block_k // pool
+    keys, values, bias = (x[0, 0] for x in (pools.keys, pools.values, pools.bias))
+    if keys.shape[0] == 1:
+        pooled_logits, values = queries @ keys[0].T, values[0][None]
+    else:
+        # Each row has pools of its own: few rows come here, and what is taken is no larger than x.
+        stretch = stretch_of_rows(g, keys.shape[0], positions)
+        pooled_logits, values, bias = (keys[stretch] @ queries[..., None])[..., 0], values[stretch], bias[stretch]
+    pooled_weights = (pooled_logits + bias - highest).exp_() / total
+    pooled_tiles = blocks_of(pooled_weights, per_block, 1)
     pooled = pooled_tiles.sum(2)
+    values = blocks_of(values, per_block, 1).transpose(0, 1)
     # With one pool a block, a product of one column and one row: cheaper as a plain multiplication.
-    product = torch.mul if g.block_k == pool else torch.matmul
-    pooled_sums = torch.empty_like(sums)
-    for s, its in runs(stretch):
-        values = blocks_of(head.pools.values[0, 0, s], g.block_k // pool, 0)
-        pooled_sums[:, its] = product(pooled_tiles.transpose(0, 1)[:, its], values)
+    if per_block == 1:
+        pooled_sums = pooled_tiles.transpose(0, 1) * values[:, :, 0]
+    else:
+        pooled_sums = torch.einsum(
+            "jrp,jrpd->jrd", pooled_tiles.transpose(0, 1), values.expand(-1, len(queries), -1, -1)
+        )
     x = sums.addcmul_(mass.T[..., None], out, value=-1)
     y = pooled_sums.addcmul_(pooled.T[..., None], out, value=-1)
     return _Rows(x, y, mass, pooled, out.square().sum(1))
