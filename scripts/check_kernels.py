@@ -37,8 +37,8 @@ DEFAULT_MMA = {"16": {"HMMA"}, "fp8": {"QMMA"}, "int8": {"IMMA"}}
 # and head dimension: no tile without them was found.
 PARKED = {("16bit", 90, 128): 2, ("int8_pv8", 120, 128): 3}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
-PREPARE, LISTS, POOLS, MEANS, EXPAND = -1, -2, -3, -4, -5
-NAMES = {PREPARE: "prepass", LISTS: "lists", POOLS: "pools", MEANS: "means", EXPAND: "expand"}
+PREPARE, LISTS, POOLS, MEANS = -1, -2, -3, -4
+NAMES = {PREPARE: "prepass", LISTS: "lists", POOLS: "pools", MEANS: "means"}
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
         pair = (capability // 10, capability % 10)
         result.append(Row(capability, 0, "", LISTS))
         for dim in (128,) if quick else (128, 64, 256):
-            result += [] if quick else [Row(capability, dim, "16bit", kind) for kind in (MEANS, EXPAND)]
+            result += [] if quick else [Row(capability, dim, "16bit", MEANS)]
             for name, precision in precisions().items():
                 qk, pv = precision.qk, precision.pv
                 rotated = precision.hadamard and qk == "int8"
@@ -131,8 +131,7 @@ def compile_row(row: Row) -> dict:
     import _checkout
 
     _checkout.register()
-    others = {PREPARE: compile_prepass, LISTS: compile_lists, POOLS: compile_pools}
-    others |= dict.fromkeys((MEANS, EXPAND), compile_raw_pools)
+    others = {PREPARE: compile_prepass, LISTS: compile_lists, POOLS: compile_pools, MEANS: compile_means}
     return others.get(row.block_q, compile_attention)(row)
 
 
@@ -169,21 +168,15 @@ def compile_pools(row: Row) -> dict:
     return without_products(row, kernel)
 
 
-def compile_raw_pools(row: Row) -> dict:
-    """`_mean_queries` with the tables of key heads, or `_expand` with float32 pools and a table for each head."""
+def compile_means(row: Row) -> dict:
+    """`_mean_queries` with the tables of key heads."""
     import _compile
     from comfyui_paro.kernels import pools, triton_pools
 
-    pointers = {**dict.fromkeys(("Q", "K", "V", "means"), "*bf16"), "tables": "*i32", "order_of_head": "*i32"}
-    pointers |= dict.fromkeys(("pooled_k", "pooled_v", "pool_bias", "key_weights"), "*fp32") | {"scale_log2": "fp32"}
-    constants = {"D": row.dim, "PADDED_D": row.dim, "wanted": None, "stride_qd": 1, "stride_kd": 1, "stride_vd": 1}
-    if row.block_q == MEANS:
-        kernel = triton_pools._mean_queries
-        constants |= {"BLOCK_Q": 128, "ROWS": pools.MEAN_ROWS}
-    else:
-        kernel = triton_pools._expand
-        constants |= {"POOL": 64, "KEYS": 64, "BIASED": False, "order_of_head": None, "key_bias": None}
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    pointers = {**dict.fromkeys(("Q", "means"), "*bf16"), "tables": "*i32", "order_of_head": "*i32"}
+    constants = {"D": row.dim, "PADDED_D": row.dim, "BLOCK_Q": 128, "ROWS": pools.MEAN_ROWS, "stride_qd": 1}
+    constants["wanted"] = None
+    kernel = triton_pools._mean_queries
     return without_products(row, _compile.compile_kernel(kernel, pointers, constants, row.capability, 4, 3))
 
 
