@@ -147,7 +147,7 @@ class Calibrator:
             method.sigma,
         )
         block_q = query_block(layout.grid_tokens)
-        before = None if previous is None else previous.scores
+        before = (None, None) if previous is None else (previous.scores, previous.choice)
         seen = observe(
             q,
             k,
@@ -157,7 +157,8 @@ class Calibrator:
             v=v,
             scale=scale,
             key_bias=key_bias,
-            previous_scores=before,
+            previous_scores=before[0],
+            previous_choice=before[1],
             backend=backend,
         )
         self._add(site, step, seen)

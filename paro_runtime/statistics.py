@@ -32,6 +32,8 @@ ORDER_ROWS = 32
 # Up to SHARED_TOKENS grid tokens the same rows are looked at under all orders in one go (`sums_under_orders`): all, or
 # SHARED_ROWS of them. Samples of 512 rows took orders that cost 1 to 3 dB on the tiny model.
 SHARED_TOKENS, SHARED_ROWS = 8192, 4096
+# What an order must be better by, as a share of its score, for a head to leave the one that it was observed under.
+LEAST_LEAD = 0.01
 # Attention weights of one chunk of rows: what a CPU's cache holds, and half of a large GPU's.
 ELEMENTS_IN_CACHE, ELEMENTS_ON_GPU = 1 << 18, 1 << 23
 
@@ -115,11 +117,14 @@ def observe(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     previous_scores: torch.Tensor | None = None,
+    previous_choice: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Observation:
     """Statistics of one call; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias `[B, L]`.
 
-    previous_scores `[Hq, candidates]` of earlier calls are added before choosing, so that the choice rests on all.
+    previous_scores `[Hq, candidates]` of earlier calls are added before choosing, so that the choice rests on all. A
+    head leaves its previous_choice `[Hq]` only for an order that is better by LEAST_LEAD: what was summed under the old
+    one is lost with it.
     The query heads that share a key head share its order, since the keys are reordered once.
     """
     geometry = geometry_of(layout, block_q)
@@ -130,7 +135,12 @@ def observe(
     scores, masses = order_scores(q, k, geometry, options, key_bias=key_bias, **rest)
     total = scores if previous_scores is None else scores + previous_scores.to(scores.device)
     per_group = total.unflatten(0, (kv_heads, heads // kv_heads)).mean(1)
-    choice = first_best(per_group).repeat_interleave(heads // kv_heads)
+    choice = first_best(per_group)
+    if previous_choice is not None:
+        present = previous_choice.to(choice.device).unflatten(0, (kv_heads, -1))[:, 0]
+        its, best = per_group.gather(1, present[:, None])[:, 0], per_group.amax(1)
+        choice = choice.where(best - its > LEAST_LEAD * best.abs(), present)
+    choice = choice.repeat_interleave(heads // kv_heads)
     rows = torch.stack(tables)[choice]
     tail = None
     if v is not None and options.pool is not None:

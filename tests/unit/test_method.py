@@ -123,6 +123,24 @@ def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool, exp
         torch.testing.assert_close(errors[:, at], expected, rtol=2e-2, atol=1e-2)
 
 
+def test_a_head_does_not_leave_its_order_for_one_that_is_as_good(planted):
+    """Each change of order throws away what was summed: observations that disagree by a little must not undo it all."""
+    options = StatisticsOptions(0.25, pool=None)
+    first = observe(planted.q[:1], planted.k[:1], LAYOUT, 64, options)
+    best = first.scores.amax(1)
+    other = (first.choice + 1) % len(first.candidates)
+    for lead, stays in ((0.005, True), (0.03, False)):
+        # What came before makes the other order the better one by this share.
+        gap = best - first.scores.gather(1, other[:, None])[:, 0] + lead * best
+        before = torch.zeros_like(first.scores).scatter(1, other[:, None], gap[:, None])
+        seen = observe(
+            planted.q[:1], planted.k[:1], LAYOUT, 64, options, previous_scores=before, previous_choice=first.choice
+        )
+        assert torch.equal(seen.choice, first.choice if stays else other)
+        free = observe(planted.q[:1], planted.k[:1], LAYOUT, 64, options, previous_scores=before)
+        assert torch.equal(free.choice, other)
+
+
 def test_the_tail_never_costs_a_head_what_dropping_does_not(planted, masked):
     """Planted heads follow content: the bias that makes their mass right hurts, the bias of least error cannot."""
     entry, tables = masked
