@@ -73,8 +73,7 @@ def test_attention_multiplies_the_values(tile: Tile, dim: int, bias: bool):
     q, k, v, pattern, key_bias = make(Case("", grid=(3, 7, 11), prefix=5, tail=True, dim=dim, bias=bias))
     out = attention.launch_attention(q, k, v, pattern, precision, key_bias=key_bias, tile=tile)
     expected = sparse_attention_reference(q, k, v, pattern, precision, key_bias=key_bias)
-    # A pooled key at the edge of a step may round the other way.
-    assert relative_error(out, expected) < 5e-3
+    assert relative_error(out, expected) < 2e-3
 
 
 def test_small_and_large_heads_stay_one_a_byte():
