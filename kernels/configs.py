@@ -95,7 +95,12 @@ TILES = {
     ("blackwell", 128, "8+16"): Entry(
         Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured; before Triton 3.9 its INT8 is mma.sync"
     ),
-    ("blackwell", 128, "8+8"): Entry(Tile(64, False, 4, 3), Tile(64, False, 4, 3), "not measured; pairs would spill"),
+    ("blackwell", 128, "8+8"): Entry(
+        Tile(64, False, 4, 2),
+        Tile(64, False, 4, 3),
+        "not measured; pairs would spill, and rotated queries with a third stage",
+        dense=Tile(64, False, 4, 3),
+    ),
     ("blackwell", 128, "16"): Entry(Tile(128, False, 8, 2), Tile(64, False, 4, 2), "not measured"),
     ("blackwell", 64, "8+16"): Entry(Tile(128, False, 8, 3), Tile(64, False, 4, 3), "not measured"),
     ("blackwell", 64, "8+8"): Entry(Tile(64, False, 4, 3), Tile(64, False, 4, 3), "not measured"),
