@@ -74,12 +74,17 @@ def stretch_bounds(g: Geometry, stretches: int) -> list[tuple[int, int]]:
     return list(pairwise(starts))
 
 
-def mean_queries(q: torch.Tensor, g: Geometry, expansions: int) -> torch.Tensor:
-    """Mean query of each stretch, `[..., stretches, D]`, zero with plain means; q `[..., N, D]` in the head's order."""
+def mean_queries(q: torch.Tensor, g: Geometry, expansions: int, table: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean query of each stretch, `[..., stretches, D]`, zero with plain means.
+
+    q `[..., N, D]` in the head's order, or in another, of which table int64 `[N]` has the row at each place.
+    """
     if not expansions:
         return torch.zeros_like(q[..., :1, :])
     rows, shares = _rows_of_means(g, stretches_of(g, expansions), q.device)
-    return (q[..., rows, :] * shares.to(q.dtype)[..., None]).sum(-2)
+    its = rows.flatten() if table is None else table[rows.flatten()]
+    # As a product: a sum over rows takes ten times as long on a CPU.
+    return (shares.to(q.dtype)[:, None] @ q.index_select(-2, its).unflatten(-2, rows.shape))[..., 0, :]
 
 
 @lru_cache(maxsize=16)

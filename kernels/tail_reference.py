@@ -96,7 +96,7 @@ def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, expansions
     key_blocks, value_blocks = (blocks_of(x, g.block_k, 0) for x in (keys, values))
     # The queries are scaled already.
     q = q[g.prefix : g.prefix + g.grid_tokens].to(work) * scale
-    means = mean_queries(q[table], g, expansions)
+    means = mean_queries(q, g, expansions, table)
     grid_bias = None if bias is None else bias[table + g.prefix].to(work)[None, None]
     pools = expanded_pools(means[None, None], keys[None, None], values[None, None], pool, scale=1.0, key_bias=grid_bias)
     if bias is not None:
@@ -146,7 +146,8 @@ def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows
     else:
         # Each row has pools of its own: few rows come here, and what is taken is no larger than x.
         stretch = stretch_of_rows(g, keys.shape[0], positions)
-        pooled_logits, values, bias = (keys[stretch] @ queries[..., None])[..., 0], values[stretch], bias[stretch]
+        keys, values, bias = (x.index_select(0, stretch) for x in (keys, values, bias))
+        pooled_logits = (keys * queries[:, None]).sum(2)
     pooled_weights = (pooled_logits + bias - highest).exp_() / total
     pooled_tiles = blocks_of(pooled_weights, per_block, 1)
     pooled = pooled_tiles.sum(2)
