@@ -3,11 +3,11 @@
 The mean query of 8 to 128 such rows is a row more to compute, with every key and with those kept. In a head that
 looks everywhere the difference is what all those rows miss; in a head that looks at one place the mean query looks at
 no place in particular and tells nothing. So each head takes the share of its correction that was best on sampled rows,
-whose exact output is known (least squares, 0 to 1), and heads that gain little take none and cost nothing. Measured
-when the tail's bias is, in few sparse steps.
+whose exact output is known (least squares, 0 to 1), and heads that gain little take none and cost nothing.
 
-On from none to one dense step, where it was worth 1 to 2 dB on the tiny model; with three it gains no more than the
-blocks that could be kept in its time (`docs/method.md`).
+What is missed hardly changes from step to step: corrections are made in the first step of each group of steps, and
+added in the others as they were then, which on the tiny model is worth as much as making them in every step
+(`docs/method.md`).
 """
 
 from __future__ import annotations
@@ -22,11 +22,10 @@ from ..kernels.api import add_corrections, correction_backend, query_corrections
 from ..kernels.correction_reference import POOL
 from ..kernels.problem import Geometry, SparsePattern
 from ..kernels.reference import take_rows
+from .patterns import cache_bytes
 from .refresh import ROWS_SHARE
 from .tail import share_of_positions
 
-# Runs with more dense steps than this are not corrected.
-DENSE_STEPS = 1
 # A head that gets rid of less than this share of its squared error is not worth the time.
 LEAST_GAIN = 0.2
 # A mean query stands for so many rows on grids of up to so many tokens, on larger ones for a whole query block.
@@ -59,6 +58,14 @@ class _Shares:
     heads: torch.Tensor
 
 
+@dataclass
+class _Carried:
+    """Corrections `[B, n, groups, D]` of the heads `heads` int32 `[n]`, in the dtype of what they are added to."""
+
+    corrections: torch.Tensor
+    heads: torch.Tensor
+
+
 def exact_rows(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -79,11 +86,12 @@ def exact_rows(
 
 
 class QueryCorrection:
-    """Shares of one run by site. Safe to call from several threads."""
+    """Shares of one run by site, corrections by site and call. Safe to call from several threads."""
 
     def __init__(self) -> None:
         self._fits: dict[Hashable, _Fit] = {}
         self._shares: dict[Hashable, _Shares] = {}
+        self._carried: dict[tuple[Hashable, Hashable], _Carried] = {}
         self._lock = threading.Lock()
 
     @property
@@ -99,9 +107,16 @@ class QueryCorrection:
         tail = pattern.kept_words is not None and pattern.tail_bias is not None
         return served and tail and pattern.pool == POOL
 
+    def forget(self) -> None:
+        """The masks are others now: nothing holds any more."""
+        with self._lock:
+            for known in (self._fits, self._shares, self._carried):
+                known.clear()
+
     def apply(
         self,
         key: Hashable,
+        call: Hashable,
         step: int,
         due: bool,
         q: torch.Tensor,
@@ -115,10 +130,11 @@ class QueryCorrection:
         nonfinite: torch.Tensor | None = None,
         backend: str = "auto",
     ) -> None:
-        """Correct `out` `[B, Hq, L, D]` in place; due: measure the shares first, as after every change of the masks.
-        Otherwise as `sparse_attention`.
+        """Correct `out` `[B, Hq, L, D]` in place. key: the site; call: which of its calls in a step this is, since
+        conditionings that the host runs apart miss different things. due: make the corrections and measure the shares,
+        as after every change of the masks; else they are those of the last time. Otherwise as `sparse_attention`.
 
-        Calls of one step (conditionings that the host runs apart) add up.
+        For the shares the calls of one step add up.
         """
         rows = rows_per_mean_query(pattern.geometry)
         rest = {"rows": rows, "scale": scale, "key_bias": key_bias, "backend": backend}
@@ -128,15 +144,23 @@ class QueryCorrection:
             corrections = query_corrections(q, k, v, pattern, every_head, **rest)
             self._measure(key, step, q, k, v, out, pattern, corrections, scale, key_bias)
         with self._lock:
-            its = self._shares.get(key)
+            its, carried = self._shares.get(key), self._carried.get((key, call))
         if its is None or not its.heads.numel():
             return
-        if corrections is None:
-            corrections = query_corrections(q, k, v, pattern, its.heads, **rest)
-        else:
-            corrections = corrections[:, its.heads.long()]
+        if due:
+            carried = _Carried(corrections[:, its.heads.long()].to(out.dtype), its.heads)
+            self._carry((key, call), carried)
+        elif carried is None or carried.corrections.shape[0] != out.shape[0]:
+            return
         rest = {"rows": rows, "nonfinite": nonfinite, "backend": backend}
-        add_corrections(out, corrections, its.shares, pattern, its.heads, **rest)
+        add_corrections(out, carried.corrections, its.shares, pattern, carried.heads, **rest)
+
+    def _carry(self, where: tuple[Hashable, Hashable], carried: _Carried) -> None:
+        """Keep corrections for the steps to come. Where there is no room for them those go without."""
+        with self._lock:
+            self._carried.pop(where, None)
+            if sum(map(_bytes, self._carried.values())) + _bytes(carried) <= cache_bytes(carried.corrections.device):
+                self._carried[where] = carried
 
     def _measure(self, key, step, q, k, v, out, pattern, corrections, scale, key_bias) -> None:
         g, group = pattern.geometry, q.shape[1] // pattern.kv_heads
@@ -158,6 +182,10 @@ class QueryCorrection:
         heads = shares.nonzero()[:, 0].int()
         with self._lock:
             self._shares[key] = _Shares(shares, heads)
+
+
+def _bytes(carried: _Carried) -> int:
+    return carried.corrections.numel() * carried.corrections.element_size()
 
 
 def best_shares(sums: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
 
 class Evaluation:
-    """One evaluation of the model: a step, a layout, and the plan for its grid."""
+    """One evaluation of the model: a step, a layout, and the plan for its grid. call: which of a step's it is."""
 
-    def __init__(self, session: Session, layout: TokenLayout, grid: Grid, step: int) -> None:
+    def __init__(self, session: Session, layout: TokenLayout, grid: Grid, step: int, call: Hashable = 0) -> None:
         self.session = session
         self.layout = layout
         self.step = step
+        self.call = call
         self._grid = grid
         # Results that nobody has looked at yet, each with the flag that its kernel raises if it is not finite.
         self._unproven: list[tuple[Site | None, torch.Tensor]] = []
@@ -197,7 +198,7 @@ class Evaluation:
         return out
 
     def _measures(self, site: Site) -> bool:
-        """Whether this step measures anew what the site's tail and its correction go by. Asked once in every call."""
+        """Whether this step measures the site's tail anew. Asked once in every call."""
         session = self.session
         if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
             return False
@@ -218,14 +219,16 @@ class Evaluation:
             session.tail_seconds += time.perf_counter() - began
         return session.refresh.bias(key)
 
-    def _correct(self, site: Site, measures: bool, q, k, v, out, pattern, scale, key_bias, flag) -> None:
+    def _correct(self, site: Site, q, k, v, out, pattern, scale, key_bias, flag) -> None:
         """Give the rows of a sparse result what their mean query shows them to miss. Trouble ends that for the run."""
         session = self.session
         correction = session.correction
         if correction is None or not correction.suits(q, pattern, session.backend):
             return
         began = time.perf_counter()
-        call = ((site, self.layout.grid), self.step, measures, q, k, v, out, pattern)
+        key = (site, self.layout.grid)
+        due = session.refresh.begins(key, self.step)
+        call = (key, self.call, self.step, due, q, k, v, out, pattern)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
         try:
             correction.apply(*call, **rest)
@@ -234,7 +237,7 @@ class Evaluation:
                 raise
             session.correction = None
             session.note(f"correction by mean queries is off: {_one_line(error)}")
-        if measures:
+        if due:
             session.tail_seconds += time.perf_counter() - began
 
     def _guarded(self, site: Site | None, q, k, v, scale, key_bias) -> torch.Tensor | None:
@@ -255,7 +258,7 @@ class Evaluation:
                 q, k, v, pattern, precision, scale=scale, key_bias=key_bias, nonfinite=flag, backend=session.backend
             )
             if site is not None:
-                self._correct(site, measures, q, k, v, out, pattern, scale, key_bias, flag)
+                self._correct(site, q, k, v, out, pattern, scale, key_bias, flag)
             if session.can_redo and out.is_cuda:
                 # Asking now would make the host wait for the device in every call.
                 self._unproven.append((site, flag))

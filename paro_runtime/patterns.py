@@ -79,7 +79,7 @@ class PatternCache:
                 return
             # Sites come round in the same order in every evaluation: dropping the oldest would drop each just before
             # it is wanted again, so what does not fit is made anew every time instead.
-            if self._bytes + size <= _cache_bytes(pattern.kept_words.device):
+            if self._bytes + size <= cache_bytes(pattern.kept_words.device):
                 self._patterns[key] = pattern
                 self._bytes += size
 
@@ -88,7 +88,8 @@ def _size(pattern: SparsePattern) -> int:
     return held_bytes(pattern.geometry, pattern.kept_words.shape[0])
 
 
-def _cache_bytes(device: torch.device) -> int:
+def cache_bytes(device: torch.device) -> int:
+    """Bytes that a run may keep on a device for one purpose."""
     if device.type != "cuda":
         return CACHE_BYTES
     return int(torch.cuda.get_device_properties(device).total_memory * CACHE_SHARE)

@@ -39,6 +39,11 @@ class BiasRefresh:
             age = step - self._first.setdefault(key, step) + 1
         return begins or (group == 0 and age > 0 and age & (age - 1) == 0)
 
+    def begins(self, key: Hashable, step: int) -> bool:
+        """Whether the group of steps that `due` was last asked about begins with this one."""
+        with self._lock:
+            return key in self._groups and self._groups[key][1] == step
+
     def measure(
         self,
         key: Hashable,

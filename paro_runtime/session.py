@@ -20,7 +20,7 @@ from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
 from .attention import resolve_backend, resolve_precision, self_check
 from .calibration import Calibrator, Method
-from .correction import DENSE_STEPS, QueryCorrection
+from .correction import QueryCorrection
 from .evaluation import Evaluation
 from .patterns import PatternCache
 from .plan import ModelIdentity, Plan, PlanError, Site
@@ -94,7 +94,7 @@ class Session:
         calibrate_steps: frozenset[int] | None = None,
         on_status: Callable[[str], None] | None = None,
         refresh: bool = True,
-        correct: bool | None = None,
+        correct: bool = True,
         can_redo: bool = False,
         method: Method | None = None,
         highest_noise: float | None = None,
@@ -102,7 +102,7 @@ class Session:
         """sigmas: the run's noise levels, falling, last one included (steps + 1 values).
 
         refresh: measure the tail's bias again in some sparse steps; False keeps the plan's.
-        correct: give rows back what their mean query shows them to miss; None: where few steps are dense.
+        correct: give rows back what their mean query shows them to miss.
         can_redo: the caller runs an evaluation again when its `end` says so, which spares a wait in every call.
         method: how the run's own plans are made of what passes by (default: what measured best).
         highest_noise: the model's, in the units of sigmas; None: not known, any run may begin with noise.
@@ -142,12 +142,17 @@ class Session:
         self._logged: set[str] = set()
         self._clock = StepClock()
         self.refresh = BiasRefresh() if refresh else None
-        corrected = self.schedule.dense_steps <= DENSE_STEPS if correct is None else correct
-        self.correction = QueryCorrection() if refresh and corrected else None
+        self.correction = QueryCorrection() if refresh and correct else None
+        self._evaluations: Counter = Counter()  # of the present step, by grid and conditionings
         self.lock = threading.RLock()
 
-    def begin(self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,)) -> Evaluation:
-        """One model evaluation at noise level `sigma`; chunks as the host batches conditionings (for the log)."""
+    def begin(
+        self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,), again: bool = False
+    ) -> Evaluation:
+        """One model evaluation at noise level `sigma`.
+
+        chunks: the conditionings in it, as the host numbers them. again: it is the one before, run once more.
+        """
         step = step_index(self.sigmas, sigma)
         with self.lock:
             grid = self._grids.get(layout.grid)
@@ -161,7 +166,11 @@ class Session:
                 kind = self._step_kind(step, grid)
                 self._clock.next(step, kind)
                 self._tell(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
-        return Evaluation(self, layout, grid, step)
+                self._evaluations.clear()
+            # The n-th of its kind in one step stands for the n-th in another: conditionings come in the same order.
+            kind = (layout.grid, chunks)
+            self._evaluations[kind] += not again
+            return Evaluation(self, layout, grid, step, call=(chunks, self._evaluations[kind]))
 
     def decline(self, reason: str) -> None:
         """Count a call that is not ours, with the reason."""
@@ -238,8 +247,9 @@ class Session:
         if not stays:
             grid.plan = None
             self.patterns.clear()
-            if self.refresh is not None:
-                self.refresh.forget()
+            for measured in (self.refresh, self.correction):
+                if measured is not None:
+                    measured.forget()
             if self.settings.calibrate:
                 grid.calibrator = self._calibrator(step)
                 grid.source = IN_PASSING

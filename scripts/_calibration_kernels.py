@@ -94,7 +94,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
             warps = triton_pools.expand_warps(torch.float32, row.dim)
         if row.kernel == "add":
             rows, kernel = triton_correction.ADD_ROWS, triton_correction._add_corrections
-            pointers |= {"out": "*bf16", "corrections": "*fp32", "shares": "*fp32"}
+            pointers |= {"out": "*bf16", "corrections": "*bf16", "shares": "*fp32"}
             constants["stride_d"] = 1
         else:
             pointers.pop("heads")

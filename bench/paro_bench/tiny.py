@@ -40,7 +40,7 @@ class Variant:
 
     plan: `offline` (made from other videos), `passing` (from the last dense step of the same video) or a fixed mask's
     name. videos: how many the offline plan is made from. refresh: measure the tail's bias again while sampling.
-    correct: by mean queries; None: as a run decides. schedule: of the density over the sparse steps.
+    correct: by mean queries. schedule: of the density over the sparse steps.
     """
 
     name: str
@@ -53,7 +53,7 @@ class Variant:
     plan: str = "offline"
     videos: int = 8
     refresh: bool = True
-    correct: bool | None = None
+    correct: bool = True
     schedule: str = "falling"
     method: Method = field(default_factory=Method)
 

@@ -34,8 +34,11 @@ class HostRun:
         self.session = session
         self.family = family
 
-    def begin(self, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
-        """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part."""
+    def begin(self, model: Any, args: tuple, extra: dict[str, Any], again: bool = False) -> HostEvaluation | None:
+        """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part.
+
+        again: it is the one before, once more.
+        """
         x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
         call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
         layouts = self.family.layout(model, call)
@@ -50,7 +53,8 @@ class HostRun:
         uncountable = None if counts is None else self.family.uncountable(call)
         chunks = tuple(options.get("cond_or_uncond") or ())
         sigma = float(sigma.flatten()[0])
-        evaluations = (self.session.begin(layout=layout, sigma=sigma, chunks=chunks) for layout in layouts)
+        common = {"sigma": sigma, "chunks": chunks, "again": again}
+        evaluations = (self.session.begin(layout=layout, **common) for layout in layouts)
         return HostEvaluation(self.session, self.family, *evaluations, counts=counts, uncountable=uncountable)
 
 
@@ -91,7 +95,9 @@ class Lifecycle:
         # time, and the last time PARO stays out of it.
         for attempt in range(ATTEMPTS):
             last = attempt == ATTEMPTS - 1
-            evaluation = None if last else self._begin(run, executor.class_obj.diffusion_model, args, kwargs)
+            evaluation = (
+                None if last else self._begin(run, executor.class_obj.diffusion_model, args, kwargs, attempt > 0)
+            )
             # Always a new dict: the host hands the same one to every evaluation of a step.
             options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
             result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
@@ -99,9 +105,11 @@ class Lifecycle:
                 break
         return result
 
-    def _begin(self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any]) -> HostEvaluation | None:
+    def _begin(
+        self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any], again: bool
+    ) -> HostEvaluation | None:
         try:
-            return run.begin(model, args, extra)
+            return run.begin(model, args, extra, again)
         except Exception as error:
             # A model that another node changed beyond recognition runs dense; it does not fail.
             if self.strict:

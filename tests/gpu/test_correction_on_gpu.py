@@ -55,13 +55,15 @@ def test_corrections(grid, dim, block_q, rows, expansions, biased, dtype):
 
     shares, out = torch.rand(4, device="cuda"), torch.randn_like(q)
     flag = torch.zeros(4, dtype=torch.int32, device="cuda")
-    given = [
-        add_corrections(out.clone(), found, shares, pattern, heads, rows=rows, nonfinite=flag, backend=backend)
-        for backend in ("triton", "reference")
-    ]
-    # Both round once.
-    assert (given[0].float() - given[1].float()).abs().max() <= (4e-2 if dtype == torch.bfloat16 else 4e-3)
-    assert torch.equal(given[0][:, 2], out[:, 2]) and not flag.any()
+    # As they are made, and as they are kept for later steps.
+    for its in (found, found.to(dtype)):
+        given = [
+            add_corrections(out.clone(), its, shares, pattern, heads, rows=rows, nonfinite=flag, backend=backend)
+            for backend in ("triton", "reference")
+        ]
+        # Both round once.
+        assert (given[0].float() - given[1].float()).abs().max() <= (4e-2 if dtype == torch.bfloat16 else 4e-3)
+        assert torch.equal(given[0][:, 2], out[:, 2]) and not flag.any()
 
 
 def test_exact_rows():

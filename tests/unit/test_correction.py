@@ -85,17 +85,58 @@ def test_only_heads_whose_rows_have_something_in_common_are_corrected(block_q, r
     dense, out = dense_of(q, k, v), sparse_attention(q, k, v, pattern, EXACT)
     before, correction = out.clone(), QueryCorrection()
     call = (q, k, v, out, pattern)
-    correction.apply("site", 3, True, *call, scale=None, key_bias=None)
+    correction.apply("site", 0, 3, True, *call, scale=None, key_bias=None)
     missed = [(x - dense)[:, :, 3:-2].square().sum((0, 2, 3)) for x in (before, out)]
     others = [head for head in range(4) if head != ALIKE]
     assert missed[1][ALIKE] < 1e-6 * missed[0][ALIKE]
     assert torch.equal(out[:, others], before[:, others]) and correction.heads == (1, 4)
-    # The next step goes by what was measured; a site that was never measured is left alone.
+    # The next step adds the same, whatever its own queries miss. A site or a call that was never measured is left
+    # alone, and so is one of another batch, and all of them once the masks are others.
+    rest = {"scale": None, "key_bias": None}
     again = before.clone()
-    correction.apply("site", 4, False, q, k, v, again, pattern, scale=None, key_bias=None)
+    correction.apply("site", 0, 4, False, *torch.randn(2, *q.shape), v, again, pattern, **rest)
     torch.testing.assert_close(again, out)
-    correction.apply("other", 4, False, q, k, v, again := before.clone(), pattern, scale=None, key_bias=None)
-    assert torch.equal(again, before)
+    for key, call in (("other", 0), ("site", 1)):
+        correction.apply(key, call, 4, False, q, k, v, again := before.clone(), pattern, **rest)
+        assert torch.equal(again, before)
+    twice = [x.repeat(2, 1, 1, 1) for x in (q, k, v, before)]
+    correction.apply("site", 0, 4, False, *twice, pattern, **rest)
+    assert torch.equal(twice[3][:1], before)
+    correction.forget()
+    correction.apply("site", 0, 5, False, q, k, v, again := before.clone(), pattern, **rest)
+    assert torch.equal(again, before) and correction.heads == (0, 0)
+
+
+def test_each_call_of_a_step_has_corrections_of_its_own():
+    both = [problem() for _ in range(2)]
+    correction, rest = QueryCorrection(), {"scale": None, "key_bias": None}
+    results = []
+    for call, (q, k, v, pattern) in enumerate(both):
+        out = sparse_attention(q, k, v, pattern, EXACT)
+        correction.apply("site", call, 3, True, q, k, v, out, pattern, **rest)
+        results.append(out)
+    for call, (q, k, v, pattern) in enumerate(both):
+        out = sparse_attention(q, k, v, pattern, EXACT)
+        correction.apply("site", call, 4, False, q, k, v, out, pattern, **rest)
+        # The shares are of both calls by now.
+        assert (out - results[call])[:, ALIKE].norm() < 1e-3 * (out - dense_of(q, k, v))[:, 1].norm()
+
+
+def test_corrections_beyond_what_may_be_kept_are_added_once(monkeypatch):
+    q, k, v, pattern = problem(batch=2)
+    before, rest = sparse_attention(q, k, v, pattern, EXACT), {"scale": None, "key_bias": None}
+    size = 2 * 46 * 32 * 4  # entries, mean queries of 8 of the 360 rows (one more for none), channels, bytes
+    for most, kept in ((size * 45 // 46, True), (size * 45 // 46 - 1, False)):
+        monkeypatch.setattr(correction_module, "cache_bytes", lambda device, most=most: most)
+        correction = QueryCorrection()
+        correction.apply("site", 0, 3, True, q, k, v, first := before.clone(), pattern, **rest)
+        correction.apply("site", 0, 4, False, q, k, v, second := before.clone(), pattern, **rest)
+        assert not torch.equal(first, before)
+        assert torch.equal(second, first if kept else before)
+        # Made anew in the next group, they take the place of the old ones.
+        correction.apply("site", 0, 5, True, q, k, v, third := before.clone(), pattern, **rest)
+        correction.apply("site", 0, 6, False, q, k, v, fourth := before.clone(), pattern, **rest)
+        assert torch.equal(fourth, third if kept else before)
 
 
 def test_calls_of_one_step_add_up():
@@ -103,22 +144,22 @@ def test_calls_of_one_step_add_up():
     together = QueryCorrection()
     for q, k, v, pattern in (one, two):
         out = sparse_attention(q, k, v, pattern, EXACT)
-        together.apply("site", 3, True, q, k, v, out, pattern, scale=None, key_bias=None)
+        together.apply("site", 0, 3, True, q, k, v, out, pattern, scale=None, key_bias=None)
     apart = [QueryCorrection(), QueryCorrection()]
     for correction, (q, k, v, pattern) in zip(apart, (one, two), strict=True):
         out = sparse_attention(q, k, v, pattern, EXACT)
-        correction.apply("site", 3, True, q, k, v, out, pattern, scale=None, key_bias=None)
+        correction.apply("site", 0, 3, True, q, k, v, out, pattern, scale=None, key_bias=None)
     sums = [correction._fits["site"].sums for correction in apart]
     torch.testing.assert_close(together._fits["site"].sums, sums[0] + sums[1])
     # A later step begins anew.
     q, k, v, pattern = two
     together.apply(
-        "site", 4, True, q, k, v, sparse_attention(q, k, v, pattern, EXACT), pattern, scale=None, key_bias=None
+        "site", 0, 4, True, q, k, v, sparse_attention(q, k, v, pattern, EXACT), pattern, scale=None, key_bias=None
     )
     torch.testing.assert_close(together._fits["site"].sums, sums[1])
 
 
-def run(dense_steps, **more):
+def run(dense_steps, chunks=((0,),), **more):
     """A run of one site whose heads look at wide places that move with the row; the session, and the error of every
     sparse step."""
     settings = Settings(
@@ -128,34 +169,72 @@ def run(dense_steps, **more):
     session = Session(policy, sigmas=SIGMAS, **more)
     generator = torch.Generator().manual_seed(0)
     errors = []
+    first = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
+    first[0] *= 0.3
+    first[0, :, :, 3:-2] += 0.5 * PLACES @ torch.randn(1, 4, 3, 32, generator=generator)
     for sigma in SIGMAS[:-1]:
-        q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
-        q = 0.3 * q
-        q[:, :, 3:-2] += 0.5 * PLACES @ torch.randn(1, 4, 3, 32, generator=generator)
+        # Steps follow each other closely.
+        q, k, v = first + 0.05 * torch.randn(first.shape, generator=generator)
         dense = sdpa(q, k, v)
-        evaluation = session.begin(layout=LAYOUT, sigma=sigma)
-        out = evaluation.attend(Site("block", 0), q, k, v, dense=lambda d=dense: d.clone(), blocks=1)
-        evaluation.end()
-        if not torch.equal(out, dense):
-            errors.append(((out - dense).norm() / dense.norm()).item())
+        for its in chunks:
+            evaluation = session.begin(layout=LAYOUT, sigma=sigma, chunks=its)
+            out = evaluation.attend(Site("block", 0), q, k, v, dense=lambda d=dense: d.clone(), blocks=1)
+            evaluation.end()
+            if not torch.equal(out, dense):
+                errors.append(((out - dense).norm() / dense.norm()).item())
     return session, errors
 
 
-@pytest.mark.parametrize(
-    "dense_steps, correct, expected", [(1, None, True), (3, None, False), (1, False, False), (3, True, True)]
-)
-def test_a_run_with_few_dense_steps_is_corrected(dense_steps, correct, expected):
+@pytest.mark.parametrize("dense_steps, correct", [(1, True), (3, True), (1, False), (3, False)])
+def test_a_run_is_corrected(dense_steps, correct):
     session, errors = run(dense_steps, correct=correct)
     _, without = run(dense_steps, correct=False)
     assert len(errors) == len(without) == 5 - dense_steps
     report = session.finish()
-    assert (report.heads_corrected > 0) == expected
+    assert (report.heads_corrected > 0) == correct
     assert f"corrected by their mean queries: {report.heads_corrected} heads" in report.text()
     assert not report.fallbacks and not report.notes
-    if expected:
+    if correct:
         assert all(a < 0.9 * b for a, b in zip(errors, without, strict=True))
     else:
         assert errors == without
+
+
+def test_evaluations_of_a_step_are_told_apart_by_their_conditionings_and_their_turn():
+    policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), Settings(preset="custom", density=0.3))
+    session = Session(policy, sigmas=SIGMAS)
+
+    def calls(sigma, *evaluations):
+        common = {"layout": LAYOUT, "sigma": sigma}
+        return [session.begin(**common, chunks=chunks, again=again).call for chunks, again in evaluations]
+
+    one, other = (0,), (1, 0)
+    first = calls(1.0, (one, False), (other, False), (one, False))
+    assert len(set(first)) == 3
+    # In the next step the same ones again, in any order of the conditionings; one that is run once more is itself.
+    assert calls(0.8, (other, False), (other, True), (one, False), (one, False), (one, True)) == [
+        first[1],
+        first[1],
+        first[0],
+        first[2],
+        first[2],
+    ]
+
+
+def test_conditionings_that_run_apart_keep_their_corrections_apart(monkeypatch):
+    seen = []
+    real = QueryCorrection.apply
+
+    def watched(self, key, call, step, due, *rest, **more):
+        seen.append((key, call, step, due))
+        return real(self, key, call, step, due, *rest, **more)
+
+    monkeypatch.setattr(QueryCorrection, "apply", watched)
+    run(1, chunks=((0,), (1,)))
+    key = (Site("block", 0), LAYOUT.grid)
+    # The four sparse steps fall into three groups, of which the second has two.
+    due = {1: True, 2: True, 3: False, 4: True}
+    assert seen == [(key, ((chunk,), 1), step, due[step]) for step in due for chunk in (0, 1)]
 
 
 def test_without_a_tail_or_a_measured_bias_nothing_is_corrected():
