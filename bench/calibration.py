@@ -6,9 +6,10 @@ python bench/calibration.py --tiny [--repeats 15] [--json FILE]
 
 Times are wall-clock medians in milliseconds that wait for the device. `observe` is what a calibrating step pays per
 site: block sums of some rows under every order, the tail's errors and curves, copies to the CPU and all that lies
-between. `refresh` measures the tail's bias again in a sparse step, `correct` corrects half of the heads in one by their
-mean queries, `plan` makes the three masks of one site at the end; `every_row` is what masks by mass would need instead
-of the tail. Without a GPU the first form measures nothing.
+between. In some sparse steps `refresh` measures the tail's bias again, and `correct` makes and adds corrections of half
+of the heads by their mean queries; `carried` adds them, as all other steps do. `look` measures a site's masks anew, once
+in a run whose plan was made of pure noise. `plan` makes the three masks of one site at the end; `every_row` is what
+masks by mass would need instead of the tail. Without a GPU the first form measures nothing.
 
 `--tiny` records queries, keys and values of the tiny trained model in the third of eight steps and alternates between
 the attention of its four layers as torch computes it (float32) and all that a calibrating step does beside it: four
@@ -53,6 +54,7 @@ from comfyui_paro.paro_runtime.plan import ModelIdentity, Site  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import MaskOptions, query_block  # noqa: E402
 from comfyui_paro.paro_runtime.refresh import ROWS_SHARE  # noqa: E402
 from comfyui_paro.paro_runtime.rotation import logit_errors  # noqa: E402
+from comfyui_paro.paro_runtime.second_look import masks_anew  # noqa: E402
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, order_scores  # noqa: E402
 from comfyui_paro.paro_runtime.tail import observe_bias, observe_tail, sampled_rows  # noqa: E402
 from comfyui_paro.paro_runtime.tokens import TokenLayout  # noqa: E402
@@ -151,6 +153,12 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
         add_corrections(out, found, shares, pattern, corrected, rows=each)
 
     times["correct_ms"] = median_ms(correct, repeats, device)
+    kept = query_corrections(q, k, v, pattern, corrected, rows=each).to(q.dtype)
+    carry = (out, kept, shares, pattern, corrected)
+    times["carried_ms"] = median_ms(lambda: add_corrections(*carry, rows=each), repeats, device)
+    entry = plans[0].sites[SITE]
+    look = (entry, 1, q, k, v, pattern)
+    times["look_ms"] = median_ms(lambda: masks_anew(*look, scale=None, key_bias=None), repeats, device)
     return {
         "length": shape.length,
         "heads": heads,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
 from .attention import dense_pattern, dense_pays_when_short, run_kernel, site_precision
 from .plan import Site
+from .second_look import masks_anew
 from .tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -198,11 +200,41 @@ class Evaluation:
         return out
 
     def _measures(self, site: Site) -> bool:
-        """Whether this step measures the site's tail anew. Asked once in every call."""
+        """Whether the tail of this site is due to be measured anew in this step. Asked once in every call."""
         session = self.session
         if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
             return False
         return session.refresh.due((site, self.layout.grid), self.step, self._group)
+
+    def _look_again(self, site: Site, q, k, v, scale, key_bias) -> None:
+        """Measure the site's masks anew if its plan was made of pure noise and this is the time for it. Trouble leaves
+        the masks as they are, and ends that for the run."""
+        session, grid = self.session, self._grid
+        look = session.second_look
+        if look is None or not session.of_pure_noise(grid.plan) or not look.due((site, self.layout.grid), self.step):
+            return
+        began = time.perf_counter()
+        group, entry = self._group, grid.plan.sites[site]
+        pattern = session.patterns.get(site, grid.plan, group, self.layout, k.shape[1], q.device)
+        rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
+        try:
+            fresh = masks_anew(entry, group, q, k, v, pattern, **rest)
+        except Exception as error:
+            if session.settings.strict:
+                raise
+            session.second_look = None
+            session.note(f"masks are not measured anew: {_one_line(error)}")
+            return
+        with session.lock:
+            # The run's own copy: the plan itself may be another run's too.
+            grid.plan = replace(grid.plan, sites={**grid.plan.sites, site: fresh})
+        session.patterns.renew(site, self.layout)
+        session.tail_seconds += time.perf_counter() - began
+
+    def _looked_again(self, site: Site) -> bool:
+        """Whether the site's masks were measured anew in this step."""
+        look = self.session.second_look
+        return look is not None and look.looks((site, self.layout.grid), self.step)
 
     def _measured_bias(self, site: Site, measures: bool, q, k, v, scale, key_bias) -> torch.Tensor | None:
         """The tail's bias as this run measured it, float32 `[H]`; None where it did not, and the plan's holds."""
@@ -227,7 +259,7 @@ class Evaluation:
             return
         began = time.perf_counter()
         key = (site, self.layout.grid)
-        due = session.refresh.begins(key, self.step)
+        due = session.refresh.begins(key, self.step) or self._looked_again(site)
         call = (key, self.call, self.step, due, q, k, v, out, pattern)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
         try:
@@ -247,7 +279,8 @@ class Evaluation:
             if site is None:
                 pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
             else:
-                measures = self._measures(site)
+                self._look_again(site, q, k, v, scale, key_bias)
+                measures = self._measures(site) or self._looked_again(site)
                 bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
                 where = (self._group, self.layout, k.shape[1], q.device)
                 pattern = session.patterns.get(site, self._grid.plan, *where, bias)

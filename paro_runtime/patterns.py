@@ -61,6 +61,11 @@ class PatternCache:
         # What the kernels derive from the kept blocks goes by their words, and so travels along.
         return pattern if bias is None or pattern.tail_bias is None else replace(pattern, tail_bias=bias.to(device))
 
+    def renew(self, site: Site, layout: TokenLayout) -> None:
+        """The site has other masks now: its pattern is made anew when it is asked for."""
+        with self._lock:
+            self._drop(layout, site)
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:
@@ -68,8 +73,8 @@ class PatternCache:
             self._groups.clear()
             self._bytes = 0
 
-    def _drop(self, layout: TokenLayout) -> None:
-        for key in [key for key in self._patterns if key[1] == layout]:
+    def _drop(self, layout: TokenLayout, site: Site | None = None) -> None:
+        for key in [key for key in self._patterns if key[1] == layout and site in (None, key[0])]:
             self._bytes -= _size(self._patterns.pop(key))
 
     def _keep(self, key: tuple, group: int, pattern: SparsePattern) -> None:

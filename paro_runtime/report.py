@@ -54,6 +54,7 @@ class Report:
     sites_dense_blocks: int
     sites_rotated: int
     heads_corrected: int
+    sites_looked_at_again: int
     density: float
     densities: list[float]
     mass_kept: float
@@ -91,6 +92,7 @@ class Report:
             sites_dense_blocks=len(session.dense_block_sites),
             sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
             heads_corrected=session.correction.heads[0] if session.correction is not None else 0,
+            sites_looked_at_again=session.second_look.sites if session.second_look is not None else 0,
             density=plan.density if plan else 1.0,
             densities=plan.densities if plan else [],
             mass_kept=plan.mass_kept if plan else 1.0,
@@ -148,6 +150,7 @@ class Report:
             f"attention kept {self._kept()}",
             f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
             f"corrected by their mean queries: {self.heads_corrected} heads",
+            f"masks measured anew after a plan of pure noise: {self.sites_looked_at_again} of {self.sites} sites",
             f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
         if self.backend == "reference" and self.sites_sparse:

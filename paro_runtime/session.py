@@ -30,6 +30,7 @@ from .recipes import Recipe, mask_options, query_block
 from .refresh import BiasRefresh
 from .report import Report
 from .schedule import Schedule, StepClock, step_index
+from .second_look import SecondLook
 from .settings import Settings
 from .tokens import TokenLayout
 
@@ -143,6 +144,7 @@ class Session:
         self._clock = StepClock()
         self.refresh = BiasRefresh() if refresh else None
         self.correction = QueryCorrection() if refresh and correct else None
+        self.second_look = SecondLook() if refresh else None
         self._evaluations: Counter = Counter()  # of the present step, by grid and conditionings
         self.lock = threading.RLock()
 
@@ -233,9 +235,12 @@ class Session:
     def _sees_better(self, found: Plan) -> bool:
         """Whether a plan that a run made of its first step, of noise alone, is worth less than what this run will see
         in its last dense step."""
-        from_noise = found.made.get("by") == IN_PASSING and found.made.get("criterion") == "mass"
-        by_error = self.options.pool is not None and self.method.criterion == "auto"
-        return from_noise and by_error and self.schedule.dense_steps > 1 and self.settings.calibrate
+        return self.of_pure_noise(found) and self.schedule.dense_steps > 1 and self.settings.calibrate
+
+    def of_pure_noise(self, plan: Plan) -> bool:
+        """Whether a run made this plan of a step of pure noise, where this one would choose blocks by error."""
+        from_noise = plan.made.get("by") == IN_PASSING and plan.made.get("criterion") == "mass"
+        return from_noise and self.options.pool is not None and self.method.criterion == "auto"
 
     def _judge_moved_plan(self, grid: Grid, step: int) -> None:
         verdict = grid.check.verdict()
@@ -247,9 +252,9 @@ class Session:
         if not stays:
             grid.plan = None
             self.patterns.clear()
-            for measured in (self.refresh, self.correction):
-                if measured is not None:
-                    measured.forget()
+            for known in (self.refresh, self.correction, self.second_look):
+                if known is not None:
+                    known.forget()
             if self.settings.calibrate:
                 grid.calibrator = self._calibrator(step)
                 grid.source = IN_PASSING

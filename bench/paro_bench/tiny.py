@@ -16,7 +16,7 @@ import torch
 from ...paro_runtime.calibration import Calibrator, Method
 from ...paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from ...paro_runtime.recipes import MaskOptions, mask_options, recipe_for
-from ...paro_runtime.session import Policy, Session
+from ...paro_runtime.session import IN_PASSING, Policy, Session
 from ...paro_runtime.settings import Settings
 from ...paro_runtime.statistics import geometry_of
 from ...paro_runtime.sums import SiteSums
@@ -155,7 +155,7 @@ class TinyBench:
             one.layout = self.layout
             # Heads are observed apart from each other; only the budget is shared, and that among those of one video.
             one._sums = {site: _of_heads(sums, heads) for site, sums in self._calibrators[key]._sums.items()}
-            found.append(one.plan({"by": "bench"}))
+            found.append(one.plan({"by": IN_PASSING}))
         return found
 
     def watch(self, seeds, see: Callable, steps) -> None:

@@ -7,8 +7,9 @@ from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.selection import masks_of_counts
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, sums_under_orders
-from comfyui_paro.paro_runtime.tail import observe_bias, sampled_rows
+from comfyui_paro.paro_runtime.tail import block_errors, observe_bias, sampled_rows
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 pytestmark = [
@@ -48,6 +49,23 @@ def test_kernels_of_calibration(dtype, dim, pool, block_q, biased):
     assert worst(*moments, COSTS[:5]) < 1.5e-2
     assert worst(*sums, ("mass",)) < 1e-3
     torch.testing.assert_close(row_logsumexp(q, k, key_bias=bias, backend="triton"), lse, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("dtype, block_q", [(torch.bfloat16, 128), (torch.float16, 64)])
+def test_errors_for_mean_queries(dtype, block_q):
+    g = Geometry(3, GRID, 2, block_q)
+    q, k, v = (torch.randn(2, n, g.length, 128, device="cuda").to(dtype) for n in (4, 2, 2))
+    tables = torch.stack([torch.randperm(g.grid_tokens, device="cuda") for _ in range(2)]).int()
+    tables, bias = tables.repeat_interleave(2, 0), torch.randn(2, g.length, device="cuda")
+    rest = {"density": 0.2, "pool": 64, "key_bias": bias}
+    found, expected = (block_errors(q, k, v, g, tables, backend=backend, **rest) for backend in ("triton", "reference"))
+    assert ((found - expected).abs().max() / expected.abs().max()).item() < 3e-2
+    counts = torch.tensor([30, 60, 90, 120], device="cuda")
+    masks = masks_of_counts(expected, counts)
+    assert torch.equal(masks.cpu(), masks_of_counts(expected.cpu(), counts.cpu()))
+    assert masks.sum((1, 2)).tolist() == counts.tolist()
+    # Other masks by the kernel's errors at near ties only.
+    assert (masks != masks_of_counts(found, counts)).float().mean() < 0.02
 
 
 def test_values_with_a_large_common_part():

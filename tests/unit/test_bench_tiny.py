@@ -9,14 +9,17 @@ import pytest
 from comfyui_paro.bench.metrics import psnr
 from comfyui_paro.bench.paro_bench.tiny import TinyBench, Variant
 from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, overview
+from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.tests.tiny_wan import data
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "fidelity.py"
 
 
 @pytest.mark.parametrize("dense", [1, 3])
-def test_videos_side_by_side_are_what_each_is_alone(dense):
-    """Plans in passing, budgets and measured biases, against a session for each video."""
+def test_videos_side_by_side_are_what_each_is_alone(dense, monkeypatch):
+    """Plans in passing, budgets, measured biases and masks, against a session for each video."""
+    made, real = [], Calibrator.plan
+    monkeypatch.setattr(Calibrator, "plan", lambda self, by: made.append(real(self, by)) or made[-1])
     bench = TinyBench((4, 8, 10), seeds=(7, 8))
     variant = Variant("ours, passing", 0.4, dense, plan="passing")
     plans = bench.passing_plans(variant)
@@ -24,7 +27,9 @@ def test_videos_side_by_side_are_what_each_is_alone(dense):
     for number, seed in enumerate(bench.seeds):
         session = bench.session(variant)
         alone = bench.sample([seed], session)
-        plan = session.finish().plan
+        # As it was made: a plan of pure noise gets other masks in the run.
+        plan, looked = made[-1], session.finish().sites_looked_at_again
+        assert looked == (len(plan.sites) if dense == 1 else 0)
         for site, entry in plan.sites.items():
             assert entry.orders == plans[number].sites[site].orders
             same = (entry.mask() == plans[number].sites[site].mask()).float().mean()

@@ -1,0 +1,92 @@
+"""Masks measured anew in a run whose plan was made of pure noise.
+
+A run with one dense step makes its plan of what the model does with noise alone: good enough for orders, less so for
+masks. So it looks once more in its second sparse step, when there is a picture to see: a few mean queries of every
+query block tell what each block would cost, and each head keeps the best, as many as before (`docs/method.md`).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Hashable
+from dataclasses import replace
+
+import torch
+
+from ..kernels.problem import SparsePattern
+from .plan import PER_GROUP, SitePlan
+from .selection import masks_of_counts
+from .tail import block_errors
+
+
+class SecondLook:
+    """Which sites of one run have been looked at again. Safe to call from several threads."""
+
+    def __init__(self) -> None:
+        self._first: dict[Hashable, int] = {}
+        self._looked: dict[Hashable, int] = {}
+        self._lock = threading.Lock()
+
+    def due(self, key: Hashable, step: int) -> bool:
+        """Whether this call is the first of the site's second sparse step. Asked once in every sparse call."""
+        with self._lock:
+            first = self._first.setdefault(key, step)
+            if step == first or key in self._looked:
+                return False
+            self._looked[key] = step
+            return True
+
+    def looks(self, key: Hashable, step: int) -> bool:
+        """Whether the site's masks were measured anew in this step."""
+        with self._lock:
+            return self._looked.get(key) == step
+
+    @property
+    def sites(self) -> int:
+        """Sites whose masks were measured anew."""
+        return len(self._looked)
+
+    def forget(self) -> None:
+        """The plan is another one now."""
+        with self._lock:
+            self._first.clear()
+            self._looked.clear()
+
+
+def masks_anew(
+    entry: SitePlan,
+    group: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: SparsePattern,
+    *,
+    scale: float | None,
+    key_bias: torch.Tensor | None,
+    backend: str = "auto",
+) -> SitePlan:
+    """A site's entry with masks from this call for this group of steps and those behind it: as many blocks of each
+    head as before. pattern: the entry's own in this group; otherwise as `sparse_attention`."""
+    errors = block_errors(
+        q,
+        k,
+        v,
+        pattern.geometry,
+        pattern.tables[pattern.order_of_head.long()].repeat_interleave(q.shape[1] // pattern.kv_heads, 0),
+        density=entry.density[group].mean().item(),
+        pool=pattern.pool,
+        expansions=pattern.expansions,
+        scale=scale,
+        key_bias=key_bias,
+        backend=backend,
+    )
+    parts = [replace(entry, **{name: _group(entry, name, before) for name in PER_GROUP}) for before in range(group)]
+    for later in range(group, entry.groups):
+        counts = (entry.density[later] * errors[0].numel()).round().long().to(errors.device)
+        bias, kept = (_group(entry, name, later)[0] for name in ("tail_bias", "mass_kept"))
+        parts.append(SitePlan.create(entry.orders, masks_of_counts(errors, counts), bias, kept))
+    return replace(SitePlan.joined(parts), falloff=entry.falloff, rotate=entry.rotate)
+
+
+def _group(entry: SitePlan, name: str, group: int) -> torch.Tensor:
+    return getattr(entry, name)[group : group + 1]

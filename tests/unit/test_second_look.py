@@ -1,0 +1,226 @@
+"""Masks measured anew in runs whose plan was made of pure noise: what is measured, when, and what trouble does."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_paro.kernels.api import block_costs
+from comfyui_paro.kernels.problem import Geometry
+from comfyui_paro.paro_runtime import second_look as second_look_module
+from comfyui_paro.paro_runtime.attention import pattern_of
+from comfyui_paro.paro_runtime.calibration import Method
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
+from comfyui_paro.paro_runtime.plan_store import PlanStore
+from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew
+from comfyui_paro.paro_runtime.selection import masks_of_counts
+from comfyui_paro.paro_runtime.session import IN_PASSING, Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.tail import MEANS_PER_BLOCK, block_errors, sampled_rows, with_mean_queries
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+
+LAYOUT = TokenLayout(3, (5, 8, 9), 2)
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+SITE = Site("block", 0)
+IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
+
+
+def test_the_best_blocks_of_each_head_as_many_as_it_may_keep():
+    worth = torch.rand(5, 7, 9).square()
+    counts = torch.tensor([7, 8, 20, 40, 63])
+    masks = masks_of_counts(worth, counts)
+    assert masks.sum((1, 2)).tolist() == counts.tolist()
+    for head in range(5):
+        best = worth[head].argmax(1)
+        assert masks[head].gather(1, best[:, None]).all()
+        # Beside the best of every row: nothing that is dropped is worth more than what is kept.
+        others = masks[head].scatter(1, best[:, None], False)
+        dropped = worth[head][~masks[head]]
+        if others.any() and dropped.numel():
+            assert worth[head][others].min() > dropped.max()
+
+
+def test_fewer_than_a_block_a_row_and_blocks_worth_nothing():
+    worth = torch.zeros(2, 6, 8)
+    worth[:, :, 3] = torch.rand(2, 6) + 0.1
+    worth[1, 2, 5] = 1e-42
+    masks = masks_of_counts(worth, torch.tensor([2, 40]))
+    assert masks[:, :, 3].all() and masks[0].sum() == 6
+    assert masks[1].sum() == 7 and masks[1, 2, 5]
+
+
+@pytest.mark.parametrize("tokens, block_q", [((5, 8, 9), 64), ((5, 8, 9), 128), ((1, 5, 13), 64), ((1, 1, 66), 64)])
+def test_mean_queries_stand_in_the_places_that_are_looked_at(tokens, block_q):
+    g = Geometry(3, tokens, 2, block_q)
+    q = torch.randn(2, 3, g.length, 8, dtype=torch.float16)
+    tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(3)]).int()
+    found = with_mean_queries(q, g, tables, 4)
+    places = sampled_rows(g, q.device, 4)
+    changed = torch.zeros(3, g.length, dtype=torch.bool)
+    for head in range(3):
+        order = tables[head].long() + g.prefix
+        for block in range(g.q_blocks):
+            its = order[block * block_q : (block + 1) * block_q]
+            if len(its) < 4:
+                continue
+            ends = [part * len(its) // 4 for part in range(5)]
+            for part in range(4):
+                token = order[places[block, part]]
+                expected = q[:, head, its[ends[part] : ends[part + 1]]].double().mean(1)
+                torch.testing.assert_close(found[:, head, token].double(), expected, atol=2e-3, rtol=0)
+                changed[head, token] = True
+    assert torch.equal(found[:, ~changed], q[:, ~changed])
+
+
+@pytest.mark.parametrize("kv_heads, biased, expanded", [(4, False, True), (2, True, True), (2, False, False)])
+def test_errors_are_the_costs_for_the_mean_queries(kv_heads, biased, expanded, monkeypatch):
+    g = Geometry(3, (5, 8, 9), 2)
+    q = torch.randn(2, 4, g.length, 16)
+    k, v = torch.randn(2, 2, kv_heads, g.length, 16)
+    tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(kv_heads)]).int()
+    tables = tables.repeat_interleave(4 // kv_heads, 0)
+    bias = torch.randn(2, g.length) if biased else None
+    rest = {"pool": 64, "scale": 0.3, "key_bias": bias, "backend": "reference"}
+    found = block_errors(q, k, v, g, tables, density=0.3, expansions=16 * expanded, **rest)
+    queries = with_mean_queries(q, g, tables, MEANS_PER_BLOCK)
+    positions = sampled_rows(g, q.device, MEANS_PER_BLOCK)
+    costs = block_costs(queries, k, v, g, tables, positions, expanded=expanded, **rest)
+    for head in range(4):
+        # |x - f y|^2 with one factor f per head: what is fitted to the blocks must be -2 f and f^2 of one f.
+        moved, cross, other = (table[head].flatten() for table in (costs.moved, costs.cross, costs.pooled_moved))
+        target = found[head].flatten() - moved
+        a, b = torch.linalg.lstsq(torch.stack([cross, other], 1), target[:, None]).solution[:, 0]
+        assert a < 0 and abs(b - a * a / 4) < 1e-3 * b
+        assert (a * cross + b * other - target).abs().max() < 1e-4 * target.abs().max()
+    # Heads in groups that fit the memory give the same.
+    monkeypatch.setattr("comfyui_paro.paro_runtime.tail.GROUP_BYTES", 1)
+    torch.testing.assert_close(block_errors(q, k, v, g, tables, density=0.3, expansions=16 * expanded, **rest), found)
+
+
+def test_looks_in_the_first_call_of_the_second_sparse_step():
+    look = SecondLook()
+    assert [look.due("a", step) for step in (3, 3, 4, 4, 5)] == [False, False, True, False, False]
+    assert [look.due("b", step) for step in (4, 6, 7)] == [False, True, False]
+    assert look.sites == 2 and look.looks("a", 4) and look.looks("b", 6)
+    assert not look.looks("a", 5) and not look.looks("c", 4)
+    look.forget()
+    assert look.sites == 0 and not look.looks("a", 4) and not look.due("a", 8) and look.due("a", 9)
+
+
+def entry_of(masks):
+    """A site of two heads with three groups of masks."""
+    parts = [
+        SitePlan.create(("HWF", "WFH"), mask, torch.tensor([0.1 * i, 0.2]), torch.tensor([0.9, 0.8 - i / 10]))
+        for i, mask in enumerate(masks)
+    ]
+    return replace(SitePlan.joined(parts), rotate=True, falloff=torch.zeros(2, 3, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("group", [0, 1])
+def test_masks_of_this_group_and_those_behind_it_are_made_anew(group):
+    masks = torch.rand(3, 2, 6, 6) < torch.tensor([0.6, 0.4, 0.2])[:, None, None, None]
+    masks |= torch.eye(6, dtype=torch.bool)
+    masks[:, 1] |= torch.rand(6, 6) < 0.3
+    entry = entry_of(masks)
+    q, k, v = torch.randn(3, 1, 2, LAYOUT.length, 16)
+    sizes = {"block_q": 64, "pool": 64, "expansions": 16, "kv_heads": 2, "device": torch.device("cpu")}
+    pattern = pattern_of(entry, LAYOUT, group=group, **sizes)
+    fresh = masks_anew(entry, group, q, k, v, pattern, scale=None, key_bias=None)
+    assert (fresh.orders, fresh.shape, fresh.groups, fresh.rotate) == (entry.orders, entry.shape, 3, True)
+    for name in ("falloff", "tail_bias", "mass_kept", "density"):
+        torch.testing.assert_close(getattr(fresh, name), getattr(entry, name))
+    tables = pattern.tables[pattern.order_of_head.long()]
+    rest = {"density": entry.density[group].mean().item(), "pool": 64}
+    errors = block_errors(q, k, v, pattern.geometry, tables, **rest)
+    for each in range(3):
+        mask = fresh.mask(group=each)
+        if each < group:
+            assert torch.equal(mask, masks[each])
+        else:
+            assert not torch.equal(mask, masks[each])
+            assert torch.equal(mask, masks_of_counts(errors, masks[each].sum((1, 2))))
+
+
+def run(dense_steps=1, chunks=((0,),), seed=0, **more):
+    """A run of one site whose heads look at places; the session."""
+    settings = {"preset": "custom", "density": 0.3, "precision": "16bit", "dense_steps": dense_steps}
+    settings = Settings(**settings | more.pop("settings", {}))
+    policy = Policy(IDENTITY, recipe_for("wan"), settings, more.pop("plan", None), more.pop("store", None))
+    session = Session(policy, sigmas=SIGMAS, **more)
+    generator = torch.Generator().manual_seed(seed)
+    session.masks = []
+    for sigma in SIGMAS[:-1]:
+        for its in chunks:
+            q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
+            evaluation = session.begin(layout=LAYOUT, sigma=sigma, chunks=its)
+            evaluation.attend(SITE, q, k, v, dense=lambda v=v: v.clone(), blocks=1)
+            evaluation.end()
+            plan = session._grids[LAYOUT.grid].plan
+            session.masks.append(None if plan is None else plan.sites[SITE].packed.clone())
+    return session
+
+
+def test_a_run_whose_plan_is_of_pure_noise_looks_again_once(tmp_path):
+    session = run(store=PlanStore([], tmp_path))
+    assert session.masks[0] is None  # the dense step
+    first, second, *others = session.masks[1:]
+    assert not torch.equal(first, second) and all(torch.equal(each, second) for each in others)
+    # Two groups are over or under way; the first has one step and keeps what it had.
+    assert torch.equal(first[0], second[0])
+    report = session.finish()
+    assert report.sites_looked_at_again == 1 and not report.fallbacks and not report.notes
+    assert "masks measured anew after a plan of pure noise: 1 of 1 sites" in report.text()
+    # The plan that was saved is what the dense step showed; a run that finds it looks again as well.
+    again = run(store=PlanStore([], tmp_path), seed=1)
+    assert again.finish().plan_source == "plan found" and torch.equal(again.masks[1], first)
+    assert not torch.equal(again.masks[-1], first) and not torch.equal(again.masks[-1], second)
+
+
+def test_calls_of_one_step_share_the_masks():
+    session = run(chunks=((0,), (1,)))
+    masks = session.masks[2:]
+    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
+    assert all(torch.equal(each, masks[2]) for each in masks[2:])
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"dense_steps": 2},  # saw more than noise
+        {"settings": {"tail": "off"}},  # errors are not known
+        {"refresh": False},
+        {"method": Method(criterion="mass")},
+        {"method": Method(criterion="error")},
+        {"highest_noise": 2.0},  # began with a picture
+    ],
+)
+def test_other_runs_keep_their_masks(more):
+    session = run(**more)
+    first = next(mask for mask in session.masks if mask is not None)
+    assert torch.equal(session.masks[-1], first)
+    assert session.finish().sites_looked_at_again == 0
+
+
+@pytest.mark.parametrize(
+    "made", [{"by": "PARO Calibrate", "criterion": "mass"}, {"by": IN_PASSING, "criterion": "error"}]
+)
+def test_plans_of_more_than_noise_keep_their_masks(made):
+    masks = torch.rand(1, 4, 6, 6) < 0.4
+    entry = SitePlan.create(("FHW",) * 4, masks[0], torch.zeros(4), torch.ones(4))
+    plan = Plan(IDENTITY, LAYOUT, 64, {SITE: entry}, made=made)
+    session = run(plan=plan)
+    assert torch.equal(session.masks[-1], entry.packed) and session.finish().sites_looked_at_again == 0
+
+
+def test_trouble_leaves_the_masks_and_the_run(monkeypatch):
+    def broken(*arguments, **options):
+        raise RuntimeError("no such kernel\nsecond line")
+
+    monkeypatch.setattr(second_look_module, "block_errors", broken)
+    session = run()
+    report = session.finish()
+    assert torch.equal(session.masks[-1], session.masks[1])
+    assert report.notes == ["masks are not measured anew: RuntimeError: no such kernel"]
+    assert report.sites_sparse == 1 and not report.fallbacks and report.sites_looked_at_again == 0
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run(settings={"strict": True})
