@@ -157,7 +157,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     carry = (out, kept, shares, pattern, corrected)
     times["carried_ms"] = median_ms(lambda: add_corrections(*carry, rows=each), repeats, device)
     entry = plans[0].sites[SITE]
-    look = (entry, 1, q, k, v, pattern)
+    look = (entry, 1, q, k, pattern)
     times["look_ms"] = median_ms(lambda: masks_anew(*look, scale=None, key_bias=None), repeats, device)
     return {
         "length": shape.length,

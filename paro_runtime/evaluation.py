@@ -206,7 +206,7 @@ class Evaluation:
             return False
         return session.refresh.due((site, self.layout.grid), self.step, self._group)
 
-    def _look_again(self, site: Site, q, k, v, scale, key_bias) -> None:
+    def _look_again(self, site: Site, q, k, scale, key_bias) -> None:
         """Measure the site's masks anew if its plan was made of pure noise and this is the time for it. Trouble leaves
         the masks as they are, and ends that for the run."""
         session, grid = self.session, self._grid
@@ -218,7 +218,7 @@ class Evaluation:
         pattern = session.patterns.get(site, grid.plan, group, self.layout, k.shape[1], q.device)
         rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
         try:
-            fresh = masks_anew(entry, group, q, k, v, pattern, **rest)
+            fresh = masks_anew(entry, group, q, k, pattern, **rest)
         except Exception as error:
             if session.settings.strict:
                 raise
@@ -279,7 +279,7 @@ class Evaluation:
             if site is None:
                 pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
             else:
-                self._look_again(site, q, k, v, scale, key_bias)
+                self._look_again(site, q, k, scale, key_bias)
                 measures = self._measures(site) or self._looked_again(site)
                 bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
                 where = (self._group, self.layout, k.shape[1], q.device)

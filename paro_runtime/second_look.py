@@ -2,7 +2,7 @@
 
 A run with one dense step makes its plan of what the model does with noise alone: good enough for orders, less so for
 masks. So it looks once more in its second sparse step, when there is a picture to see: a few mean queries of every
-query block tell what each block would cost, and each head keeps the best, as many as before (`docs/method.md`).
+query block tell which blocks are heaviest, and each head keeps those, as many as before (`docs/method.md`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from ..kernels.problem import SparsePattern
 from .plan import PER_GROUP, SitePlan
-from .selection import masks_of_counts
-from .tail import block_errors
+from .selection import masks_of_counts, mass_kept
+from .statistics import mean_query_masses
 
 
 class SecondLook:
@@ -58,7 +58,6 @@ def masks_anew(
     group: int,
     q: torch.Tensor,
     k: torch.Tensor,
-    v: torch.Tensor,
     pattern: SparsePattern,
     *,
     scale: float | None,
@@ -67,24 +66,14 @@ def masks_anew(
 ) -> SitePlan:
     """A site's entry with masks from this call for this group of steps and those behind it: as many blocks of each
     head as before. pattern: the entry's own in this group; otherwise as `sparse_attention`."""
-    errors = block_errors(
-        q,
-        k,
-        v,
-        pattern.geometry,
-        pattern.tables[pattern.order_of_head.long()].repeat_interleave(q.shape[1] // pattern.kv_heads, 0),
-        density=entry.density[group].mean().item(),
-        pool=pattern.pool,
-        expansions=pattern.expansions,
-        scale=scale,
-        key_bias=key_bias,
-        backend=backend,
-    )
+    tables = pattern.tables[pattern.order_of_head.long()].repeat_interleave(q.shape[1] // pattern.kv_heads, 0)
+    rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
+    masses = mean_query_masses(q, k, pattern.geometry, tables, **rest)
+    counts = (entry.density[group:] * masses[0].numel()).round().long()
     parts = [replace(entry, **{name: _group(entry, name, before) for name in PER_GROUP}) for before in range(group)]
-    for later in range(group, entry.groups):
-        counts = (entry.density[later] * errors[0].numel()).round().long().to(errors.device)
-        bias, kept = (_group(entry, name, later)[0] for name in ("tail_bias", "mass_kept"))
-        parts.append(SitePlan.create(entry.orders, masks_of_counts(errors, counts), bias, kept))
+    for later, mask in enumerate(masks_of_counts(masses, counts.to(masses.device)), group):
+        bias = _group(entry, "tail_bias", later)[0]
+        parts.append(SitePlan.create(entry.orders, mask, bias, mass_kept(masses, mask)))
     return replace(SitePlan.joined(parts), falloff=entry.falloff, rotate=entry.rotate)
 
 

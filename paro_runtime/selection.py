@@ -116,23 +116,17 @@ def per_head_masks(
     return result
 
 
-def masks_of_counts(worth: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-    """The best blocks of each head, as many as `counts` int64 `[H]` says; bool like worth `[H, q_blocks, k_blocks]`.
+def masks_of_counts(worth: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
+    """For each row of counts int64 `[n, H]` the best blocks of each head, as many as it says; each bool like worth
+    `[H, q_blocks, k_blocks]`, on its device.
 
-    The best block of every row is kept in any case, blocks that are worth nothing in none; of equally good ones all. A
-    table may have 28 million blocks: the bits of the thresholds are sought, 31 passes, instead of sorting it.
+    The best block of every row is kept in any case, blocks that are worth nothing in none; of equally good ones all.
     """
-    value = worth.float().clamp_min(0)
+    value = worth.float()
     value = value.scatter(2, value.argmax(2, keepdim=True), math.inf)
-    # Of numbers that are not negative the bits have the order of the numbers.
-    bits = value.view(torch.int32)
-    low = torch.ones_like(counts, dtype=torch.int32)
-    high = torch.full_like(low, bits.max().item())
-    for _ in range(31):
-        middle = low + (high - low + 1) // 2
-        enough = (bits >= middle[:, None, None]).sum((1, 2)) >= counts
-        low, high = middle.where(enough, low), high.where(enough, middle - 1)
-    return bits >= low[:, None, None]
+    ranked = value.flatten(1).sort(1, descending=True).values
+    least = ranked.gather(1, counts.T.clamp(1, ranked.shape[1]) - 1)
+    return [(value >= its[:, None, None]) & (value > 0) for its in least.unbind(1)]
 
 
 def density_for(

@@ -14,13 +14,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 
 from ..kernels.api import block_costs, row_moments
 from ..kernels.problem import MOST_EXPANSIONS, Geometry
-from ..kernels.reference import take_rows
 from ..kernels.statistics_reference import block_positions, block_sizes
 from ..kernels.tail_reference import BlockCosts, RowMoments, blocks_of
 
@@ -30,8 +28,6 @@ ROWS_PER_BLOCK = 16
 # tiny model's first and third step, densities 0.1 and 0.3, the bias from 4 rows has the error of that from 16 within
 # 0.8 %; from 8 rows within 1.8 %, so that is chance.
 CURVE_BLOCKS, CURVE_ROWS = 64, 4
-# Parts of a query block whose mean queries tell which blocks to keep, where there is less time than for calibration.
-MEANS_PER_BLOCK = 4
 # Bytes of block tables and of attention rows that may be held at a time; heads are done in groups that fit.
 GROUP_BYTES = 1 << 29
 # Biases that are tried. The first leaves no tail at all: some heads are better off without one.
@@ -73,7 +69,7 @@ def share_of_positions(tokens: int, share: float, device: torch.device) -> torch
     return spread_positions(tokens, max(64, round(share * tokens)), device)
 
 
-def _head_groups(heads: int, group: int, bytes_per_head: int) -> list[slice]:
+def head_groups(heads: int, group: int, bytes_per_head: int) -> list[slice]:
     """Slices of the query heads that fit GROUP_BYTES; the `group` heads that share a key head stay together."""
     count = heads // group
     parts = -(-count // max(1, GROUP_BYTES // (bytes_per_head * group)))
@@ -81,7 +77,8 @@ def _head_groups(heads: int, group: int, bytes_per_head: int) -> list[slice]:
     return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
 
 
-def _of_key_heads(some: slice, group: int) -> slice:
+def of_key_heads(some: slice, group: int) -> slice:
+    """The key heads of some query heads, of which each `group` share one."""
     return slice(some.start // group, some.stop // group)
 
 
@@ -109,13 +106,6 @@ def _small_block_factor(costs: BlockCosts, density: float) -> torch.Tensor:
     small = costs.mass < costs.mass.topk(count, 2).values[..., -1:]
     true, pooled = (costs.mass * small).sum((1, 2)), (costs.pooled * small).sum((1, 2))
     return (true / pooled.clamp_min(1e-12)).clamp(0.3, 30)
-
-
-def _errors_of_leaving(costs: BlockCosts, density: float) -> torch.Tensor:
-    """Squared error of leaving each block to the tail, float32 `[H, q_blocks, k_blocks]`, with the factor that suits a
-    mask of this density."""
-    factor = _small_block_factor(costs, density)[:, None, None]
-    return (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
 
 
 def _levels(error: torch.Tensor) -> torch.Tensor:
@@ -159,11 +149,12 @@ def observe_tail(
     group = heads // k.shape[1]
     rest = {"pool": pool, "scale": scale, "key_bias": key_bias, "backend": backend}
     parts: list[tuple[torch.Tensor, ...]] = []
-    for some in _head_groups(heads, group, 32 * g.q_blocks * g.k_blocks):
-        its = _of_key_heads(some, group)
+    for some in head_groups(heads, group, 32 * g.q_blocks * g.k_blocks):
+        its = of_key_heads(some, group)
         call = (q[:, some], k[:, its], v[:, its], g, tables[some])
         costs = block_costs(*call, positions, expanded=expansions > 0, **rest)
-        error = _errors_of_leaving(costs, density)
+        factor = _small_block_factor(costs, density)[:, None, None]
+        error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
         levels = torch.zeros(error.shape, dtype=torch.uint8, device=q.device)
         levels[:, some_blocks] = _levels(error[:, some_blocks])
         seen = row_moments(*call, curve_rows, levels, len(MASK_DENSITIES), expansions=expansions, **rest)
@@ -171,59 +162,6 @@ def observe_tail(
         parts.append((error.mul_(share), costs.mass.mul_(share), _bias_errors(seen), costs.energy))
     error, mass, curves, energy = (torch.cat(part) for part in zip(*parts, strict=True))
     return TailObservation(error, mass, curves, energy)
-
-
-def with_mean_queries(q: torch.Tensor, geometry: Geometry, tables: torch.Tensor, parts: int) -> torch.Tensor:
-    """A copy of q `[B, H, L, D]` in which the rows of `sampled_rows`, so many of each query block, are the mean queries
-    of the block's parts, which follow each other in the head's order; tables int `[H, N]`. A last block of fewer rows
-    than parts stays as it is."""
-    g = geometry
-    index = tables.long() + g.prefix
-    ordered = take_rows(q, index)
-    whole = g.grid_tokens // g.block_q * g.block_q
-    rest = g.grid_tokens - whole
-    means = [ordered[:, :, :whole].unflatten(2, (-1, g.block_q // parts)).mean(3, dtype=torch.float32)]
-    if rest >= parts:
-        ends = [whole + part * rest // parts for part in range(parts + 1)]
-        means += [ordered[:, :, a:b].mean(2, keepdim=True, dtype=torch.float32) for a, b in pairwise(ends)]
-    means = torch.cat(means, 2).to(q.dtype)
-    places = sampled_rows(g, q.device, parts).flatten()[: means.shape[2]]
-    where = index[None, :, places, None].expand(means.shape)
-    return q.scatter(2, where, means)
-
-
-def block_errors(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    *,
-    density: float,
-    pool: int,
-    expansions: int = MOST_EXPANSIONS,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """What leaving each block to the tail would cost the mean queries of each query block: float32
-    `[Hq, q_blocks, k_blocks]`, squared errors, to be compared within a head.
-
-    Arguments as in `observe_tail`. A mean query stands for its rows better than one of them does: as many sampled rows
-    kept worse masks on the tiny model. Costs three times MEANS_PER_BLOCK / block_q of a dense attention.
-    """
-    g, heads = geometry, q.shape[1]
-    positions = sampled_rows(g, q.device, MEANS_PER_BLOCK)
-    group = heads // k.shape[1]
-    rest = {"pool": pool, "scale": scale, "key_bias": key_bias, "backend": backend}
-    found = []
-    copies = 3 * q.shape[0] * g.length * q.shape[3] * q.element_size()
-    for some in _head_groups(heads, group, 32 * g.q_blocks * g.k_blocks + copies):
-        its = _of_key_heads(some, group)
-        queries = with_mean_queries(q[:, some], g, tables[some], MEANS_PER_BLOCK)
-        costs = block_costs(queries, k[:, its], v[:, its], g, tables[some], positions, expanded=expansions > 0, **rest)
-        found.append(_errors_of_leaving(costs, density))
-    return torch.cat(found)
 
 
 def observe_bias(
@@ -299,14 +237,14 @@ def kept_on_rows(
     count = positions.numel()
     group = heads // k.shape[1]
     kept = torch.zeros(2, heads, device=q.device)
-    for some in _head_groups(heads, group, 16 * count * g.length):
+    for some in head_groups(heads, group, 16 * count * g.length):
         its = tables[some].long()
         asked = its[:, positions] + g.prefix
         columns = (its + g.prefix)[:, None].expand(-1, count, -1)
         stays = mask[some][:, positions // g.block_q]
         for b in range(batch):
             queries = q[b, some].gather(1, asked[..., None].expand(-1, -1, dim)).float() * scale
-            keys = k[b, _of_key_heads(some, group)].float()
+            keys = k[b, of_key_heads(some, group)].float()
             logits = torch.einsum("hgrd,hld->hgrl", queries.unflatten(0, (-1, group)), keys).flatten(0, 1)
             if key_bias is not None:
                 logits += key_bias[b].float()

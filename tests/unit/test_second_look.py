@@ -1,10 +1,10 @@
 """Masks measured anew in runs whose plan was made of pure noise: what is measured, when, and what trouble does."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.kernels.api import block_costs
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime import second_look as second_look_module
 from comfyui_paro.paro_runtime.attention import pattern_of
@@ -16,7 +16,8 @@ from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew
 from comfyui_paro.paro_runtime.selection import masks_of_counts
 from comfyui_paro.paro_runtime.session import IN_PASSING, Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.tail import MEANS_PER_BLOCK, block_errors, sampled_rows, with_mean_queries
+from comfyui_paro.paro_runtime.statistics import mean_query_masses, with_mean_queries
+from comfyui_paro.paro_runtime.tail import sampled_rows
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 LAYOUT = TokenLayout(3, (5, 8, 9), 2)
@@ -28,7 +29,8 @@ IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
 def test_the_best_blocks_of_each_head_as_many_as_it_may_keep():
     worth = torch.rand(5, 7, 9).square()
     counts = torch.tensor([7, 8, 20, 40, 63])
-    masks = masks_of_counts(worth, counts)
+    masks, fewer = masks_of_counts(worth, torch.stack([counts, counts - 7]))
+    assert (fewer <= masks).all() and fewer.sum((1, 2)).tolist()[2:] == [13, 33, 56]
     assert masks.sum((1, 2)).tolist() == counts.tolist()
     for head in range(5):
         best = worth[head].argmax(1)
@@ -44,7 +46,7 @@ def test_fewer_than_a_block_a_row_and_blocks_worth_nothing():
     worth = torch.zeros(2, 6, 8)
     worth[:, :, 3] = torch.rand(2, 6) + 0.1
     worth[1, 2, 5] = 1e-42
-    masks = masks_of_counts(worth, torch.tensor([2, 40]))
+    (masks,) = masks_of_counts(worth, torch.tensor([[2, 40]]))
     assert masks[:, :, 3].all() and masks[0].sum() == 6
     assert masks[1].sum() == 7 and masks[1, 2, 5]
 
@@ -72,29 +74,34 @@ def test_mean_queries_stand_in_the_places_that_are_looked_at(tokens, block_q):
     assert torch.equal(found[:, ~changed], q[:, ~changed])
 
 
-@pytest.mark.parametrize("kv_heads, biased, expanded", [(4, False, True), (2, True, True), (2, False, False)])
-def test_errors_are_the_costs_for_the_mean_queries(kv_heads, biased, expanded, monkeypatch):
-    g = Geometry(3, (5, 8, 9), 2)
+@pytest.mark.parametrize("kv_heads, biased, block_q", [(4, False, 64), (2, True, 64), (2, False, 128)])
+def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q, monkeypatch):
+    g = Geometry(3, (5, 8, 9), 2, block_q)
     q = torch.randn(2, 4, g.length, 16)
-    k, v = torch.randn(2, 2, kv_heads, g.length, 16)
+    k = torch.randn(2, kv_heads, g.length, 16)
     tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(kv_heads)]).int()
     tables = tables.repeat_interleave(4 // kv_heads, 0)
     bias = torch.randn(2, g.length) if biased else None
-    rest = {"pool": 64, "scale": 0.3, "key_bias": bias, "backend": "reference"}
-    found = block_errors(q, k, v, g, tables, density=0.3, expansions=16 * expanded, **rest)
-    queries = with_mean_queries(q, g, tables, MEANS_PER_BLOCK)
-    positions = sampled_rows(g, q.device, MEANS_PER_BLOCK)
-    costs = block_costs(queries, k, v, g, tables, positions, expanded=expanded, **rest)
+    if biased:  # of text: block sums leave out what keys of the grid have
+        bias[:, g.prefix : g.prefix + g.grid_tokens] = 0
+    call, rest = (q, k, g, tables), {"scale": 0.3, "key_bias": bias, "backend": "reference"}
+    found = mean_query_masses(*call, **rest)
     for head in range(4):
-        # |x - f y|^2 with one factor f per head: what is fitted to the blocks must be -2 f and f^2 of one f.
-        moved, cross, other = (table[head].flatten() for table in (costs.moved, costs.cross, costs.pooled_moved))
-        target = found[head].flatten() - moved
-        a, b = torch.linalg.lstsq(torch.stack([cross, other], 1), target[:, None]).solution[:, 0]
-        assert a < 0 and abs(b - a * a / 4) < 1e-3 * b
-        assert (a * cross + b * other - target).abs().max() < 1e-4 * target.abs().max()
+        order = tables[head].long() + g.prefix
+        keys = k[:, head // (4 // kv_heads)].double()
+        for block in range(g.q_blocks):
+            its = order[block * block_q : (block + 1) * block_q]
+            ends = [part * len(its) // 4 for part in range(5)]
+            means = torch.stack([q[:, head, its[a:b]].double().mean(1) for a, b in itertools.pairwise(ends)], 1)
+            logits = means @ keys.mT * 0.3
+            if biased:
+                logits += bias[:, None].double()
+            weights = logits.softmax(2)[:, :, order].mean(0).sum(0) * len(its) / 4
+            expected = torch.stack([part.sum() for part in weights.split(64)])
+            torch.testing.assert_close(found[head, block].double(), expected, atol=1e-4, rtol=1e-4)
     # Heads in groups that fit the memory give the same.
     monkeypatch.setattr("comfyui_paro.paro_runtime.tail.GROUP_BYTES", 1)
-    torch.testing.assert_close(block_errors(q, k, v, g, tables, density=0.3, expansions=16 * expanded, **rest), found)
+    torch.testing.assert_close(mean_query_masses(*call, **rest), found)
 
 
 def test_looks_in_the_first_call_of_the_second_sparse_step():
@@ -122,23 +129,22 @@ def test_masks_of_this_group_and_those_behind_it_are_made_anew(group):
     masks |= torch.eye(6, dtype=torch.bool)
     masks[:, 1] |= torch.rand(6, 6) < 0.3
     entry = entry_of(masks)
-    q, k, v = torch.randn(3, 1, 2, LAYOUT.length, 16)
+    q, k = torch.randn(2, 1, 2, LAYOUT.length, 16)
     sizes = {"block_q": 64, "pool": 64, "expansions": 16, "kv_heads": 2, "device": torch.device("cpu")}
     pattern = pattern_of(entry, LAYOUT, group=group, **sizes)
-    fresh = masks_anew(entry, group, q, k, v, pattern, scale=None, key_bias=None)
+    fresh = masks_anew(entry, group, q, k, pattern, scale=None, key_bias=None)
     assert (fresh.orders, fresh.shape, fresh.groups, fresh.rotate) == (entry.orders, entry.shape, 3, True)
-    for name in ("falloff", "tail_bias", "mass_kept", "density"):
+    for name in ("falloff", "tail_bias", "density"):
         torch.testing.assert_close(getattr(fresh, name), getattr(entry, name))
-    tables = pattern.tables[pattern.order_of_head.long()]
-    rest = {"density": entry.density[group].mean().item(), "pool": 64}
-    errors = block_errors(q, k, v, pattern.geometry, tables, **rest)
+    masses = mean_query_masses(q, k, pattern.geometry, pattern.tables[pattern.order_of_head.long()])
     for each in range(3):
-        mask = fresh.mask(group=each)
+        mask, kept = fresh.mask(group=each), fresh.mass_kept[each]
         if each < group:
-            assert torch.equal(mask, masks[each])
+            assert torch.equal(mask, masks[each]) and torch.equal(kept, entry.mass_kept[each])
         else:
             assert not torch.equal(mask, masks[each])
-            assert torch.equal(mask, masks_of_counts(errors, masks[each].sum((1, 2))))
+            assert torch.equal(mask, masks_of_counts(masses, masks[each].sum((1, 2))[None])[0])
+            torch.testing.assert_close(kept, (masses * mask).sum((1, 2)) / masses.sum((1, 2)))
 
 
 def run(dense_steps=1, chunks=((0,),), seed=0, **more):
@@ -187,7 +193,7 @@ def test_calls_of_one_step_share_the_masks():
     "more",
     [
         {"dense_steps": 2},  # saw more than noise
-        {"settings": {"tail": "off"}},  # errors are not known
+        {"settings": {"tail": "off"}},
         {"refresh": False},
         {"method": Method(criterion="mass")},
         {"method": Method(criterion="error")},
@@ -216,7 +222,7 @@ def test_trouble_leaves_the_masks_and_the_run(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel\nsecond line")
 
-    monkeypatch.setattr(second_look_module, "block_errors", broken)
+    monkeypatch.setattr(second_look_module, "mean_query_masses", broken)
     session = run()
     report = session.finish()
     assert torch.equal(session.masks[-1], session.masks[1])
