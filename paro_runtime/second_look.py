@@ -15,7 +15,7 @@ import torch
 
 from ..kernels.problem import SparsePattern
 from .plan import PER_GROUP, SitePlan
-from .selection import masks_of_counts, mass_kept
+from .selection import masks_of_counts
 from .statistics import mean_query_masses
 
 
@@ -65,15 +65,16 @@ def masks_anew(
     backend: str = "auto",
 ) -> SitePlan:
     """A site's entry with masks from this call for this group of steps and those behind it: as many blocks of each
-    head as before. pattern: the entry's own in this group; otherwise as `sparse_attention`."""
+    head as before; mass_kept stays what calibration found. pattern: the entry's own in this group; otherwise as
+    `sparse_attention`."""
     tables = pattern.tables[pattern.order_of_head.long()].repeat_interleave(q.shape[1] // pattern.kv_heads, 0)
     rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
     masses = mean_query_masses(q, k, pattern.geometry, tables, **rest)
     counts = (entry.density[group:] * masses[0].numel()).round().long()
     parts = [replace(entry, **{name: _group(entry, name, before) for name in PER_GROUP}) for before in range(group)]
     for later, mask in enumerate(masks_of_counts(masses, counts.to(masses.device)), group):
-        bias = _group(entry, "tail_bias", later)[0]
-        parts.append(SitePlan.create(entry.orders, mask, bias, mass_kept(masses, mask)))
+        bias, kept = (_group(entry, name, later)[0] for name in ("tail_bias", "mass_kept"))
+        parts.append(SitePlan.create(entry.orders, mask, bias, kept))
     return replace(SitePlan.joined(parts), falloff=entry.falloff, rotate=entry.rotate)
 
 
