@@ -12,19 +12,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 
 import torch
 
 from ..kernels.api import block_statistics, row_logsumexp
 from ..kernels.problem import MOST_EXPANSIONS, Geometry
-from ..kernels.reference import take_rows
 from ..kernels.statistics_reference import BlockStatistics, block_positions, block_sizes
 from .falloff import observe_falloff
 from .orders import ORIGINAL, candidate_orders, order_table, tiled_orders
 from .rotation import logit_errors
 from .selection import mass_kept_scores, paper_scores
-from .tail import TailObservation, head_groups, observe_tail, of_key_heads, sampled_rows
+from .tail import TailObservation, observe_tail
 from .tokens import TokenLayout
 
 # Query blocks looked at when choosing an order, evenly spread, and rows in each of them: what a choice can go wrong by
@@ -36,8 +34,6 @@ ORDER_ROWS = 32
 SHARED_TOKENS, SHARED_ROWS = 8192, 4096
 # What an order must be better by, as a share of its score, for a head to leave the one that it was observed under.
 LEAST_LEAD = 0.01
-# Parts of a query block whose mean queries tell what it looks at, where there is less time than for calibration.
-MEANS_PER_BLOCK = 4
 # Attention weights of one chunk of rows: what a CPU's cache holds, and half of a large GPU's.
 ELEMENTS_IN_CACHE, ELEMENTS_ON_GPU = 1 << 18, 1 << 23
 
@@ -162,59 +158,6 @@ def observe(
     falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias)
     errors = logit_errors(q, k, geometry, rows, scale=scale)
     return Observation(candidates, scores, choice, full.mass, falloff, full.pooled, tail, errors)
-
-
-def with_mean_queries(q: torch.Tensor, geometry: Geometry, tables: torch.Tensor, parts: int) -> torch.Tensor:
-    """A copy of q `[B, H, L, D]` in which the rows of `sampled_rows`, so many of each query block, are the mean queries
-    of the block's parts, which follow each other in the head's order; tables int `[H, N]`. A last block of fewer rows
-    than parts stays as it is."""
-    g = geometry
-    index = tables.long() + g.prefix
-    ordered = take_rows(q, index)
-    whole = g.grid_tokens // g.block_q * g.block_q
-    rest = g.grid_tokens - whole
-    means = [ordered[:, :, :whole].unflatten(2, (-1, g.block_q // parts)).mean(3, dtype=torch.float32)]
-    if rest >= parts:
-        ends = [whole + part * rest // parts for part in range(parts + 1)]
-        means += [ordered[:, :, a:b].mean(2, keepdim=True, dtype=torch.float32) for a, b in pairwise(ends)]
-    means = torch.cat(means, 2).to(q.dtype)
-    places = sampled_rows(g, q.device, parts).flatten()[: means.shape[2]]
-    where = index[None, :, places, None].expand(means.shape)
-    return q.scatter(2, where, means)
-
-
-def mean_query_masses(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """Attention of MEANS_PER_BLOCK mean queries of each query block in each block of keys: float32
-    `[Hq, q_blocks, k_blocks]`, mean over the batch.
-
-    Arguments as in `observe`; tables int `[Hq, N]`; of key_bias only what keys outside the grid have is in the sums, as
-    in all block statistics. What a block of queries looks at shows in few of its means; of single rows it takes more.
-    Costs MEANS_PER_BLOCK / block_q of a dense attention.
-    """
-    g, heads = geometry, q.shape[1]
-    group = heads // k.shape[1]
-    places = sampled_rows(g, q.device, MEANS_PER_BLOCK).flatten()
-    rest = {"scale": scale, "backend": backend}
-    found = []
-    copies = 3 * q.shape[0] * g.length * q.shape[3] * q.element_size()
-    for some in head_groups(heads, group, copies):
-        keys, its = k[:, of_key_heads(some, group)], tables[some]
-        queries = with_mean_queries(q[:, some], g, its, MEANS_PER_BLOCK)
-        tokens = its.long()[:, places] + g.prefix
-        lse = row_logsumexp(take_rows(queries, tokens), keys, key_bias=key_bias, **rest)
-        lse = torch.zeros(queries.shape[:3], device=q.device).scatter_(2, tokens.expand_as(lse), lse)
-        looks = {"rows_per_block": MEANS_PER_BLOCK, **rest}
-        found.append(block_statistics(queries, keys, lse, g, its, **looks).mass)
-    return torch.cat(found)
 
 
 def order_scores(

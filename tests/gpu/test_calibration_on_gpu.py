@@ -7,8 +7,9 @@ from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.second_look import mean_query_masses
 from comfyui_paro.paro_runtime.selection import masks_of_counts
-from comfyui_paro.paro_runtime.statistics import StatisticsOptions, mean_query_masses, sums_under_orders
+from comfyui_paro.paro_runtime.statistics import StatisticsOptions, sums_under_orders
 from comfyui_paro.paro_runtime.tail import observe_bias, sampled_rows
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 

@@ -12,11 +12,10 @@ from comfyui_paro.paro_runtime.calibration import Method
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import recipe_for
-from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew
+from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew, mean_query_masses, with_mean_queries
 from comfyui_paro.paro_runtime.selection import masks_of_counts
 from comfyui_paro.paro_runtime.session import IN_PASSING, Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.statistics import mean_query_masses, with_mean_queries
 from comfyui_paro.paro_runtime.tail import sampled_rows
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
