@@ -100,7 +100,7 @@ def mean_query_masses(
     places = sampled_rows(g, q.device, MEANS_PER_BLOCK).flatten()
     rest = {"scale": scale, "backend": backend}
     found = []
-    copies = 3 * q.shape[0] * g.length * q.shape[3] * q.element_size()
+    copies = 2 * q.shape[0] * g.length * q.shape[3] * q.element_size()
     for some in head_groups(heads, group, copies):
         keys, its = k[:, of_key_heads(some, group)], tables[some]
         queries = with_mean_queries(q[:, some], g, its, MEANS_PER_BLOCK)
