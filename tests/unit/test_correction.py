@@ -102,9 +102,14 @@ def test_only_heads_whose_rows_have_something_in_common_are_corrected(block_q, r
     twice = [x.repeat(2, 1, 1, 1) for x in (q, k, v, before)]
     correction.apply("site", 0, 4, False, *twice, pattern, **rest)
     assert torch.equal(twice[3][:1], before)
+    correction.apply("site", 1, 4, True, q, k, v, before.clone(), pattern, **rest)
     correction.forget()
-    correction.apply("site", 0, 5, False, q, k, v, again := before.clone(), pattern, **rest)
-    assert torch.equal(again, before) and correction.heads == (0, 0)
+    assert correction.heads == (0, 0)
+    # One call's corrections are made anew: the other's are not those from before.
+    correction.apply("site", 0, 5, True, q, k, v, again := before.clone(), pattern, **rest)
+    correction.apply("site", 1, 5, False, q, k, v, other := before.clone(), pattern, **rest)
+    torch.testing.assert_close(again, out)
+    assert torch.equal(other, before)
 
 
 def test_each_call_of_a_step_has_corrections_of_its_own():
@@ -134,9 +139,11 @@ def test_corrections_beyond_what_may_be_kept_are_added_once(monkeypatch):
         assert not torch.equal(first, before)
         assert torch.equal(second, first if kept else before)
         # Made anew in the next group, they take the place of the old ones.
-        correction.apply("site", 0, 5, True, q, k, v, third := before.clone(), pattern, **rest)
-        correction.apply("site", 0, 6, False, q, k, v, fourth := before.clone(), pattern, **rest)
-        assert torch.equal(fourth, third if kept else before)
+        q2, k2, v2, pattern2 = problem(batch=2)
+        before2 = sparse_attention(q2, k2, v2, pattern2, EXACT)
+        correction.apply("site", 0, 5, True, q2, k2, v2, third := before2.clone(), pattern2, **rest)
+        correction.apply("site", 0, 6, False, q2, k2, v2, fourth := before2.clone(), pattern2, **rest)
+        assert not torch.equal(third, before2) and torch.equal(fourth, third if kept else before2)
 
 
 def test_calls_of_one_step_add_up():

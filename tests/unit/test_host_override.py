@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from comfyui_paro.paro_runtime.host.calls import key_bias, read_call
 from comfyui_paro.paro_runtime.host.evaluation import OPTIONS_KEY, HostEvaluation
 from comfyui_paro.paro_runtime.host.families import ModelCall, family_of, flux, wan
-from comfyui_paro.paro_runtime.host.lifecycle import HostRun
+from comfyui_paro.paro_runtime.host.lifecycle import HostRun, Lifecycle
 from comfyui_paro.paro_runtime.host.override import is_override, make_override, without_paro
 from comfyui_paro.paro_runtime.plan import Site
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -329,3 +329,28 @@ def test_status_line(monkeypatch):
     status_line("7")("hello")
     status_line(None)("no node")
     assert sent == [("hello", "7")]
+
+
+def test_an_evaluation_that_runs_once_more_says_so_and_names_its_conditionings():
+    """Corrections that are carried from step to step go by it."""
+    seen = []
+
+    def begin(**given):
+        seen.append((given["layout"], given["sigma"], given["chunks"], given["again"]))
+        return SimpleNamespace(layout=layout, end=lambda attempt: attempt == 0)
+
+    layout = TokenLayout(0, (3, 4, 5))
+    session = SimpleNamespace(begin=begin, calibrator=None, decline=lambda reason: None)
+    family = SimpleNamespace(layout=lambda model, call: layout, counts=lambda model: None, first_query=lambda its: 0)
+    options = {OPTIONS_KEY: HostRun(session, family), "cond_or_uncond": [1, 0]}
+    x = torch.zeros(2, 16, 3, 8, 10)
+    call = (x, torch.tensor([0.5]), None, torch.zeros(2, 7, 8), None, options)
+
+    class Executor:
+        class_obj = SimpleNamespace(diffusion_model=None)
+
+        def __call__(self, *arguments, **more):
+            return arguments[0]
+
+    assert Lifecycle(family, start=None, strict=True).apply_model(Executor(), *call) is x
+    assert seen == [(layout, 0.5, (1, 0), False), (layout, 0.5, (1, 0), True)]

@@ -6,9 +6,12 @@ import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
 from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.correction import QueryCorrection
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.portability import MovedPlanCheck
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.refresh import BiasRefresh
+from comfyui_paro.paro_runtime.second_look import SecondLook
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -48,10 +51,13 @@ def test_a_moved_plan_that_fits_is_used(plan):
     assert any("moved from the grid 7x9x8" in note for note in report.notes)
 
 
-def test_a_moved_plan_that_does_not_fit_is_replaced(plan):
-    there = make_problem(NEW, HARD)
+def test_a_moved_plan_that_does_not_fit_is_replaced(plan, monkeypatch):
+    there, forgotten = make_problem(NEW, HARD), []
+    for kind in (BiasRefresh, QueryCorrection, SecondLook):
+        monkeypatch.setattr(kind, "forget", lambda self: forgotten.append(type(self)))
     was_dense, report = run(plan, torch.zeros_like(there.q[:1]), there.k[:1], there.v[:1])
     assert was_dense == [True, True, False, False]
+    assert forgotten == [BiasRefresh, QueryCorrection, SecondLook]
     assert report.plan_source == "calibrated on the way"
     assert any(note.endswith("calibrating anew") for note in report.notes)
 

@@ -9,9 +9,12 @@ from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime import second_look as second_look_module
 from comfyui_paro.paro_runtime.attention import pattern_of
 from comfyui_paro.paro_runtime.calibration import Method
+from comfyui_paro.paro_runtime.correction import QueryCorrection
+from comfyui_paro.paro_runtime.patterns import PatternCache
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.refresh import BiasRefresh
 from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew, mean_query_masses, with_mean_queries
 from comfyui_paro.paro_runtime.selection import masks_of_counts
 from comfyui_paro.paro_runtime.session import IN_PASSING, Policy, Session
@@ -145,15 +148,15 @@ def test_masks_of_this_group_and_those_behind_it_are_made_anew(group):
             assert torch.equal(mask, masks_of_counts(masses, masks[each].sum((1, 2))[None])[0])
 
 
-def run(dense_steps=1, chunks=((0,),), seed=0, **more):
-    """A run of one site whose heads look at places; the session."""
+def run(dense_steps=1, chunks=((0,),), seed=0, sigmas=SIGMAS, skip=(), **more):
+    """A run of one site, without the steps `skip`; the session, with the masks after every evaluation."""
     settings = {"preset": "custom", "density": 0.3, "precision": "16bit", "dense_steps": dense_steps}
     settings = Settings(**settings | more.pop("settings", {}))
     policy = Policy(IDENTITY, recipe_for("wan"), settings, more.pop("plan", None), more.pop("store", None))
-    session = Session(policy, sigmas=SIGMAS, **more)
+    session = Session(policy, sigmas=sigmas, **more)
     generator = torch.Generator().manual_seed(seed)
     session.masks = []
-    for sigma in SIGMAS[:-1]:
+    for sigma in (sigma for step, sigma in enumerate(sigmas[:-1]) if step not in skip):
         for its in chunks:
             q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
             evaluation = session.begin(layout=LAYOUT, sigma=sigma, chunks=its)
@@ -185,6 +188,44 @@ def test_calls_of_one_step_share_the_masks():
     masks = session.masks[2:]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
     assert all(torch.equal(each, masks[2]) for each in masks[2:])
+
+
+def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
+    """The site's second sparse step is its third here, in which neither bias nor corrections would be due."""
+    biases, corrections = [], []
+    measure, apply = BiasRefresh.measure, QueryCorrection.apply
+
+    def watched_measure(self, key, step, q, k, v, pattern, **rest):
+        biases.append((step, pattern.mask))
+        return measure(self, key, step, q, k, v, pattern, **rest)
+
+    def watched_apply(self, key, call, step, due, q, k, v, out, pattern, **rest):
+        corrections.append((step, due, pattern.mask))
+        return apply(self, key, call, step, due, q, k, v, out, pattern, **rest)
+
+    monkeypatch.setattr(BiasRefresh, "measure", watched_measure)
+    monkeypatch.setattr(QueryCorrection, "apply", watched_apply)
+    # Fifteen sparse steps, five in each group, of which the second is left out.
+    session = run(sigmas=[1 - step / 16 for step in range(17)], skip=(2,))
+    assert [step for step, _ in biases if step < 6] == [1, 3, 4]
+    due = {step: due for step, due, _ in corrections}
+    assert [step for step in due if due[step]] == [1, 3, 6, 11]
+    new = session.finish().plan.sites[SITE].mask()
+    assert all(torch.equal(mask, new) == (step > 1) for step, mask in biases if step < 6)
+    assert all(torch.equal(mask, new) == (step > 1) for step, _, mask in corrections if step < 6)
+
+
+def test_other_sites_keep_their_patterns():
+    entry = SitePlan.create(("FHW",) * 4, torch.rand(4, 6, 6) < 0.4, torch.zeros(4), torch.ones(4))
+    other = Site("block", 1)
+    plan, cache = Plan(IDENTITY, LAYOUT, 64, {SITE: entry, other: entry}), PatternCache()
+
+    def words(site):
+        return cache.get(site, plan, 0, LAYOUT, 4, torch.device("cpu")).kept_words
+
+    first, second = words(SITE), words(other)
+    cache.renew(SITE, LAYOUT)
+    assert words(SITE) is not first and words(other) is second and len(cache) == 2
 
 
 @pytest.mark.parametrize(
