@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -149,11 +149,11 @@ class Session:
         self.lock = threading.RLock()
 
     def begin(
-        self, *, layout: TokenLayout, sigma: float, chunks: tuple[int, ...] = (0,), again: bool = False
+        self, *, layout: TokenLayout, sigma: float, conditionings: Hashable = (), again: bool = False
     ) -> Evaluation:
         """One model evaluation at noise level `sigma`.
 
-        chunks: the conditionings in it, as the host numbers them. again: it is the one before, run once more.
+        conditionings: which are in it, the same in every step. again: it is the one before, run once more.
         """
         step = step_index(self.sigmas, sigma)
         with self.lock:
@@ -170,9 +170,9 @@ class Session:
                 self._tell(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
                 self._evaluations.clear()
             # The n-th of its kind in one step stands for the n-th in another: conditionings come in the same order.
-            kind = (layout.grid, chunks)
+            kind = (layout.grid, conditionings)
             self._evaluations[kind] += not again
-            return Evaluation(self, layout, grid, step, call=(chunks, self._evaluations[kind]))
+            return Evaluation(self, layout, grid, step, call=(conditionings, self._evaluations[kind]))
 
     def decline(self, reason: str) -> None:
         """Count a call that is not ours, with the reason."""

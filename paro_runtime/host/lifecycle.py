@@ -51,9 +51,8 @@ class HostRun:
             layouts = [layout for layout in layouts if layout.grid == layouts[0].grid]
         counts = self.family.counts(model)
         uncountable = None if counts is None else self.family.uncountable(call)
-        chunks = tuple(options.get("cond_or_uncond") or ())
         sigma = float(sigma.flatten()[0])
-        common = {"sigma": sigma, "chunks": chunks, "again": again}
+        common = {"sigma": sigma, "conditionings": _conditionings(options), "again": again}
         evaluations = (self.session.begin(layout=layout, **common) for layout in layouts)
         return HostEvaluation(self.session, self.family, *evaluations, counts=counts, uncountable=uncountable)
 
@@ -126,6 +125,13 @@ class Lifecycle:
                 raise
             log.warning("PARO: the run's report could not be made (%s: %s)", type(error).__name__, error)
             return None
+
+
+def _conditionings(options: dict[str, Any]) -> tuple[tuple, ...]:
+    """What tells an evaluation from the others of its step, and is the same in every step: the conditionings in it,
+    positive or negative, their ids, and the frames of a context window, which some schedules move from step to step."""
+    window = getattr(options.get("context_window"), "index_list", None)
+    return tuple(tuple(found or ()) for found in (options.get("cond_or_uncond"), options.get("uuids"), window))
 
 
 def _stand_first(options: dict[str, Any]) -> None:

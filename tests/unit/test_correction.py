@@ -166,7 +166,7 @@ def test_calls_of_one_step_add_up():
     torch.testing.assert_close(together._fits["site"].sums, sums[1])
 
 
-def run(dense_steps, chunks=((0,),), **more):
+def run(dense_steps, conditionings=((0,),), **more):
     """A run of one site whose heads look at wide places that move with the row; the session, and the error of every
     sparse step."""
     settings = Settings(
@@ -183,8 +183,8 @@ def run(dense_steps, chunks=((0,),), **more):
         # Steps follow each other closely.
         q, k, v = first + 0.05 * torch.randn(first.shape, generator=generator)
         dense = sdpa(q, k, v)
-        for its in chunks:
-            evaluation = session.begin(layout=LAYOUT, sigma=sigma, chunks=its)
+        for its in conditionings:
+            evaluation = session.begin(layout=LAYOUT, sigma=sigma, conditionings=its)
             out = evaluation.attend(Site("block", 0), q, k, v, dense=lambda d=dense: d.clone(), blocks=1)
             evaluation.end()
             if not torch.equal(out, dense):
@@ -213,7 +213,7 @@ def test_evaluations_of_a_step_are_told_apart_by_their_conditionings_and_their_t
 
     def calls(sigma, *evaluations):
         common = {"layout": LAYOUT, "sigma": sigma}
-        return [session.begin(**common, chunks=chunks, again=again).call for chunks, again in evaluations]
+        return [session.begin(**common, conditionings=its, again=again).call for its, again in evaluations]
 
     one, other = (0,), (1, 0)
     first = calls(1.0, (one, False), (other, False), (one, False))
@@ -237,11 +237,11 @@ def test_conditionings_that_run_apart_keep_their_corrections_apart(monkeypatch):
         return real(self, key, call, step, due, *rest, **more)
 
     monkeypatch.setattr(QueryCorrection, "apply", watched)
-    run(1, chunks=((0,), (1,)))
+    run(1, conditionings=((0,), (1,)))
     key = (Site("block", 0), LAYOUT.grid)
     # The four sparse steps fall into three groups, of which the second has two.
     due = {1: True, 2: True, 3: False, 4: True}
-    assert seen == [(key, ((chunk,), 1), step, due[step]) for step in due for chunk in (0, 1)]
+    assert seen == [(key, ((one,), 1), step, due[step]) for step in due for one in (0, 1)]
 
 
 def test_without_a_tail_or_a_measured_bias_nothing_is_corrected():

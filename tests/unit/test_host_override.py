@@ -336,13 +336,14 @@ def test_an_evaluation_that_runs_once_more_says_so_and_names_its_conditionings()
     seen = []
 
     def begin(**given):
-        seen.append((given["layout"], given["sigma"], given["chunks"], given["again"]))
+        seen.append((given["layout"], given["sigma"], given["conditionings"], given["again"]))
         return SimpleNamespace(layout=layout, end=lambda attempt: attempt == 0)
 
     layout = TokenLayout(0, (3, 4, 5))
     session = SimpleNamespace(begin=begin, calibrator=None, decline=lambda reason: None)
     family = SimpleNamespace(layout=lambda model, call: layout, counts=lambda model: None, first_query=lambda its: 0)
-    options = {OPTIONS_KEY: HostRun(session, family), "cond_or_uncond": [1, 0]}
+    options = {OPTIONS_KEY: HostRun(session, family), "cond_or_uncond": [1, 0], "uuids": ["b", "a"]}
+    options["context_window"] = SimpleNamespace(index_list=[4, 5, 6])
     x = torch.zeros(2, 16, 3, 8, 10)
     call = (x, torch.tensor([0.5]), None, torch.zeros(2, 7, 8), None, options)
 
@@ -353,4 +354,9 @@ def test_an_evaluation_that_runs_once_more_says_so_and_names_its_conditionings()
             return arguments[0]
 
     assert Lifecycle(family, start=None, strict=True).apply_model(Executor(), *call) is x
-    assert seen == [(layout, 0.5, (1, 0), False), (layout, 0.5, (1, 0), True)]
+    its = ((1, 0), ("b", "a"), (4, 5, 6))
+    assert seen == [(layout, 0.5, its, False), (layout, 0.5, its, True)]
+    # A host that tells less.
+    del options["context_window"], options["uuids"], options["cond_or_uncond"]
+    Lifecycle(family, start=None, strict=True).apply_model(Executor(), *call)
+    assert seen[2] == (layout, 0.5, ((), (), ()), False)

@@ -148,7 +148,7 @@ def test_masks_of_this_group_and_those_behind_it_are_made_anew(group):
             assert torch.equal(mask, masks_of_counts(masses, masks[each].sum((1, 2))[None])[0])
 
 
-def run(dense_steps=1, chunks=((0,),), seed=0, sigmas=SIGMAS, skip=(), **more):
+def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, skip=(), **more):
     """A run of one site, without the steps `skip`; the session, with the masks after every evaluation."""
     settings = {"preset": "custom", "density": 0.3, "precision": "16bit", "dense_steps": dense_steps}
     settings = Settings(**settings | more.pop("settings", {}))
@@ -157,9 +157,9 @@ def run(dense_steps=1, chunks=((0,),), seed=0, sigmas=SIGMAS, skip=(), **more):
     generator = torch.Generator().manual_seed(seed)
     session.masks = []
     for sigma in (sigma for step, sigma in enumerate(sigmas[:-1]) if step not in skip):
-        for its in chunks:
+        for its in conditionings:
             q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
-            evaluation = session.begin(layout=LAYOUT, sigma=sigma, chunks=its)
+            evaluation = session.begin(layout=LAYOUT, sigma=sigma, conditionings=its)
             evaluation.attend(SITE, q, k, v, dense=lambda v=v: v.clone(), blocks=1)
             evaluation.end()
             plan = session._grids[LAYOUT.grid].plan
@@ -184,7 +184,7 @@ def test_a_run_whose_plan_is_of_pure_noise_looks_again_once(tmp_path):
 
 
 def test_calls_of_one_step_share_the_masks():
-    session = run(chunks=((0,), (1,)))
+    session = run(conditionings=((0,), (1,)))
     masks = session.masks[2:]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
     assert all(torch.equal(each, masks[2]) for each in masks[2:])
