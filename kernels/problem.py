@@ -120,6 +120,10 @@ class SparsePattern:
         words = words_of_bits(pack_bits(mask), mask.shape[0], geometry)
         return cls(geometry, tables, order_of_head, words, tail_bias, pool, expansions)
 
+    def tables_of_heads(self, query_heads: int) -> torch.Tensor:
+        """Grid index at each position of each query head's order, int32 `[query_heads, N]`."""
+        return self.tables[self.order_of_head.long()].repeat_interleave(query_heads // self.kv_heads, 0)
+
     @property
     def kv_heads(self) -> int:
         return self.order_of_head.shape[0]

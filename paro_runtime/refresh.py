@@ -58,14 +58,12 @@ class BiasRefresh:
         backend: str = "auto",
     ) -> None:
         """Measure the bias on this call; calls of one step (conditionings that the host runs apart) add up."""
-        group = q.shape[1] // pattern.kv_heads
-        tables = pattern.tables[pattern.order_of_head.long()].repeat_interleave(group, 0)
         errors = observe_bias(
             q,
             k,
             v,
             pattern.geometry,
-            tables,
+            pattern.tables_of_heads(q.shape[1]),
             pattern.mask,
             pool=pattern.pool,
             expansions=pattern.expansions,

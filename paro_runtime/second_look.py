@@ -126,9 +126,8 @@ def masks_anew(
     """A site's entry with masks from this call for this group of steps and those behind it: as many blocks of each
     head as before; mass_kept stays what calibration found. pattern: the entry's own in this group; otherwise as
     `sparse_attention`."""
-    tables = pattern.tables[pattern.order_of_head.long()].repeat_interleave(q.shape[1] // pattern.kv_heads, 0)
     rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
-    masses = mean_query_masses(q, k, pattern.geometry, tables, **rest)
+    masses = mean_query_masses(q, k, pattern.geometry, pattern.tables_of_heads(q.shape[1]), **rest)
     counts = (entry.density[group:] * masses[0].numel()).round().long()
     parts = [replace(entry, **{name: _group(entry, name, before) for name in PER_GROUP}) for before in range(group)]
     for later, mask in enumerate(masks_of_counts(masses, counts.to(masses.device)), group):

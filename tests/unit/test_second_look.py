@@ -10,6 +10,7 @@ from comfyui_paro.paro_runtime import second_look as second_look_module
 from comfyui_paro.paro_runtime.attention import pattern_of
 from comfyui_paro.paro_runtime.calibration import Method
 from comfyui_paro.paro_runtime.correction import QueryCorrection
+from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.patterns import PatternCache
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
@@ -269,3 +270,11 @@ def test_trouble_leaves_the_masks_and_the_run(monkeypatch):
     assert report.sites_sparse == 1 and not report.fallbacks and report.sites_looked_at_again == 0
     with pytest.raises(RuntimeError, match="no such kernel"):
         run(settings={"strict": True})
+
+
+def test_query_heads_go_by_the_order_of_their_key_head():
+    names = ("HWF", "HWF", "WFH", "WFH")
+    entry = SitePlan.create(names, torch.ones(4, 6, 6, dtype=torch.bool), torch.zeros(4), torch.ones(4))
+    sizes = {"block_q": 64, "pool": 64, "expansions": 16, "kv_heads": 2, "device": torch.device("cpu")}
+    found = pattern_of(entry, LAYOUT, group=0, **sizes).tables_of_heads(4)
+    assert torch.equal(found, torch.stack([order_table(name, LAYOUT.grid) for name in names]))
