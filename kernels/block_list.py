@@ -60,7 +60,8 @@ _lists = WeakTensorKeyDictionary()
 def block_list(pattern: SparsePattern) -> BlockList:
     """The pattern's lists, made on first use and kept as long as its words live. Needs Triton."""
     words = pattern.kept_words
-    key = (pattern.geometry, words._version)
+    # Tensors made under inference mode, as the host runs everything, count no changes in place; nobody makes any there.
+    key = (pattern.geometry, None if words.is_inference() else words._version)
     found = _lists.get(words)
     if found is None or found[0] != key:
         found = _lists[words] = (key, _build(pattern))
