@@ -16,15 +16,21 @@ from . import call, support
 
 @dataclass
 class Launches:
-    """Launches by kernel name, each as a function that compiles it, one of each specialisation."""
+    """What has been launched, once each: (kernel's name, specialisation) -> a function that compiles it.
 
-    by_kernel: dict[str, list[Callable[[], Any]]] = field(default_factory=dict)
-    keys: set[tuple[str, str]] = field(default_factory=set)
+    late: those that were launched for the first time while `late_from_now` was set.
+    """
 
-    def add(self, name: str, key: str, compile_it: Callable[[], Any]) -> None:
-        if (name, key) not in self.keys:
-            self.keys.add((name, key))
-            self.by_kernel.setdefault(name, []).append(compile_it)
+    compile: dict[tuple[str, str], Callable[[], Any]] = field(default_factory=dict)
+    late: set[tuple[str, str]] = field(default_factory=set)
+    late_from_now: bool = False
+
+    def add(self, name: str, specialisation: str, compile_it: Callable[[], Any]) -> None:
+        key = (name, specialisation)
+        if key not in self.compile:
+            self.compile[key] = compile_it
+            if self.late_from_now:
+                self.late.add(key)
 
 
 class _Driver:

@@ -102,10 +102,10 @@ class Ahead:
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         self._errors.close()
         if status:
-            last = said[-1] if said else f"exit status {status}"
-            log.warning("PARO: not all kernels could be compiled ahead, they are when they are needed (%s)", last)
+            first = said[0] if said else f"exit status {status}"
+            log.warning("PARO: not all kernels could be compiled ahead, they are when they are needed (%s)", first)
         else:
-            log.info("PARO: kernels compiled in %.0f s", time.perf_counter() - self._began)
+            log.info("PARO: kernels compiled in %.0f s (%s)", time.perf_counter() - self._began, " ".join(said[-1:]))
 
     def wait(self, seconds: float, late: bool = False) -> bool:
         """`ready` (or `late_ready`), waited for at most so long."""

@@ -1,7 +1,8 @@
 """Compiles what a run needs, in a process of its own: `python ahead_worker.py JSON`, which `ahead` starts.
 
-The JSON has `root` (the pack), `job` (`rehearsal.Job`) and `markers`, two files that are made when everything but the
-kernels named LATE is compiled, and when those are. Exit status 1 and a line for each failure if not all could be.
+The JSON has `root` (the pack), `job` (`rehearsal.Job`) and `markers`, two files: the first is made when everything is
+compiled but what has a stand-in, the second when that is too. Exit status 1 and a line for each failure if not all
+could be.
 """
 
 from __future__ import annotations
@@ -10,63 +11,66 @@ import importlib
 import json
 import os
 import sys
+import time
 import types
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 PACKAGE = "paro_ahead"
 # Rough seconds of compiling, for sharing the work; others take about one.
-SECONDS = {"gluon_forward": 8, "_block_costs": 2, "_row_sums": 2, "attention_forward": 4, "_expand": 3}
-# Compiled last to arrive: a call that would use these runs on another kernel until then.
-LATE = ("gluon_forward",)
-MOST_WORKERS = 8
+SECONDS = {"gluon_forward": 8, "_block_costs": 2, "_row_sums": 2, "attention_forward": 2}
+MOST_WORKERS = 12
+Key = tuple[str, str]
 
 
-def shares(names: Iterable[str], count: int) -> list[list[str]]:
-    """Kernels for each of at most `count` workers, LATE ones in workers of their own where there are two or more."""
-    rest = sorted((n for n in names if n not in LATE), key=lambda n: -SECONDS.get(n, 1))
-    late = [[n] for n in names if n in LATE]
-    bins: list[list[str]] = [[] for _ in range(max(1, min(count - len(late), len(rest))))]
-    for name in rest:
-        min(bins, key=lambda b: sum(SECONDS.get(n, 1) for n in b)).append(name)
-    return [*late, *filter(None, bins)]
+def shares(keys: Iterable[Key], count: int) -> list[list[Key]]:
+    """Launches for each of at most `count` workers, the longest ones first."""
+    bins: list[list[Key]] = [[] for _ in range(max(1, count))]
+
+    def seconds(key: Key) -> float:
+        return SECONDS.get(key[0], 1)
+
+    for key in sorted(keys, key=seconds, reverse=True):
+        min(bins, key=lambda b: sum(map(seconds, b))).append(key)
+    return [b for b in bins if b]
 
 
-def _compile(by_kernel: dict[str, list[Callable]], names: Iterable[str]) -> bool:
+def _compile(launches: dict[Key, Callable], keys: Iterable[Key]) -> bool:
     good = True
-    for name in names:
-        for compile_it in by_kernel[name]:
-            try:
-                compile_it()
-            except Exception as error:  # the run itself finds out, and has another kernel for it
-                print(f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
-                good = False
+    for key in keys:
+        try:
+            launches[key]()
+        except Exception as error:  # the run itself finds out, and has another kernel for it
+            print(f"{key[0]}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+            good = False
     return good
 
 
-def _compile_all(by_kernel: dict[str, list[Callable]], markers: list[Path], count: int) -> bool:
+def _compile_all(launches: dict[Key, Callable], late: set[Key], markers: list[Path], count: int) -> bool:
     """By processes where the system forks them, which share what is loaded by now; otherwise one after the other."""
+    parts = [[key for key in launches if key not in late], [key for key in launches if key in late]]
     if not hasattr(os, "fork") or count < 2:
-        late = [n for n in by_kernel if n in LATE]
-        good = _compile(by_kernel, [n for n in by_kernel if n not in LATE])
-        markers[0].touch()
-        good &= _compile(by_kernel, late)
-        markers[1].touch()
+        good = True
+        for keys, marker in zip(parts, markers, strict=True):
+            good &= _compile(launches, keys)
+            marker.touch()
         return good
-    children = {}
-    for names in shares(by_kernel, count):
-        child = os.fork()
-        if child == 0:
-            os._exit(0 if _compile(by_kernel, names) else 1)
-        children[child] = names[0] in LATE
+    # What is late takes longest and is begun first, by a quarter of the workers.
+    for_late = -(-count // 4)
+    children: dict[int, int] = {}
+    for part, workers in ((1, for_late), (0, count - for_late)):
+        for keys in shares(parts[part], workers):
+            child = os.fork()
+            if child == 0:
+                os._exit(0 if _compile(launches, keys) else 1)
+            children[child] = part
     good = True
     while children:
         child, status = os.wait()
         good &= status == 0
-        late = children.pop(child, True)
-        for marker, kind in zip(markers, (False, True), strict=True):
-            if late == kind and kind not in children.values():
-                marker.touch()
+        part = children.pop(child, None)
+        if part is not None and part not in children.values():
+            markers[part].touch()
     for marker in markers:
         marker.touch()
     return good
@@ -90,12 +94,15 @@ def main() -> int:
     good = True
     try:
         with torch.inference_mode():
-            rehearsal.rehearse(job)
+            rehearsal.rehearse(job, launches)
     except Exception as error:  # what was launched until then is compiled all the same
         print(f"rehearsal: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
         good = False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    good &= _compile_all(launches.by_kernel, [Path(m) for m in task["markers"]], min(MOST_WORKERS, max(1, cores - 1)))
+    rehearsed = time.process_time()
+    count = min(MOST_WORKERS, max(1, cores - 1))
+    good &= _compile_all(launches.compile, launches.late, [Path(m) for m in task["markers"]], count)
+    print(f"{len(launches.compile)} kernels, {rehearsed:.1f} s before the first, {count} workers", file=sys.stderr)
     return 0 if good else 1
 
 

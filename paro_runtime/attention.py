@@ -140,7 +140,8 @@ def resolve_backend(
 
 
 # Tokens from which PARO's dense kernel is faster than the host's attention, by GPU generation and precision.
-# Measured on an H200 with bf16, ms of cuDNN and of PARO in FP8: 75,600 tokens x 40 heads 207, 157; 32,760 x 40 38.5, 29.5;
+# Measured on an H200 with bf16, ms of cuDNN and of PARO in FP8: 75,600 tokens x 40 heads 207, 157; 32,760 x 40 38.5,
+# 29.5;
 # 32,760 x 12 with two conditionings 21.7, 17.9; 16,896 x 24 5.05, 5.28. In INT8 208, 172 at 75,600 x 40 (H100). Other
 # GPUs are not measured.
 DENSE_FASTER_FROM = {(9, "fp8"): 24_000, (9, "int8"): 60_000}

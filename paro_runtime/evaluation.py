@@ -306,7 +306,7 @@ class Evaluation:
                 bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
                 where = (self._group, self.layout, k.shape[1], q.device)
                 pattern = session.patterns.get(site, self._grid.plan, *where, bias)
-            rotate = site is not None and self._grid.plan.sites[site].rotate
+            rotate = site is not None and self._grid.plan.sites[site].rotate and session.readiness.late_ready
             sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
             precision = site_precision(session.precision, rotate, q, session.backend, *sizes)
             flag = self._flag(q.device)

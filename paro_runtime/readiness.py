@@ -1,7 +1,7 @@
 """Whether the kernels that a run needs are compiled and right, asked at the first call of every step.
 
 On a machine that has not compiled them yet, a run begins on the host's attention and goes over to PARO's at the first
-step that finds them ready (`ahead`). A sparse step waits for them for as long as it would save, not longer.
+step that finds them ready (`ahead`). It waits for them once, for as long as one sparse step would save.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 COMPILING = "kernels are being compiled, once on this machine"
-# A step saves about half of a dense one: that long it may wait.
+# A sparse step saves about half of a dense one: so long a run may wait in all.
 PATIENCE = 0.5
 
 
@@ -45,6 +45,7 @@ class Readiness:
         self._options = options
         self._compile_ahead = compile_ahead
         self._kinds: dict[tuple, _Kind] = {}
+        self._waited = False
         self._lock = threading.Lock()
 
     def reason(
@@ -75,6 +76,12 @@ class Readiness:
                     kind.reason = self._decide(kind, q, layout, precision, backend, dense_seconds)
             return kind.reason
 
+    @property
+    def late_ready(self) -> bool:
+        """Whether kernels that have a stand-in may be used too."""
+        with self._lock:
+            return all(kind.checked_special for kind in self._kinds.values())
+
     def _start(self, q, k, layout: TokenLayout, biased: bool, precision: str, backend: str) -> Ahead | None:
         capability = capability_of_gpu(q.device) if backend == "triton" else None
         if capability is None or not self._compile_ahead:
@@ -91,8 +98,11 @@ class Readiness:
             return None
 
     def _decide(self, kind: _Kind, q, layout, precision, backend, dense_seconds) -> str | None:
-        if kind.ahead is not None and not kind.ahead.wait(PATIENCE * (dense_seconds or 0.0)):
-            return COMPILING
+        if kind.ahead is not None:
+            patience = 0.0 if self._waited or dense_seconds is None else PATIENCE * dense_seconds
+            self._waited |= patience > 0
+            if not kind.ahead.wait(patience):
+                return COMPILING
         sizes = {"block_q": query_block(layout.grid_tokens), "pool": self._options.pool}
         call = (q.device, q.dtype, q.shape[3], precision, backend)
         found = self_check(*call, **sizes)

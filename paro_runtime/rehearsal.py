@@ -6,13 +6,14 @@ held. What is called is what `evaluation` calls, with sizes in the same classes,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
 from ..kernels import gluon_launch
 from ..kernels.api import add_corrections, block_statistics, query_corrections, row_logsumexp
 from ..kernels.call import KEY_SAMPLE_FROM
+from ..kernels.compile_only import Launches
 from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, SparsePattern
 from . import statistics
 from .attention import dense_pattern, run_kernel
@@ -20,6 +21,7 @@ from .correction import rows_per_mean_query
 from .orders import AXIS_ORDERS
 from .recipes import COMPARED_DENSITY, query_block
 from .second_look import mean_query_masses
+from .self_check import errors_of
 from .statistics import SHARED_TOKENS, StatisticsOptions, geometry_of, order_scores
 from .tail import observe_bias, observe_tail
 from .tokens import TokenLayout
@@ -66,8 +68,10 @@ class Job:
         return cls(**{name: value for name, value in tuples.items() if name in names})
 
 
-def rehearse(job: Job, heads: int = 2) -> None:
-    """Call everything once; heads: of keys. Only the launches count, so what has none is left out."""
+def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None:
+    """Call everything once; heads: of keys. Only the launches count, so what has none is left out. launches: what can
+    be done without at first is marked as late in it."""
+    launches = launches or Launches()
     layout = TokenLayout(job.prefix, job.grid, job.suffix)
     q_heads, dtype = heads * job.group, getattr(torch, job.dtype)
     q, k, v = (
@@ -77,7 +81,9 @@ def rehearse(job: Job, heads: int = 2) -> None:
     bias = torch.zeros(job.batch, layout.length) if job.biased else None
     precision, rest = PRECISIONS[job.precision], {"key_bias": bias, "backend": "triton"}
     flag = torch.zeros(4, dtype=torch.int32)
-    run_kernel(q, k, v, dense_pattern(layout, q_heads, heads, q.device), precision, nonfinite=flag, **rest)
+    dense = dense_pattern(layout, q_heads, heads, q.device)
+    with gluon_launch.set_aside():
+        run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
 
     block_q = query_block(layout.grid_tokens)
     g = geometry_of(layout, block_q)
@@ -89,22 +95,35 @@ def rehearse(job: Job, heads: int = 2) -> None:
     pattern = SparsePattern.from_mask(
         g, tables, torch.zeros(heads, dtype=torch.int32), mask, tail, job.pool or g.block_k, expansions
     )
-    for gluon in (True, False):
-        gluon_launch.forbid(None if gluon else "the general kernel too")
+    with gluon_launch.set_aside():
         run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
+    check = {"block_q": block_q, "pool": job.pool}
+    errors_of(q.device, dtype, job.head_dim, precision, "triton", **check)
     looks = {"key_bias": bias, "backend": "triton"}
     order_scores(q, k, g, StatisticsOptions(COMPARED_DENSITY, job.order, job.pool), **looks)
     if tail is None or g.grid_tokens <= SHARED_TOKENS:
         lse = row_logsumexp(q, k, **looks)
         block_statistics(q, k, lse, g, of_heads, backend="triton")
-    if tail is None:
-        return
+    if tail is not None:
+        _rehearse_tail(job, g, q, k, v, of_heads, mask, pattern, looks)
+    # The kernel of one GPU generation and rotated queries: the general kernel and plain queries stand in for them.
+    launches.late_from_now = True
+    run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
+    run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
+    errors_of(q.device, dtype, job.head_dim, precision, "triton", **check, special=True)
+    if precision.qk == "int8" and not precision.hadamard:
+        rotated = replace(precision, hadamard=True)
+        run_kernel(q, k, v, pattern, rotated, nonfinite=flag, **rest)
+        errors_of(q.device, dtype, job.head_dim, rotated, "triton", **check)
+
+
+def _rehearse_tail(job: Job, g, q, k, v, of_heads, mask, pattern: SparsePattern, looks: dict) -> None:
+    expansions, q_heads, rest = pattern.expansions, q.shape[1], looks
     observe_tail(q, k, v, g, of_heads, density=COMPARED_DENSITY, pool=job.pool, expansions=expansions, **looks)
-    rows = rows_per_mean_query(g)
-    out = torch.empty_like(q)
+    rows, out, flag = rows_per_mean_query(g), torch.empty_like(q), torch.zeros(4, dtype=torch.int32)
     observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, share=0.01, **rest)
     mean_query_masses(q, k, g, of_heads, **rest)
     for some in (torch.arange(q_heads, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)):
         made = query_corrections(q, k, v, pattern, some, rows=rows, **rest)
         shares = torch.ones(q_heads)
-        add_corrections(out, made.to(dtype), shares, pattern, some, rows=rows, nonfinite=flag, backend="triton")
+        add_corrections(out, made.to(q.dtype), shares, pattern, some, rows=rows, nonfinite=flag, backend="triton")

@@ -5,7 +5,7 @@ import torch
 from comfyui_paro.paro_runtime import readiness
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.readiness import COMPILING
-from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -73,10 +73,10 @@ def test_a_plan_is_made_of_the_first_step_that_finds_them(monkeypatch):
     assert session.finish().plan.made["step"] == 3
 
 
-def test_dense_steps_do_not_wait_and_sparse_ones_half_a_dense_step(monkeypatch):
+def test_a_run_waits_once_for_half_a_dense_step(monkeypatch):
     monkeypatch.setattr(Session, "step_seconds", property(lambda self: {"dense": 3.0}))
     _, _, ahead = run(monkeypatch, 9)
-    assert ahead.waited == [0.0, 0.0, 1.5, 1.5, 1.5]
+    assert ahead.waited == [0.0, 0.0, 1.5, 0.0, 0.0]
 
 
 def test_strict_runs_compile_as_they_go(monkeypatch):
@@ -89,15 +89,10 @@ def test_without_a_process_kernels_are_compiled_as_they_come(monkeypatch):
     def refuse(job):
         raise OSError("no more processes")
 
-    real = readiness.ahead_of
-    answered, _, _ = run(monkeypatch, 0, dense_attention="host")
-    monkeypatch.setattr(readiness, "ahead_of", real)
-    checks = readiness.Readiness.__init__
-    monkeypatch.setattr(readiness.Readiness, "__init__", checks)
-    ready = readiness.Readiness(Session(
-        Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), Settings()), sigmas=SIGMAS
-    ).options, True)  # fmt: skip
+    monkeypatch.setattr(readiness, "capability_of_gpu", lambda device: (9, 0))
+    monkeypatch.setattr(readiness, "self_check", lambda *args, **sizes: None)
     monkeypatch.setattr(readiness, "ahead_of", refuse)
+    ready = readiness.Readiness(MaskOptions(0.3, "mass", "shared", 64), compile_ahead=True)
     q = torch.zeros(1, 2, LAYOUT.length, 64)
     call = {"biased": False, "precision": "int8", "backend": "triton", "dense_seconds": None}
     assert ready.reason(q, q, LAYOUT, 0, **call) is None
