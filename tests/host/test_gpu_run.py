@@ -25,7 +25,7 @@ IN_PASSING = "calibrated on the way"
 # Largest relative error against the dense run: clips this small lose something of what they show, noise is beyond 1.
 NEAR = 0.6
 # The same against a run of the same plan in 16 bits.
-PRECISION_BOUNDS = {"int8": 0.2, "int8_pv8": 0.2, "fp8": 0.3, "int4": 0.5, "int4_pv4": 0.5}
+PRECISION_BOUNDS = {"int8": 0.3, "int8_pv8": 0.3, "fp8": 0.4, "int4": 0.6, "int4_pv4": 0.7}
 
 
 @pytest.fixture(params=["bf16", pytest.param("fp16", marks=pytest.mark.host_on_gpu)])
