@@ -33,16 +33,19 @@ def import_torchvision() -> None:
         torch.library.register_fake = register
 
 
-def boot(path: Path) -> None:
-    """Make `comfy` importable in this process, on the CPU, with PyTorch's attention. Call once, before any import."""
+def boot(path: Path, device: str = "cpu") -> None:
+    """Make `comfy` importable in this process, on "cpu" or "cuda", with PyTorch's attention.
+
+    Call once, before any import: the host chooses its device when it is imported.
+    """
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
     import_torchvision()
     from comfy.cli_args import args
 
     # Read once, when comfy.model_management is first imported. The CPU default attention fails on broadcast masks.
-    args.cpu = True
-    args.use_pytorch_cross_attention = True
+    args.cpu = device == "cpu"
+    args.use_pytorch_cross_attention = args.disable_xformers = True
 
 
 if __name__ == "__main__":

@@ -11,6 +11,10 @@ from typing import Any
 
 import torch
 
+# What the host is booted on: a process has one host, and that has one device.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Kernels where there is a GPU; the interpreter would take minutes for each test.
+BACKEND = "triton" if DEVICE == "cuda" else "reference"
 TEXT = 7
 WIDTH = 64
 
@@ -18,13 +22,15 @@ WIDTH = 64
 @dataclass(frozen=True)
 class Run:
     """One latent (several shapes make a packed one), the layout expected, more conditioning, sites where they differ
-    from the case's, and the oldest host version it was seen to run on where that is not every one."""
+    from the case's, the oldest host version it was seen to run on where that is not every one, and how many at once
+    the host itself can do of it."""
 
     shape: tuple
     layout: str
     extra: Callable[[], dict[str, Any]] = dict
     sites: int | None = None
     since: tuple[int, int, int] = (0, 0, 0)
+    batch: int = 2
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,27 @@ class Case:
     always: Callable[[], dict[str, Any]] = dict
     prepare: Callable[[Any], None] | None = None
     device: str = "cpu"
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    """L2 norm of the difference over that of what is expected."""
+    return float((out.float() - expected.float()).norm() / expected.float().norm())
+
+
+def describe(report: Any) -> str:
+    """The report's layout as cases give it."""
+    return f"{report.prefix} + {'x'.join(map(str, report.grid))} + {report.suffix}"
+
+
+def check(report: Any, case: Case, run: Run, sparse_steps: int = 1) -> None:
+    """Every intended site went sparse in so many steps to one dense step, and nothing else was asked for."""
+    sites = run.sites or case.sites
+    assert report.family == case.family
+    assert describe(report) == run.layout
+    assert (report.sites, report.sites_sparse) == (sites, sites), report.text()
+    assert report.calls["sparse"] == sparse_steps * report.calls["dense step"]
+    assert report.calls["sparse"] % sites == 0
+    assert not report.passed and not report.fallbacks and not report.notes, report.text()
 
 
 def noise(*shape: int) -> torch.Tensor:

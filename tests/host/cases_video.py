@@ -122,6 +122,7 @@ CASES = (
             "0 + 5x7x9 + 0",
             lambda: {"vace_frames": [noise(1, 32, 5, 14, 18)] * 2, "vace_strength": [1.0, 0.5]},
             sites=6,
+            batch=1,
         ),
         family="wan_vace",
         sites=4,
@@ -196,8 +197,8 @@ CASES = (
         (
             Run((1, 16, 5, 14, 18), "7 + 5x7x9 + 0"),
             Run((1, 16, 3, 22, 20), "7 + 3x11x10 + 0"),
-            Run((1, 16, 5, 14, 18), "70 + 5x7x9 + 0", lambda: {"ref_latent": noise(1, 16, 1, 14, 18)}),
-            Run((1, 16, 5, 14, 18), "7 + 5x7x9 + 0", _padded_text),
+            Run((1, 16, 5, 14, 18), "70 + 5x7x9 + 0", lambda: {"ref_latent": noise(1, 16, 1, 14, 18)}, batch=1),
+            Run((1, 16, 5, 14, 18), "7 + 5x7x9 + 0", _padded_text, batch=1),
         ),
         3,
         cfg=1.0,  # a reference or padded text fails in the host with two prompts in a batch
@@ -255,14 +256,15 @@ CASES = (
         "MiniMaxH3",
         _H3,
         (
-            Run(((1, 24, 5, 13, 17), (1, 32, 2, 6)), "19 + 5x7x9 + 0"),
-            Run(((1, 24, 3, 22, 19), (1, 32, 2, 6)), "19 + 3x11x10 + 0"),
+            Run(((1, 24, 5, 13, 17), (1, 32, 2, 6)), "19 + 5x7x9 + 0", batch=1),
+            Run(((1, 24, 3, 22, 19), (1, 32, 2, 6)), "19 + 3x11x10 + 0", batch=1),
             Run(
                 ((1, 24, 5, 14, 18), (1, 32, 2, 6)),
                 "82 + 5x7x9 + 0",
                 lambda: {"minimax_keyframes": [{"latent": noise(1, 24, 1, 14, 18), "resolved_frame_index": 0}]},
+                batch=1,
             ),
-            Run(((1, 24, 5, 13, 17), (1, 32, 2, 6)), "79 + 5x7x9 + 0", _h3_references),
+            Run(((1, 24, 5, 13, 17), (1, 32, 2, 6)), "79 + 5x7x9 + 0", _h3_references, batch=1),
         ),
         2,
         prepare=_rope,

@@ -1,17 +1,29 @@
-"""Host tests: a real ComfyUI checkout, booted once in this process on the CPU, with tiny real architectures."""
+"""Host tests: a real ComfyUI checkout, booted once in this process, with tiny real architectures.
+
+It is booted on a GPU where there is one. What needs it on the CPU, where results are exact, is skipped then; with
+`CUDA_VISIBLE_DEVICES=` in the environment it is the other way round.
+"""
 
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 from comfyui_paro.scripts._host import find_host, host_version
 from comfyui_paro.scripts.comfy_server import ComfyServer
+from comfyui_paro.tests.host.cases import DEVICE
 
 NO_HOST = (
     "NO COMFYUI FOUND: host tests did not run. Set COMFYUI_PATH to a checkout (REQUIRE_COMFYUI=1 makes this fail)."
 )
+ELSEWHERE = {
+    "host_on_cpu": "A GPU IS THERE: the host runs on it; for exact tests on the CPU set CUDA_VISIBLE_DEVICES=",
+    "host_on_gpu": "NO GPU: the host is not tested on one",
+}
+# What the host's server needs beside the host's own code.
+SERVER_MODULES = ("aiohttp", "comfyui_frontend_package")
 
 # As `requires-comfyui` in pyproject.toml says: Wan tells which block is running since then.
 FLOOR = (0, 5, 0)
@@ -33,7 +45,7 @@ NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt}
 
 def pytest_report_header() -> str:
     path = find_host()
-    return "host: none" if path is None else f"host: ComfyUI {host_version(path)} at {path}"
+    return "host: none" if path is None else f"host: ComfyUI {host_version(path)} at {path} on {DEVICE}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -41,6 +53,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if here in item.path.parents:
             item.add_marker(pytest.mark.host)
+            other = "host_on_gpu" if DEVICE == "cpu" else "host_on_cpu"
+            if item.get_closest_marker(other):
+                item.add_marker(pytest.mark.skip(reason=ELSEWHERE[other]))
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +76,18 @@ def comfy(host_path: Path):
     """The booted host: the module `tests/host/tiny.py`, which builds, loads, samples and patches."""
     from comfyui_paro.scripts.comfy_boot import boot
 
-    boot(host_path)
+    boot(host_path, DEVICE)
     from comfyui_paro.tests.host import tiny
 
     return tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(comfy):
+    """The builders of every family, which import the booted host."""
+    from comfyui_paro.tests.host import tiny_families
+
+    return tiny_families
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +126,9 @@ def store(tmp_path):
 
 
 def _server(host: Path, pack: Path | None, folder: Path) -> ComfyServer:
+    missing = [name for name in SERVER_MODULES if find_spec(name) is None]
+    if missing and os.environ.get("REQUIRE_COMFYUI") != "1":
+        pytest.skip(f"NO SERVER: this Python lacks {' and '.join(missing)}")
     (folder / "custom_nodes").mkdir(parents=True)
     (folder / "custom_nodes" / "test_prompt.py").write_text(PROMPT_NODE)
     models = folder / "models" / "diffusion_models"

@@ -5,6 +5,8 @@ import torch
 from comfyui_paro.paro_runtime.orders import AXIS_ORDERS
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
+pytestmark = pytest.mark.host_on_cpu
+
 ODD, FLAT, WIDE = (5, 7, 9), (1, 17, 13), (3, 17, 11)
 EXACT = {"preset": "custom", "density": 1.0, "precision": "16bit", "tail": "off", "dense_steps": 0}
 # Both sides compute in float32; sums over some hundred keys in another order, amplified by three steps of guidance.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_paro.tests.host.cases import Case, Run
+from comfyui_paro.tests.host.cases import Case, Run, check, describe
 from comfyui_paro.tests.host.cases_image import CASES as IMAGE_CASES
 from comfyui_paro.tests.host.cases_video import CASES as VIDEO_CASES
+
+pytestmark = pytest.mark.host_on_cpu
 
 CASES = {case.name: case for case in (*VIDEO_CASES, *IMAGE_CASES)}
 EXACT = {"preset": "custom", "density": 1.0, "precision": "16bit", "tail": "off", "dense_steps": 0}
@@ -14,14 +16,6 @@ SPARSE = {"preset": "custom", "density": 0.4, "dense_steps": 1}
 # Both sides compute in float32; sums over some hundred keys in another order, amplified by guidance.
 CLOSE = {"atol": 5e-4, "rtol": 5e-4}
 TOO_OLD = "does not tell which block is running"
-
-
-@pytest.fixture(scope="session")
-def tiny(comfy):
-    """The builders, which import the booted host."""
-    from comfyui_paro.tests.host import tiny_families
-
-    return tiny_families
 
 
 def build(tiny, name: str):
@@ -37,21 +31,6 @@ def guided_run(tiny, case: Case) -> Run:
     if case.runs[2] not in tiny.runs(case):
         pytest.skip("this ComfyUI takes guide frames in another form")
     return case.runs[2]
-
-
-def describe(report) -> str:
-    return f"{report.prefix} + {'x'.join(map(str, report.grid))} + {report.suffix}"
-
-
-def check(report, case: Case, run: Run) -> None:
-    """Every intended site went sparse and nothing else was asked for."""
-    sites = run.sites or case.sites
-    assert report.family == case.family
-    assert describe(report) == run.layout
-    assert (report.sites, report.sites_sparse) == (sites, sites), report.text()
-    assert report.calls["sparse"] == report.calls["dense step"]
-    assert report.calls["sparse"] % sites == 0
-    assert not report.passed and not report.fallbacks and not report.notes, report.text()
 
 
 @pytest.mark.parametrize("name", CASES)

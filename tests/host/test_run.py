@@ -10,6 +10,8 @@ from comfyui_paro.paro_runtime.session import Session
 from comfyui_paro.paro_runtime.settings import Settings, SettingsError
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
+pytestmark = pytest.mark.host_on_cpu
+
 GRID = (5, 7, 9)
 SPARSE = {"preset": "custom", "density": 0.4, "dense_steps": 1}
 

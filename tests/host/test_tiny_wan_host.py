@@ -8,7 +8,7 @@ from comfyui_paro.tests.tiny_wan import data
 from comfyui_paro.tests.tiny_wan.model import load_tiny_wan
 from comfyui_paro.tests.tiny_wan.sampler import seeded_noise
 
-pytestmark = pytest.mark.host
+pytestmark = pytest.mark.host_on_cpu
 
 
 @pytest.fixture(scope="module")

@@ -62,9 +62,9 @@ def build_flux(path: Path) -> Path:
     return path
 
 
-def load(path: Path) -> Any:
-    """The host's model patcher of a checkpoint."""
-    return comfy.sd.load_diffusion_model(str(path))
+def load(path: Path, dtype: torch.dtype | None = None) -> Any:
+    """The host's model patcher of a checkpoint; it computes in `dtype`, or in what the host chooses."""
+    return comfy.sd.load_diffusion_model(str(path), model_options={} if dtype is None else {"dtype": dtype})
 
 
 def text(seed: int, batch: int = 1, **extra: Any) -> list:
@@ -94,12 +94,13 @@ def sample(
     seed: int = 0,
     video: bool = True,
     callback: Any = None,
+    prompts: tuple[list, list] | None = None,
     **extra: Any,
 ) -> torch.Tensor:
-    """The host's sampler over a random prompt; `extra` goes into the positive conditioning."""
+    """The host's sampler over `prompts` (positive, negative), else over random ones, the positive with `extra`."""
     empty = latent(grid, batch, video)
     noise = comfy.sample.prepare_noise(empty, seed)
-    positive, negative = text(1, **extra), text(2)
+    positive, negative = prompts or (text(1, **extra), text(2))
     return comfy.sample.sample(
         model,
         noise,

@@ -25,10 +25,10 @@ def runs(case: Case) -> list[Run]:
     return [run for run in case.runs if version >= run.since]
 
 
-def build(case: Case) -> Any:
-    """A model patcher over a new model with random weights."""
+def build(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
+    """A model patcher over a new model with random weights that computes in `dtype` on `device`."""
     config = getattr(comfy.supported_models, case.config)(dict(case.unet))
-    config.set_inference_dtype(torch.float32, None)
+    config.set_inference_dtype(dtype, None)
     config.custom_operations = None
     model = config.get_model({}, "", device=case.device)
     prepare = case.prepare or (lambda _: None)
@@ -40,8 +40,8 @@ def build(case: Case) -> Any:
                 torch.nn.init.uniform_(value)
         prepare(model.diffusion_model)
     fill(model.diffusion_model)
-    cpu = torch.device("cpu")
-    return comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    where = torch.device(device)
+    return comfy.model_patcher.ModelPatcher(model.to(where), load_device=where, offload_device=where)
 
 
 def fill(model: torch.nn.Module) -> None:
@@ -51,14 +51,14 @@ def fill(model: torch.nn.Module) -> None:
         if value.dim() == 1 and name.endswith(("weight", "scale")):
             torch.nn.init.ones_(value)
         else:
-            value.data = torch.randn(value.shape, generator=generator) * 0.05
+            value.data = (torch.randn(value.shape, generator=generator) * 0.05).to(value.dtype)
 
 
-def latent(shape: tuple) -> Any:
-    """Zeros; of several shapes a packed latent."""
+def latent(shape: tuple, batch: int = 1) -> Any:
+    """Zeros; of several shapes a packed latent. batch: how many of the first size, which is 1."""
     if isinstance(shape[0], tuple):
-        return comfy.nested_tensor.NestedTensor([torch.zeros(s) for s in shape])
-    return torch.zeros(shape)
+        return comfy.nested_tensor.NestedTensor([latent(s, batch) for s in shape])
+    return torch.zeros(batch * shape[0], *shape[1:])
 
 
 def prompt(case: Case, seed: int, **extra: Any) -> list:
@@ -69,13 +69,15 @@ def prompt(case: Case, seed: int, **extra: Any) -> list:
     return [[tokens, {"pooled_output": pooled, **case.always(), **extra}]]
 
 
-def sample(model: Any, case: Case, run: Run, positive: list | None = None) -> torch.Tensor:
-    """Two steps of the host's sampler; the streams of a packed latent come back as one flat tensor."""
-    empty = latent(run.shape)
+def sample(
+    model: Any, case: Case, run: Run, positive: list | None = None, *, steps: int = 2, batch: int = 1
+) -> torch.Tensor:
+    """A few steps of the host's sampler; the streams of a packed latent come back as one flat tensor."""
+    empty = latent(run.shape, batch)
     out = comfy.sample.sample(
         model,
         comfy.sample.prepare_noise(empty, 0),
-        2,
+        steps,
         case.cfg,
         "euler",
         "simple",

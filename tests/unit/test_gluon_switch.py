@@ -172,6 +172,7 @@ def test_every_argument_of_the_kernel_is_passed(kernels, mask, tail: bool, preci
         assert given["pool_bias"].shape == given["pool_scales"].shape == (4, 2, 64)
 
 
+@pytest.mark.ordinary_tensors  # others do not tell whose memory they are a view of
 @triton_launches
 @pytest.mark.parametrize("kept", [True, False])
 def test_descriptors_go_with_the_memory(kernels, monkeypatch, kept: bool):

@@ -130,6 +130,7 @@ class TestScratch:
         scratch.release_scratch()
         assert scratch.scratch_bytes() == 0
 
+    @pytest.mark.ordinary_tensors  # others do not tell whose memory they are a view of
     @pytest.mark.parametrize("larger", [True, False])
     def test_large_scratch_is_not_kept(self, monkeypatch, larger: bool):
         """Neither the memory nor a view of it outlives its call, and the results are the same."""
