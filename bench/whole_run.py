@@ -109,7 +109,7 @@ class CaseRunner:
             self._synchronise()
             size = sum(p.numel() for p in self.loaded.patchers[0].model.diffusion_model.parameters())
             print(f"{self.name}: {size / 1e9:.2f} B weights, {time.perf_counter() - began:.1f} s", flush=True)
-            real_models.sample(self.loaded, self.loaded.patchers, lambda: None, steps=1)
+            real_models.sample(self.loaded, self.loaded.patchers, lambda: None, warm_up=True)
         except Exception as error:
             for row in planned:
                 self._report({**row, "error": _say(error)})
@@ -299,8 +299,10 @@ def run_case(args: argparse.Namespace) -> bool:
         path = ROOT / "bench" / "results" / f"whole_run_{_slug(gpu)}.json"
     header = {"benchmark": "whole_run", "gpu": gpu, "torch": torch.__version__, "triton": _triton()}
     header |= {"comfyui": version, "commit": args.commit or _commit(), "date": date.today().isoformat()}
-    with torch.inference_mode():  # as the host runs every node, loaders and samplers
-        return CaseRunner(args.case, args, device, Results(path, {**header, "weights": "random"})).run()
+    with tempfile.TemporaryDirectory(prefix="paro-triton-", ignore_cleanup_errors=True) as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache
+        with torch.inference_mode():  # as the host runs every node, loaders and samplers
+            return CaseRunner(args.case, args, device, Results(path, {**header, "weights": "random"})).run()
 
 
 def main() -> int:
@@ -311,9 +313,7 @@ def main() -> int:
         return 0 if run_case(args) else 1
     failed = []
     for name in args.cases:
-        with tempfile.TemporaryDirectory(prefix="paro-triton-") as cache:
-            environment = {**os.environ, "TRITON_CACHE_DIR": cache}
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--case", name], env=environment)
+        done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--case", name])
         failed += [name] if done.returncode else []
     print(f"{len(args.cases)} cases, with errors: {', '.join(failed) or 'none'}")
     return 1 if failed else 0

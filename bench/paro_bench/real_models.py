@@ -197,20 +197,20 @@ def _build(case: TinyCase, device: torch.device, dtype: torch.dtype, seed: int) 
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
-def sample(loaded: Loaded, models: list[Any], on_step: Callable[[], None], steps: int | None = None) -> torch.Tensor:
+def sample(loaded: Loaded, models: list[Any], on_step: Callable[[], None], warm_up: bool = False) -> torch.Tensor:
     """The host's sampler over every stage, one model each; the streams of a packed latent come back as a flat tensor.
 
-    on_step is called after every step. steps: so many of the first stage only, for warming up.
+    on_step is called after every step. warm_up: one step of every stage.
     """
     import comfy.sample
 
     run, out, first = loaded.run, loaded.latent, 0
     noise = comfy.sample.prepare_noise(loaded.latent, 0)
     sigmas = None if run.sigmas is None else torch.tensor(run.sigmas)
-    stages = run.stages if steps is None else (min(steps, run.stages[0]),)
-    for model, count in zip(models, stages, strict=False):
+    stages = (1,) * len(run.stages) if warm_up else run.stages
+    for model, count in zip(models, stages, strict=True):
         last = first + count
-        whole = len(run.stages) == 1 and steps is None
+        whole = stages == (run.steps,)
         out = comfy.sample.sample(
             model,
             noise if first == 0 else noise * 0,
