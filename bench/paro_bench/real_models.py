@@ -116,7 +116,7 @@ RUNS = {
     "wan1.3b-480p-12": WholeRun("wan1.3b", _WAN_480P, (12,), cfg=5.0),
     "wan22-720p-2+2": WholeRun("wan14b", _WAN_720P, (2, 2), note=_TWO),
     "wan22-480p-10+10": WholeRun("wan14b", _WAN_480P, (10, 10), note=_TWO),
-    "hunyuan15-720p-8": WholeRun("hunyuan15", (1, 32, 31, 45, 80), (8,)),
+    "hunyuan15-720p-4": WholeRun("hunyuan15", (1, 32, 31, 45, 80), (4,)),
     # 1920x1088, 121 frames; the schedule of the published two-stage workflows' second stage.
     "ltx2-stage2": WholeRun(
         "ltx2", ((1, 128, 16, 34, 60), (1, 8, 121, 16)), (3,), sigmas=(0.909375, 0.725, 0.421875, 0.0)

@@ -52,16 +52,19 @@ class Timeline:
         self._stack: list[str] = []
         self._steps: list[Any] = []
         self._thread: int | None = None
+        self._stream: torch.cuda.Stream | None = None
 
     def _stamp(self) -> Any:
         if not self._cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        # In the stream that the run began in, even where work on the side has made another the current one.
+        event.record(self._stream)
         return event
 
     def begin(self) -> None:
         self._thread = threading.get_ident()
+        self._stream = torch.cuda.current_stream() if self._cuda else None
         self._stack = [REST]
         first = self._stamp()
         self._marks, self._steps = [(first, REST)], [first]
