@@ -164,3 +164,21 @@ def test_a_host_that_has_the_sparse_node_runs_it(comfy, monkeypatch):
     assert BlockSparseAttention.seen == ({"selection": "sla", "keep_percent": 30.0}, 0.2, 1.0, 12288, 0)
     assert attentions.sol_attn(model, None, by_tau=True) is model
     assert BlockSparseAttention.seen == ({"selection": "sol-attn", "tau": 1.3}, 0.2, 1.0, 12288, 256)
+
+
+def test_a_backend_of_the_host_stands_in_for_every_attention(comfy):
+    from comfyui_paro.bench.paro_bench import attentions, real_models, timeline
+
+    device = torch.device("cpu")
+    clock = timeline.Timeline(device)
+    with torch.inference_mode():
+        loaded = real_models.load(real_models.RUNS["minimax-h3-8"], device, torch.float32, tiny=True)
+        expected = real_models.sample(loaded, loaded.patchers, lambda: None)
+        model = attentions.backend(loaded.patchers[0], clock, "split")
+        clock.begin()
+        out = real_models.sample(loaded, [model], clock.step)
+        clock.end()
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-4)
+    assert clock.parts()["dense_attention"] > 0 and len(clock.step_seconds()) == 8
+    with pytest.raises(attentions.Unavailable, match="no attention nothing"):
+        attentions.backend(loaded.patchers[0], None, "nothing")
