@@ -1,6 +1,7 @@
-"""Render the committed results of the speed benchmarks into docs/benchmarks.md: `python bench/report.py`.
+"""Render the committed results of the speed benchmarks into docs/benchmarks.md, and of whole runs into the README.
 
-Cells for which there is no figure say "not measured".
+`python bench/report.py`. Cells for which there is no figure say "not measured". The README's only speed claims stand
+between two marks in it and are written here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 TARGET = ROOT / "docs" / "benchmarks.md"
+README = ROOT / "README.md"
+README_MARKS = ("<!-- speed: written by bench/report.py -->", "<!-- /speed -->")
 MISSING = "not measured"
 DENSE_SDPA = ("sdpa_flash", "sdpa_cudnn")
 
@@ -62,6 +65,109 @@ def shape_table(rows: list[dict]) -> list[str]:
         ]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+PARTS = {
+    "dense_attention": "dense attention",
+    "sparse_attention": "sparse attention",
+    "rest_of_model": "rest of the model",
+    "observing": "observing",
+    "planning": "planning",
+    "bias_and_corrections": "bias, corrections",
+    "compiling": "compiling",
+    "loading_plan": "loading the plan",
+}
+PARO_RUNS = {"first_ever": "first ever", "first": "first", "second": "second"}
+
+
+def whole_run_tables(reports: list[dict]) -> list[str]:
+    """Markdown: whole samplings, a table per GPU."""
+    lines = [
+        "# Whole runs",
+        "",
+        "From `bench/results/whole_run*.json`, which `python bench/whole_run.py` printed: from the first sampling step "
+        "to the finished latent in a real ComfyUI, real architectures at real sizes with random weights, everything of "
+        "a case in one process on one card. `dense` is ComfyUI's default attention, `int8` its INT8 backend, "
+        "`sol_attn` its sparse kernel at a top-k of 0.3 under the rules of its node, with INT8 dense steps. PARO: "
+        "`first ever` compiles its kernels and plans, `first` plans, `second` finds that plan. The columns after "
+        "`host GB` say where the seconds went; they add up to the whole. Waiting counts for what was waited for, and "
+        "work in the background that nothing waited for does not count. Cross-attention counts as dense attention.",
+        "",
+    ]
+    for report in reports:
+        lines += [
+            f"## {report['gpu']}: whole runs",
+            "",
+            f"torch {report['torch']}, triton {report['triton']}, ComfyUI {report['comfyui']}, {report['date']}, "
+            f"commit {report['commit']}.",
+            "",
+        ]
+        lines += [report["note"], ""] if report.get("note") else []
+        heads = ["case", "attention", "run", "seconds", "speed-up", "sites sparse", "fallbacks", "peak GPU GB"]
+        heads += ["host GB", *PARTS.values()]
+        lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        lines += [_whole_run_line(row) for row in report["rows"]]
+        notes = {f"{row['case']}: {note}." for row in report["rows"] for note in row.get("notes", [])}
+        others = {row.get("commit", report["commit"]) for row in report["rows"]} - {report["commit"]}
+        lines += ["", *sorted(notes)] if notes else []
+        lines += ["", f"Some rows are of commits {', '.join(sorted(others))}."] if others else []
+        lines.append("")
+    return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
+
+
+def _whole_run_line(row: dict) -> str:
+    parts = row.get("parts") or {}
+    known = row.get("sites_sparse") is not None
+    cells = [
+        row["case"],
+        row["attention"],
+        PARO_RUNS.get(row["run"], ""),
+        f"{MISSING} ({row['error']})" if "error" in row else cell(row.get("seconds"), 1),
+        cell(row.get("speedup")),
+        f"{row['sites_sparse']} of {row['sites']}" if known else "" if row["run"] is None else MISSING,
+        f"{sum(row['fallbacks'].values())}" if known else "" if row["run"] is None else MISSING,
+        cell(row.get("peak_gpu_gb"), 1),
+        cell(row.get("host_gb")),
+        *(cell(parts.get(name), 1) for name in PARTS),
+    ]
+    return "| " + " | ".join(text.replace("|", "/").replace("\n", " ") for text in cells) + " |"
+
+
+def speed_block(reports: list[dict]) -> str:
+    """Markdown: what stands between the README's marks."""
+    lines = [
+        "Whole runs, from the first sampling step to the finished latent, in a real ComfyUI with random weights "
+        "(`python bench/whole_run.py`; where the time went: [docs/benchmarks.md](docs/benchmarks.md)). Times as fast "
+        "as ComfyUI's default attention in the same process; preset balanced.",
+        "",
+    ]
+    for report in reports:
+        lines += [
+            f"{report['gpu']}, ComfyUI {report['comfyui']}, torch {report['torch']}, triton {report['triton']}, "
+            f"{report['date']}:",
+            "",
+            "| run | default, seconds | ComfyUI's INT8 | ComfyUI's `sol_attn` | PARO, first run ever | first run "
+            "| second run |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        found = {(row["case"], row["attention"], row["run"]): row for row in report["rows"]}
+        for case in dict.fromkeys(row["case"] for row in report["rows"]):
+            others = [("int8", None), ("sol_attn", None), *(("paro", run) for run in PARO_RUNS)]
+            cells = [case, cell(found.get((case, "dense", None), {}).get("seconds"), 1)]
+            cells += [cell(found.get((case, *other), {}).get("speedup")) for other in others]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join(lines if reports else [*lines, f"Whole runs: {MISSING}.", ""])
+
+
+def with_speed(readme: str, block: str) -> str:
+    """The README with this block between its marks. Raises ValueError if the marks are not there, once each."""
+    first, last = README_MARKS
+    if readme.count(first) != 1 or readme.count(last) != 1:
+        raise ValueError(f"README: the marks {first} and {last} must be there once each")
+    before, _, rest = readme.partition(first)
+    _, _, after = rest.partition(last)
+    return f"{before}{first}\n{block}{last}{after}"
 
 
 def step_tables(reports: list[dict]) -> list[str]:
@@ -178,12 +284,11 @@ def read(pattern: str) -> list[dict]:
 
 
 def render(reports: list[dict]) -> str:
-    """The whole page."""
+    """Markdown: attention alone, a table per GPU and shape."""
     lines = [
-        "# Benchmarks",
+        "# Attention alone",
         "",
-        "Written by `python bench/report.py` from `bench/results/attention*.json`, which `python bench/attention.py` "
-        "printed. Do not edit.",
+        "From `bench/results/attention*.json`, which `python bench/attention.py` printed.",
         "",
         "Total includes the pre-pass (reorder, quantise, pool). Errors are relative L2 against float32 attention under "
         "the same mask, on sampled heads and rows of normal data with channel outliers in K.",
@@ -212,7 +317,10 @@ def main() -> int:
     TARGET.parent.mkdir(exist_ok=True)
     rest = [*step_tables(read("end_to_end*.json")), *calibration_tables(read("calibration*.json"))]
     rest += tiny_calibration_tables(read("tiny_calibration*.json"))
-    page = render(reports) + "\n" + "\n".join(rest)
+    whole = read("whole_run*.json")
+    first = ["# Benchmarks", "", "Written by `python bench/report.py`. Do not edit.", "", *whole_run_tables(whole)]
+    page = "\n".join([*first, render(reports), *rest])
+    README.write_text(with_speed(README.read_text(encoding="utf-8"), speed_block(whole)), encoding="utf-8")
     TARGET.write_text(page.rstrip() + "\n", encoding="utf-8")
     print(f"{TARGET.relative_to(ROOT)}: {sum(len(r['rows']) for r in reports)} rows")
     return 0
