@@ -6,16 +6,26 @@ import functools
 import gc
 import sys
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import torch
 from comfyui_paro.kernels.scratch import release_scratch
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.session import Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.tokens import TokenLayout
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+SIGMAS = [1.0, 0.8, 0.6, 0.0]
+LAYOUT = TokenLayout(3, (3, 7, 11), 2)
+SITES = [Site("double", i) for i in range(2)]
+_OWN = ("__torch_dispatch__", "_place")
 PACK = str(Path(__file__).resolve().parent.parent)
 
 
@@ -87,7 +97,41 @@ def _tensors(values) -> list[torch.Tensor]:
 
 def _place() -> list[str]:
     """The innermost lines of the pack, tests included; none where PARO is not at work, but the model alone."""
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACK) and f.filename != __file__]
+    frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACK) and f.name not in _OWN]
     if all("/tests/" in f.filename.removeprefix(PACK) for f in frames):
         return []
     return [f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-3:])]
+
+
+@torch.inference_mode()  # as the host runs every node
+def recorded_run(
+    recording: Callable[[], AbstractContextManager],
+    lasting: Callable[[], AbstractContextManager],
+    backend: str,
+    *,
+    store=None,
+    plan=None,
+    layout: TokenLayout = LAYOUT,
+    sites: list[Site] = SITES,
+    device: str = "cpu",
+    **settings,
+) -> Session:
+    """Every step and site of a run with one dense step, each evaluation in `recording`."""
+    common = {"preset": "custom", "density": 0.4, "strict": True, "min_tokens": 0, "dense_steps": 1}
+    settings = Settings(**{**common, "backend": backend, **settings})
+    policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), settings, plan, store)
+    session = Session(policy, sigmas=SIGMAS, lasting=lasting)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, layout.length, 32, generator=generator)
+    # Queries that move with their place: corrections are worth it.
+    places = torch.cartesian_prod(*(torch.linspace(-1, 1, size) for size in layout.grid))
+    q *= 0.3
+    q[:, :, 3:-2] += 0.5 * (places @ torch.randn(1, 2, 3, 32, generator=generator))
+    q, k, v = (x.to(device, torch.float16) for x in (q, k, v))
+    for sigma in SIGMAS[:-1]:
+        evaluation = session.begin(layout=layout, sigma=sigma)
+        with recording():
+            for site in sites:
+                evaluation.attend(site, q, k, v, dense=lambda: sdpa(q, k, v))
+        assert not evaluation.end()
+    return session
