@@ -28,6 +28,13 @@ TAIL_HEAD_DIM = 128
 _reason_on_gpu = lru_cache(maxsize=64)(triton_reason)
 
 
+def capability_of_gpu(device: torch.device) -> tuple[int, int] | None:
+    """Compute capability of an NVIDIA GPU; None for every other device."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
+
+
 @cache
 def _triton():
     """The module that launches; imported when it is first needed."""

@@ -20,7 +20,7 @@ from .pools import stretches_of
 from .problem import Geometry, Precision
 from .quantization import hadamard_matrix
 from .scratch import ScratchLayout
-from .support import LOWEST_CAPABILITY
+from .support import LOWEST_CAPABILITY, compiled_for
 
 STATISTICS_CHUNK = 512
 # Up to this many chunks every program of the pre-pass adds them up itself; beyond, a kernel of its own does it once.
@@ -117,7 +117,7 @@ def rotation_matrix(head_dim: int, device: torch.device, dtype: torch.dtype) -> 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """The GPU's compute capability; None on AMD. The interpreter stands in for the oldest GPU."""
     if device.type != "cuda":
-        return LOWEST_CAPABILITY
+        return compiled_for() or LOWEST_CAPABILITY
     return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 

@@ -7,14 +7,20 @@ kernel does the call, and all that follow: one line in the log, no exception.
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .configs import Tile
 from .problem import BLOCK_K, Precision
+
+if TYPE_CHECKING:
+    from .problem import SparsePattern
 
 log = logging.getLogger("paro")
 
@@ -51,6 +57,8 @@ CHOICES = {
 }
 _forbidden: str | None = None
 _all = False
+_held = False
+_of_thread = threading.local()
 
 
 def forbid(reason: str | None) -> None:
@@ -65,9 +73,43 @@ def prefer_always(always: bool) -> None:
     _all = always
 
 
+def hold(held: bool) -> None:
+    """Whether calls keep to the Triton kernel for now, because the Gluon one is still being compiled."""
+    global _held
+    _held = held
+
+
+@contextmanager
+def set_aside(aside: bool = True) -> Iterator[None]:
+    """Calls of this thread keep to the Triton kernel inside; with False they go to Gluon although it is held."""
+    before = getattr(_of_thread, "aside", None)
+    _of_thread.aside = aside
+    try:
+        yield
+    finally:
+        _of_thread.aside = before
+
+
 def allowed() -> bool:
     """Whether a call may be planned for the Gluon kernel at all."""
-    return _forbidden is None
+    aside = getattr(_of_thread, "aside", None)
+    return _forbidden is None and not (_held if aside is None else aside)
+
+
+def takes(q: torch.Tensor, pattern: SparsePattern, precision: Precision) -> bool:
+    """Whether the Gluon kernel is meant for a call on q `[B, H, L, D]`, if it may be used at all."""
+    from .call import capability_of
+
+    listed = pattern.kept_words is not None
+    tail = listed and pattern.tail_bias is not None
+    choice = CHOICES.get((q.shape[3], precision.pv, form_of(listed, tail)))
+    block_q, pool = pattern.geometry.block_q, pattern.pool if tail else None
+    return (
+        choice is not None
+        and choice.gluon
+        and _forbidden is None
+        and serves(capability_of(q.device), q.shape[3], q.dtype, precision, block_q, listed, False, pool)
+    )
 
 
 def form_of(listed: bool, tail: bool) -> str:

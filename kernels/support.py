@@ -18,6 +18,20 @@ WIDEST_ROTATION = 128
 ROOMY_CAPABILITIES = ((8, 0), (9, 0), (10, 0), (10, 3))
 
 
+_compile_for: tuple[int, int] | None = None
+
+
+def compile_for(capability: tuple[int, int]) -> None:
+    """This process only compiles, for a GPU of this compute capability; CPU tensors stand for that GPU's."""
+    global _compile_for
+    _compile_for = capability
+
+
+def compiled_for() -> tuple[int, int] | None:
+    """The compute capability that this process only compiles for; None in every process that computes."""
+    return _compile_for
+
+
 def interpreted() -> bool:
     """Whether Triton runs its kernels in the CPU interpreter (a testing aid, chosen before the first import)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -32,16 +46,16 @@ def triton_reason(device: torch.device, dtype: torch.dtype, head_dim: int, preci
         return f"dtype {dtype} is not supported, only fp16, bf16 and fp32"
     if not HEAD_DIMS[0] <= head_dim <= HEAD_DIMS[1]:
         return f"head dimension {head_dim} is outside {HEAD_DIMS[0]} to {HEAD_DIMS[1]}"
-    if device.type != "cuda":
+    if device.type != "cuda" and _compile_for is None:
         if device.type != "cpu" or not interpreted():
             return f"triton does not run on {device.type}"
         if dtype == torch.bfloat16:
             return "triton's interpreter cannot multiply bf16"
         return None
-    if torch.version.hip is not None:
+    if torch.version.hip is not None and _compile_for is None:
         # Compiles, but nobody has run it: the caller's self-check decides.
         return "fp8 is not supported on AMD" if precision.pv == "fp8" else None
-    capability = torch.cuda.get_device_capability(device)
+    capability = _compile_for or torch.cuda.get_device_capability(device)
     if capability < LOWEST_CAPABILITY:
         return f"compute capability {_version(capability)} is below {_version(LOWEST_CAPABILITY)}"
     if precision.pv == "fp8" and capability < LOWEST_FP8_CAPABILITY:

@@ -42,7 +42,8 @@ def _kept_words_of(words, block, k_blocks):
 
 @triton.jit(
     do_not_specialize=[
-        "group", "wanted_heads", "grid_tokens", "prefix", "context", "q_blocks", "k_blocks", "blocks", "blocks_each",
+        "stride_bias", "group", "wanted_heads", "grid_tokens", "prefix", "context", "q_blocks", "k_blocks", "blocks",
+        "blocks_each",
         "groups", "per_block",
     ]
 )  # fmt: skip
@@ -233,7 +234,10 @@ def launch_query_corrections(
     """The Triton counterpart of `correction_reference.query_corrections_reference`; the call has been checked."""
     g = pattern.geometry
     pools = q.shape[0] * stretches_of(g, pattern.expansions) * g.k_blocks
-    step = balanced(heads.numel(), GROUP_BYTES // (pools * (2 * padded_dim(q.shape[3]) * q.element_size() + 4)))
+    most = GROUP_BYTES // (pools * (2 * padded_dim(q.shape[3]) * q.element_size() + 4))
+    # Parts of `heads` begin at 16 bytes: Triton compiles a kernel anew for pointers that do not.
+    step = balanced(heads.numel(), most // 4 * 4 or most)
+    step = step if most < 4 else -(-step // 4) * 4
     found = [_corrections_of(q, k, v, pattern, some, rows, scale, key_bias) for some in heads.split(step)]
     return found[0] if len(found) == 1 else torch.cat(found, 1)
 

@@ -70,7 +70,8 @@ def moments_tile(capability: tuple[int, int] | None, wide: bool, rows: int) -> M
 
 
 @triton.jit(do_not_specialize=[
-    "first", "heads", "group", "rows", "tokens", "prefix", "context", "q_blocks", "k_blocks", "blocks", "blocks_each",
+    "stride_table", "stride_bias", "first", "heads", "group", "rows", "tokens", "prefix", "context", "q_blocks",
+    "k_blocks", "blocks", "blocks_each",
     "splits", "entries",
 ])  # fmt: skip
 def _row_sums(
@@ -150,7 +151,8 @@ def _row_sums(
 
 
 @triton.jit(do_not_specialize=[
-    "first", "heads", "rows", "size", "prefix", "q_blocks", "k_blocks", "pools", "stretches", "splits", "entries",
+    "stride_table", "stride_result", "first", "heads", "rows", "size", "prefix", "q_blocks", "k_blocks", "pools",
+    "stretches", "splits", "entries",
 ])  # fmt: skip
 def _row_moments(
     Q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks, totals, sums, result,

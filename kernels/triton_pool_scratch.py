@@ -38,7 +38,7 @@ def _quantized_rows(keys, QK: tl.constexpr, PACKED: tl.constexpr):
         return round_to_int8(keys * (LEVELS / largest)[:, None]), largest / (LEVELS * UNIT)
 
 
-@triton.jit(do_not_specialize=["heads", "group", "tokens", "prefix", "pools", "stretches"])
+@triton.jit(do_not_specialize=["stride_bias", "heads", "group", "tokens", "prefix", "pools", "stretches"])
 def store_pools(
     K, V, key_bias, tables, order_of_head, rotation, means, k_means, v_scales,
     pooled_k, pooled_v, pooled_scales, pool_bias,

@@ -28,7 +28,9 @@ def head_of_entry(entry, wanted, heads):
     return entry // heads, head
 
 
-@triton.jit(do_not_specialize=["first", "heads", "table_group", "tokens", "prefix", "q_blocks", "stretches"])
+@triton.jit(
+    do_not_specialize=["stride_table", "first", "heads", "table_group", "tokens", "prefix", "q_blocks", "stretches"]
+)
 def _mean_queries(
     Q, tables, order_of_head, wanted, means, stride_qb, stride_qh, stride_ql, stride_qd, stride_table,
     first, heads, table_group, tokens, prefix, q_blocks, stretches,
@@ -119,7 +121,7 @@ def block_of_keys(
 
 
 @triton.jit(do_not_specialize=[
-    "first", "heads", "group", "table_group", "tokens", "prefix", "pools", "stretches",
+    "stride_table", "stride_bias", "first", "heads", "group", "table_group", "tokens", "prefix", "pools", "stretches",
 ])  # fmt: skip
 def _expand(
     K, V, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias, key_weights,

@@ -101,6 +101,7 @@ def finish_statistics(
 
 @triton.jit(
     do_not_specialize=[
+        "stride_bias",
         "kv_heads",
         "grid_tokens",
         "prefix",

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .call import capability_of
 from .problem import BLOCK_K, Geometry
 from .reference import pool_rows
 from .statistics_reference import BlockStatistics, block_positions, block_sizes
@@ -20,7 +21,7 @@ from .statistics_reference import BlockStatistics, block_positions, block_sizes
 REORDER_BYTES = 1 << 29
 
 
-@triton.jit(do_not_specialize=["count", "length"])
+@triton.jit(do_not_specialize=["stride_bias", "count", "length"])
 def _row_logsumexp(
     Q, K, key_bias, lse,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_kb, stride_kh, stride_kl, stride_kd, stride_bias,
@@ -182,9 +183,8 @@ def statistics_tile(capability: tuple[int, int] | None, padded: int, wide: bool)
 
 def tile_of(q: torch.Tensor) -> StatisticsTile:
     """The tile for queries `[B, H, L, D]`."""
-    nvidia = q.is_cuda and torch.version.hip is None
-    capability = torch.cuda.get_device_capability(q.device) if nvidia else None
-    return statistics_tile(capability, _padded(q.shape[3]), q.dtype == torch.float32)
+    # The interpreter has no shared memory to run out of.
+    return statistics_tile(capability_of(q.device), _padded(q.shape[3]), q.dtype == torch.float32)
 
 
 def _precision(dtype: torch.dtype) -> str:

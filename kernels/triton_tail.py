@@ -35,7 +35,20 @@ ROWS = 64
 STAGES = 2
 
 
-@triton.jit(do_not_specialize=["first", "heads", "group", "rows", "real_rows", "length", "prefix", "entries"])
+@triton.jit(
+    do_not_specialize=[
+        "stride_table",
+        "stride_bias",
+        "first",
+        "heads",
+        "group",
+        "rows",
+        "real_rows",
+        "length",
+        "prefix",
+        "entries",
+    ]
+)
 def _row_outputs(
     Q, K, V, key_bias, units, tables, positions, out_high, out_low, lse, energy,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_kb, stride_kh, stride_kl, stride_kd,
@@ -116,7 +129,8 @@ def _pool_sums(x, ROWS: tl.constexpr, POOLS: tl.constexpr, POOL: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=[
-    "first", "heads", "group", "rows", "real_rows", "tokens", "prefix", "q_blocks", "k_blocks", "pools", "entries",
+    "stride_table", "stride_costs", "stride_bias", "first", "heads", "group", "rows", "real_rows", "tokens",
+    "prefix", "q_blocks", "k_blocks", "pools", "entries",
 ])  # fmt: skip
 def _block_costs(
     Q, K, V, key_bias, units, tables, positions, out_high, out_low, lse, pooled_values, pool_bias, key_weights, costs,

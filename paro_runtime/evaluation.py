@@ -12,9 +12,12 @@ import torch
 from ..kernels.problem import empty_output
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
 from .attempt import Attempt, not_finite
-from .attention import dense_pattern, dense_pays_when_short, run_kernel, site_precision
+from .attention import dense_is_faster, dense_pattern, dense_pays_when_short, run_kernel
 from .plan import Site
+from .readiness import COMPILING
+from .refresh import sparing_of
 from .second_look import masks_anew
+from .self_check import site_precision
 from .tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -58,23 +61,33 @@ class Evaluation:
         Trouble of PARO's own never ends the run (unless `strict`): the call is answered by `dense()`.
         """
         session, grid, attempt = self.session, self._grid, self._attempt
-        with session.lasting():
-            reason = session.unsuitable_reason(self.layout.grid_tokens, q)
+        reason = session.unsuitable_reason(self.layout.grid_tokens, q)
         if reason is not None:
             attempt.count("passed", reason)
             return dense()
-        session.sites.add(site)
         session.device = str(q.device)
+        watched = session.calibrator is not None
+        too_short = None if watched else session.too_short_to_drop(self.layout.grid_tokens)
+        if too_short is not None and not self._wants_dense(q, too_short):
+            session.sites.add(site)
+            attempt.count("dense", too_short)
+            return dense()
+        with session.lasting():
+            reason = session.not_ready_reason(q, k, self.layout, self.step, key_bias is not None)
+        if reason is not None and reason != COMPILING:
+            attempt.count("passed", reason)
+            return dense()
+        session.sites.add(site)
+        if reason is not None:
+            attempt.count("dense", reason)
+            return dense()
         if session.calibrator is not None:
             self._observe(session.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
             attempt.count("dense", "calibrating")
             return dense()
-        too_short = session.too_short_to_drop(self.layout.grid_tokens)
         if too_short is not None:
             attempt.count("dense", too_short)
-            wanted = session.settings.dense_attention == "paro" or dense_pays_when_short(q.device)
-            out = self._guarded(None, q, k, v, scale, key_bias) if wanted and not session.dense_off else None
-            return dense() if out is None else out
+            return self._dense(q, k, v, scale, key_bias, dense, wanted=True)
         self._check_moved_plan(site, q, k, scale, key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):
             session.dense_block_sites.add(site)
@@ -91,7 +104,7 @@ class Evaluation:
         why_not = session.off_sites.get(site)
         if why_not is None and site not in grid.plan.sites:
             why_not = f"{site.name} is not in the plan"
-        if why_not is None and self._remembers(site) and not attempt.sound():
+        if why_not is None and self._remembers(site, q) and not attempt.sound():
             return dense()
         if why_not is None:
             out = self._sparse(site, q, k, v, scale, key_bias)
@@ -160,9 +173,18 @@ class Evaluation:
                 self._grid.seen_step = self.step
             session.calibration_seconds += time.perf_counter() - began
 
-    def _dense(self, q, k, v, scale, key_bias, dense) -> torch.Tensor:
-        """A call that keeps every block: the host's attention, or PARO's kernel at density 1 if the user prefers."""
-        if self.session.settings.dense_attention == "host" or self.session.dense_off:
+    def _wants_dense(self, q: torch.Tensor, too_short: str | None = None) -> bool:
+        """Whether PARO's kernel is to do calls that keep every block: where the user says so, or it is the faster."""
+        wanted = self.session.settings.dense_attention
+        if wanted != "auto":
+            return wanted == "paro"
+        if too_short is not None:
+            return dense_pays_when_short(q.device)
+        return dense_is_faster(q, self.session.precision)
+
+    def _dense(self, q, k, v, scale, key_bias, dense, wanted: bool | None = None) -> torch.Tensor:
+        """A call that keeps every block, by PARO's kernel at density 1 or the host's attention."""
+        if not (self._wants_dense(q) if wanted is None else wanted) or self.session.dense_off:
             return dense()
         out = self._guarded(None, q, k, v, scale, key_bias)
         return dense() if out is None else out
@@ -173,19 +195,19 @@ class Evaluation:
             self._attempt.count_sparse(site)
         return out
 
-    def _remembers(self, site: Site) -> bool:
+    def _remembers(self, site: Site, q: torch.Tensor) -> bool:
         """Whether this call measures something for later ones."""
         session, key = self.session, (site, self.layout.grid)
         look = session.second_look
         looks = look is not None and session.of_pure_noise(self._grid.plan) and look.ready(key, self.step)
-        return looks or self._looked_again(site) or self._measures(site)
+        return looks or self._looked_again(site) or self._measures(site, q)
 
-    def _measures(self, site: Site) -> bool:
+    def _measures(self, site: Site, q: torch.Tensor) -> bool:
         """Whether the tail of this site is due to be measured anew in this step. Asked at least once in every call."""
         session = self.session
         if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
             return False
-        return session.refresh.due((site, self.layout.grid), self.step, self._group)
+        return session.refresh.due((site, self.layout.grid), self.step, self._group, sparing_of(q))
 
     def _look_again(self, site: Site, q, k, scale, key_bias) -> None:
         """Measure the site's masks anew if its plan was made of pure noise and this is the time for it. Trouble leaves
@@ -288,12 +310,13 @@ class Evaluation:
             pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
         else:
             self._look_again(site, q, k, scale, key_bias)
-            measures = self._measures(site) or self._looked_again(site)
+            measures = self._measures(site, q) or self._looked_again(site)
             bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
             where = (self._group, self.layout, k.shape[1], q.device)
             pattern = session.patterns.get(site, self._grid.plan, *where, bias)
         rotate = site is not None and self._grid.plan.sites[site].rotate
-        precision = site_precision(session.precision, rotate, q, session.backend)
+        sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
+        precision = site_precision(session.precision, rotate, q, session.backend, *sizes)
         flag = self._attempt.flag(q.device)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag.on_device, "backend": session.backend}
         out = run_kernel(q, k, v, pattern, precision, out=out, **rest)

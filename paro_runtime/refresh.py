@@ -4,6 +4,9 @@ A plan's bias was measured at other noise levels, or on other prompts. One hundr
 on the very queries and keys at hand: done in the first sparse step, and then ever more rarely (after 1, 3, 7, 15 ...
 steps), because the bias drifts with the noise level. It belongs to the mask it was measured under: the first step of
 each group of steps measures it anew, and that is all that the later groups need.
+
+Measuring takes a GPU some thirty launches, whatever the size. So on one, large calls are measured at the beginning of
+each group only, and short ones once in a run.
 """
 
 from __future__ import annotations
@@ -17,6 +20,17 @@ from ..kernels.problem import SparsePattern
 from .tail import best_bias, observe_bias
 
 ROWS_SHARE = 0.01
+# Multiply-adds of a call's dense attention from which measuring it costs less than a tenth of it: 10 ms on an H100.
+LEAST_WORK = 3e12
+FULL, OF_GROUPS, ONCE = range(3)
+
+
+def sparing_of(q: torch.Tensor) -> int:
+    """How often calls on q `[B, H, L, D]` are measured: FULL, OF_GROUPS or ONCE."""
+    if not q.is_cuda:
+        return FULL
+    batch, heads, length, dim = q.shape
+    return OF_GROUPS if 2 * batch * heads * length * length * dim >= LEAST_WORK else ONCE
 
 
 class BiasRefresh:
@@ -29,15 +43,18 @@ class BiasRefresh:
         self._biases: dict[Hashable, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def due(self, key: Hashable, step: int, group: int) -> bool:
+    def due(self, key: Hashable, step: int, group: int, sparing: int = FULL) -> bool:
         """Whether the bias of this site should be measured in this step, which is one of this group of steps."""
         with self._lock:
+            first = self._first.setdefault(key, step)
             if self._groups.get(key, (None, 0))[0] != group:
-                self._groups[key] = (group, step)
+                # What is carried over a change of masks is no longer measured under them.
+                self._groups[key] = (group, step if sparing != ONCE else first)
                 self._errors.pop(key, None)
+                self._biases.pop(key, None)
             begins = self._groups[key][1] == step
-            age = step - self._first.setdefault(key, step) + 1
-        return begins or (group == 0 and age > 0 and age & (age - 1) == 0)
+            age = step - first + 1
+        return begins or (sparing == FULL and group == 0 and age > 0 and age & (age - 1) == 0)
 
     def begins(self, key: Hashable, step: int) -> bool:
         """Whether the group of steps that `due` was last asked about begins with this one."""

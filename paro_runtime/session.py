@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
 from .attempt import Attempt, Counts
-from .attention import resolve_backend, resolve_precision, self_check
+from .attention import resolve_backend, resolve_precision
 from .calibration import Calibrator, Method
 from .correction import QueryCorrection
 from .evaluation import Evaluation
@@ -28,6 +28,7 @@ from .patterns import PatternCache
 from .plan import ModelIdentity, Plan, PlanError, Site
 from .plan_store import PlanStore
 from .portability import MovedPlanCheck, move_plan
+from .readiness import Readiness
 from .recipes import Recipe, mask_options, query_block
 from .refresh import BiasRefresh
 from .report import Report
@@ -131,6 +132,8 @@ class Session:
         self._on_status = on_status
         self._grids: dict[tuple[int, int, int], Grid] = {}
         self.patterns = PatternCache()
+        # Who wants every fallback as an error wants no step that waits for a compiler on the host's attention.
+        self.readiness = Readiness(self.options, compile_ahead=not self.settings.strict)
         self._unsuitable: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
         self._clock = StepClock()
@@ -311,7 +314,13 @@ class Session:
             least = self.policy.recipe.min_tokens if backend == "triton" else 0
         if tokens < least:
             return f"{tokens} grid tokens, below the minimum of {least}"
-        return self_check(device, dtype, head_dim, self.precision, backend)
+        return None
+
+    def not_ready_reason(self, q, k, layout: TokenLayout, step: int, biased: bool) -> str | None:
+        """Why the kernels cannot serve calls like this in this step, or None; see `Readiness.reason`."""
+        seconds = None if self.schedule.is_dense_step(step) else self.step_seconds.get("dense")
+        call = {"precision": self.precision, "backend": self.backend, "dense_seconds": seconds}
+        return self.readiness.reason(q, k, layout, step, biased=biased, **call)
 
     def count(self, kind: str, reason: str) -> None:
         with self.lock:

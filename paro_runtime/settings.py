@@ -13,7 +13,7 @@ BACKEND_NAMES = ("auto", "triton", "reference")
 TAIL_NAMES = ("auto", "on", "off")
 ORDER_NAMES = ("mass", "paper", "original")
 BUDGET_NAMES = ("shared", "per_head")
-DENSE_NAMES = ("host", "paro")
+DENSE_NAMES = ("auto", "host", "paro")
 SCHEDULE_NAMES = ("falling", "constant")
 
 
@@ -33,7 +33,8 @@ class Settings:
     tail            whether dropped blocks are represented by pooled keys and values.
     order           how a head's order is chosen: by mass kept, by the paper's metric, or always the original.
     budget          one threshold over all heads and sites, or the same density for every head.
-    dense_attention what computes dense steps: the host's attention, or PARO's kernel at density 1.
+    dense_attention what computes dense steps: the host's attention, or PARO's kernel at density 1; `auto` takes the one
+                    that was measured to be faster on this GPU at this length, the host's where nothing was.
     backend         Triton kernels, the PyTorch reference, or whichever fits the device.
     min_tokens      shorter sequences run on the host's attention; None takes the recipe's.
     calibrate       calibrate on the way when no plan fits; False passes through instead.
@@ -54,7 +55,7 @@ class Settings:
     tail: str = "auto"
     order: str = "mass"
     budget: str = "shared"
-    dense_attention: str = "host"
+    dense_attention: str = "auto"
     backend: str = "auto"
     min_tokens: int | None = None
     calibrate: bool = True

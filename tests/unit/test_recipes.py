@@ -82,7 +82,7 @@ def test_every_family_has_a_row_in_the_docs(family):
         assert f"{title} ({tokens:,}): {gain.format(*expected)}" in row
 
 
-@pytest.mark.parametrize("choice, ours", [("host", False), ("paro", True)])
+@pytest.mark.parametrize("choice, ours", [("auto", False), ("host", False), ("paro", True)])
 def test_short_sequences_stay_with_the_host_where_its_dense_attention_is_faster(monkeypatch, choice, ours):
     monkeypatch.setattr("comfyui_paro.paro_runtime.evaluation.dense_pays_when_short", lambda device: False)
     settings = Settings(backend="reference", dense_attention=choice)

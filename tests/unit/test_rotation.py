@@ -3,13 +3,13 @@
 import pytest
 import torch
 from comfyui_paro.kernels.problem import Geometry
-from comfyui_paro.paro_runtime import attention as attention_module
-from comfyui_paro.paro_runtime.attention import site_precision
+from comfyui_paro.paro_runtime import self_check as self_check_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
 from comfyui_paro.paro_runtime.rotation import PLAIN, ROTATED, UNSMOOTHED, logit_errors, rotates
+from comfyui_paro.paro_runtime.self_check import site_precision
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -128,15 +128,15 @@ def test_a_rotated_site_is_more_exact_in_a_run(plan):
 
 def test_only_int8_follows_the_plan():
     q = torch.randn(1, 1, 8, 64)
-    assert site_precision("int8_pv8", True, q, "reference").hadamard
-    assert not site_precision("int8_pv8", False, q, "reference").hadamard
-    assert not site_precision("16bit", True, q, "reference").hadamard
-    assert site_precision("int4", False, q, "reference").hadamard
+    assert site_precision("int8_pv8", True, q, "reference", 64, 64).hadamard
+    assert not site_precision("int8_pv8", False, q, "reference", 64, 64).hadamard
+    assert not site_precision("16bit", True, q, "reference", 64, 64).hadamard
+    assert site_precision("int4", False, q, "reference", 64, 64).hadamard
 
 
 def test_a_rotated_kernel_that_fails_its_check_is_not_used(monkeypatch):
-    def check(device, dtype, head_dim, precision, backend):
+    def check(device, dtype, head_dim, precision, backend, **sizes):
         return "wrong" if precision.hadamard else None
 
-    monkeypatch.setattr(attention_module, "self_check", check)
-    assert not site_precision("int8", True, torch.randn(1, 1, 8, 64), "reference").hadamard
+    monkeypatch.setattr(self_check_module, "self_check", check)
+    assert not site_precision("int8", True, torch.randn(1, 1, 8, 64), "reference", 64, 64).hadamard

@@ -1,0 +1,131 @@
+"""Compiling ahead: kernels that are not in Triton's cache yet are compiled by another process while the run goes on.
+
+Compiling all that a run needs takes half a minute of one core, once for every GPU and version of Triton. Until it is
+done a run keeps to the host's attention; a process of its own, because threads would hold up the one that launches.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from .rehearsal import Job
+
+log = logging.getLogger("paro")
+ROOT = Path(__file__).resolve().parent.parent
+WORKER = Path(__file__).with_name("ahead_worker.py")
+POLL_SECONDS = 0.02
+# What the worker must not have: a GPU, whose context would take memory, and Triton's interpreter.
+WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what it has compiled."""
+    try:
+        from triton import knobs
+
+        return Path(knobs.cache.dir)
+    except (ImportError, AttributeError):  # before Triton 3.4
+        return Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+
+
+@functools.cache
+def _code() -> str:
+    """Digest of all that decides what is compiled, beside the job."""
+    import torch
+    import triton
+
+    total = hashlib.sha256(f"{triton.__version__} {torch.__version__} {sys.version}".encode())
+    for folder in ("kernels", "paro_runtime"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            total.update(path.read_bytes())
+    return total.hexdigest()
+
+
+class Ahead:
+    """The kernels of one job: compiled, or being compiled. Safe to ask from several threads."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        """Starts the worker if the markers in `folder`, Triton's cache, do not say that it has done this job before."""
+        task = asdict(job)
+        name = hashlib.sha256((_code() + json.dumps(task)).encode()).hexdigest()[:24]
+        self._markers = [folder / f"paro-{name}-{part}" for part in ("compiled", "late")]
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen | None = None
+        self._errors = None
+        self._began = time.perf_counter()
+        if not all(marker.is_file() for marker in self._markers):
+            self._start(task, folder)
+
+    def _start(self, task: dict, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"root": str(ROOT), "job": task, "markers": [str(marker) for marker in self._markers]})
+        environment = {**os.environ, **WITHOUT_GPU, "TRITON_CACHE_DIR": str(folder)}
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in _end
+        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self._errors}
+        if os.name == "nt":
+            options["creationflags"] = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS
+        log.info("PARO: compiling kernels in the background (once on this machine)")
+        self._process = subprocess.Popen([sys.executable, str(WORKER), text], env=environment, **options)
+
+    def ready(self) -> bool:
+        """Whether a run may use the kernels. Also once the worker has given up: then they are compiled as they come."""
+        return self._has(0)
+
+    def late_ready(self) -> bool:
+        """The same for the kernels that have a stand-in."""
+        return self._has(1)
+
+    def _has(self, part: int) -> bool:
+        with self._lock:
+            if self._process is None:
+                return True
+            if self._process.poll() is not None:
+                self._end()
+                return True
+        return self._markers[part].is_file()
+
+    def _end(self) -> None:
+        status, self._process = self._process.returncode, None
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        self._errors.close()
+        if status:
+            last = said[-1] if said else f"exit status {status}"
+            log.warning("PARO: not all kernels could be compiled ahead, they are when they are needed (%s)", last)
+        else:
+            log.info("PARO: kernels compiled in %.0f s", time.perf_counter() - self._began)
+
+    def wait(self, seconds: float, late: bool = False) -> bool:
+        """`ready` (or `late_ready`), waited for at most so long."""
+        until = time.perf_counter() + seconds
+        while not self._has(int(late)):
+            if time.perf_counter() >= until:
+                return False
+            time.sleep(POLL_SECONDS)
+        return True
+
+
+_known: dict[tuple[Job, Path], Ahead] = {}
+_lock = threading.Lock()
+
+
+def ahead_of(job: Job) -> Ahead:
+    """The state of a job's kernels; the first to ask starts the compiling. Raises OSError where no process can be
+    started or the cache cannot be written."""
+    key = (job.small(), cache_folder())
+    with _lock:
+        if key not in _known:
+            _known[key] = Ahead(*key)
+        return _known[key]

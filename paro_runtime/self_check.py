@@ -1,0 +1,107 @@
+"""The kernels against the reference on a small call, before a run relies on them: a wrong kernel on unknown hardware
+must cost nobody a generation.
+
+What is checked is what sparse steps run: lists of kept blocks, the tail with expanded pools, context tokens on both
+sides, a ragged last block, orders of two heads; and the dense form. With the data below a mask that is ignored or
+shifted, a tail that is left out or of plain means, or heads whose orders are mixed up are wrong by 0.44 and more.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+
+import torch
+
+from ..kernels import gluon_launch
+from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, Precision
+from .attention import build_pattern, run_kernel
+from .tokens import TokenLayout
+
+log = logging.getLogger("paro")
+
+# Largest relative L2 error that a healthy kernel may show, by products. Measured on the data below: 16 bits 3e-3, INT8
+# 9e-3 (PV in 8 bits 1.4e-2), FP8 3.3e-2, INT4 0.18 (PV in 4 bits 0.23).
+QK_BOUNDS = {"16": 1e-2, "int8": 4e-2, "int4": 0.35}
+PV_BOUNDS = {"16": 0.0, "int8": 4e-2, "fp8": 8e-2, "int4": 0.35}
+LAYOUT = TokenLayout(5, (3, 11, 17), 3)
+ORDERS = ("HWF", "WFH")
+DENSITY = 0.4
+# Logits of unit normal queries and keys are made smaller, so that attention is spread over many blocks.
+QUERY_SCALE = 0.7
+
+_checked: dict[tuple, str | None] = {}
+_lock = threading.Lock()
+
+
+def self_check(
+    device: torch.device,
+    dtype: torch.dtype,
+    head_dim: int,
+    precision: str | Precision,
+    backend: str,
+    *,
+    block_q: int = 64,
+    pool: int | None = 64,
+    special: bool = False,
+) -> str | None:
+    """Why the kernels must not be used here, or None. Wrong numbers are remembered for the process; what may pass, such
+    as too little memory, is not.
+
+    block_q, pool: of the run's masks and tail (None without one). special: check the kernel for this one GPU
+    generation (`gluon_launch`), which is left out otherwise; None where it serves no such call.
+    """
+    chosen = PRECISIONS[precision] if isinstance(precision, str) else precision
+    key = (device, dtype, head_dim, chosen, backend, block_q, pool, special)
+    with _lock:
+        if key not in _checked:
+            try:
+                found = _check(*key)
+            except Exception as error:  # new hardware, a new compiler, or no memory: a reason, and another try later
+                said = next(iter(str(error).splitlines()), "")[:200]
+                return f"self-check: the kernels cannot run ({type(error).__name__}: {said})"
+            _checked[key] = found
+            if found:
+                log.warning("PARO is off on %s in %s: %s", device, precision, found)
+        return _checked[key]
+
+
+def _check(device, dtype, head_dim, precision: Precision, backend, block_q, pool, special) -> str | None:
+    # On the CPU: the values must not depend on the device's generator.
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    q, k, v = (draw(1, len(ORDERS), LAYOUT.length, head_dim) for _ in range(3))
+    # Queries with a mean: pools around it differ from plain ones.
+    q = (q + draw(1, len(ORDERS), 1, head_dim)) * QUERY_SCALE
+    q, k, v = (x.to(device, dtype) for x in (q, k, v))
+    blocks = (-(-LAYOUT.grid_tokens // block_q), -(-LAYOUT.grid_tokens // 64))
+    mask = torch.rand(len(ORDERS), *blocks, generator=generator) < DENSITY
+    bias = None if pool is None else torch.tensor([0.5, -0.5])
+    sizes = {"block_q": block_q, "pool": pool or 64, "expansions": 0 if pool is None else MOST_EXPANSIONS}
+    errors = []
+    for form in (mask, None):
+        pattern = build_pattern(LAYOUT, ORDERS, form, None if form is None else bias, device=device, **sizes)
+        if special and not gluon_launch.takes(q, pattern, precision):
+            continue
+        with gluon_launch.set_aside(not special):
+            out = run_kernel(q, k, v, pattern, precision, backend=backend)
+        exact = run_kernel(q.float(), k.float(), v.float(), pattern, PRECISIONS["16bit"], backend="reference")
+        errors.append(((out.float() - exact).norm() / exact.norm()).item())
+    bound = max(QK_BOUNDS[precision.qk], PV_BOUNDS[precision.pv])
+    wrong = [error for error in errors if not error <= bound]  # NaN is wrong too
+    if wrong:
+        return f"self-check: relative error {wrong[0]:.3g} against the reference, at most {bound} is allowed"
+    return None
+
+
+def site_precision(name: str, rotate: bool, q: torch.Tensor, backend: str, block_q: int, pool: int | None) -> Precision:
+    """Precision of a site: INT8 is rotated where the plan says so and the rotated kernel passes its self-check."""
+    plain = PRECISIONS[name]
+    if not rotate or plain.qk != "int8" or plain.hadamard:
+        return plain
+    rotated = replace(plain, hadamard=True)
+    return plain if self_check(q.device, q.dtype, q.shape[3], rotated, backend, block_q=block_q, pool=pool) else rotated

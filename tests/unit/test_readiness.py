@@ -1,0 +1,117 @@
+"""A run whose kernels are still being compiled stays on the host's attention, and goes over when they are there."""
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime import readiness
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.readiness import COMPILING
+from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.session import Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+
+LAYOUT = TokenLayout(0, (4, 8, 10))
+SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+
+
+class StandIn:
+    """What `ahead_of` gives: kernels that are ready from a certain question on; waits are noted."""
+
+    def __init__(self, ready_after: int) -> None:
+        self.left = ready_after
+        self.waited: list[float] = []
+
+    def wait(self, seconds: float, late: bool = False) -> bool:
+        self.waited.append(seconds)
+        self.left -= 1
+        return self.left < 0
+
+    def late_ready(self) -> bool:
+        return self.left < 0
+
+
+def run(monkeypatch, ready_after: int, **settings):
+    """Calls by step: `host`, or `ours` where PARO answered; the session and the stand-in."""
+    ahead = StandIn(ready_after)
+    monkeypatch.setattr(readiness, "capability_of_gpu", lambda device: (9, 0))
+    monkeypatch.setattr(readiness, "ahead_of", lambda job: ahead)
+    monkeypatch.setattr(readiness, "self_check", lambda *args, **sizes: None)
+    monkeypatch.setattr(Session, "_find_unsuitable", lambda self, *key: None)
+    monkeypatch.setattr(Session, "too_short_to_drop", lambda self, tokens: None)
+    chosen = Settings(preset="custom", density=0.4, dense_steps=2, **settings)
+    session = Session(Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), chosen), sigmas=SIGMAS)
+    session.backend, session.precision = "triton", "int8"
+    answered = []
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, LAYOUT.length, 64, generator=generator).half() for _ in range(3))
+    for sigma in SIGMAS[:-1]:
+        host = []
+
+        def dense(host=host):
+            host.append(True)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        evaluation = session.begin(layout=LAYOUT, sigma=sigma)
+        for number in range(2):
+            evaluation.attend(Site("double", number), q, k, v, dense=dense)
+        answered.append("host" if len(host) == 2 else "ours" if not host else "both")
+    return answered, session, ahead
+
+
+@pytest.mark.parametrize("ready_after, sparse", [(0, 3), (1, 3), (2, 2), (3, 1), (9, 0)])
+def test_sparse_steps_begin_when_kernels_are_there(monkeypatch, ready_after, sparse):
+    answered, session, _ = run(monkeypatch, ready_after, dense_attention="host")
+    assert answered == ["host"] * (5 - sparse) + ["ours"] * sparse
+    report = session.finish()
+    assert report.calls["sparse"] if sparse else report.sites_sparse == 0
+    assert session.counts.dense[COMPILING] == 2 * min(ready_after, 5)
+    assert not report.fallbacks and not report.passed
+
+
+def test_a_plan_is_made_of_the_first_step_that_finds_them(monkeypatch):
+    _, session, _ = run(monkeypatch, 3, dense_attention="host")
+    assert session.finish().plan.made["step"] == 3
+
+
+def test_dense_steps_do_not_wait_and_sparse_ones_half_a_dense_step(monkeypatch):
+    monkeypatch.setattr(Session, "step_seconds", property(lambda self: {"dense": 3.0}))
+    _, _, ahead = run(monkeypatch, 9)
+    assert ahead.waited == [0.0, 0.0, 1.5, 1.5, 1.5]
+
+
+def test_strict_runs_compile_as_they_go(monkeypatch):
+    monkeypatch.setattr(readiness, "ahead_of", lambda job: pytest.fail("started a process"))
+    answered, _, ahead = run(monkeypatch, 9, strict=True, dense_attention="host")
+    assert answered == ["host"] * 2 + ["ours"] * 3 and not ahead.waited
+
+
+def test_without_a_process_kernels_are_compiled_as_they_come(monkeypatch):
+    def refuse(job):
+        raise OSError("no more processes")
+
+    real = readiness.ahead_of
+    answered, _, _ = run(monkeypatch, 0, dense_attention="host")
+    monkeypatch.setattr(readiness, "ahead_of", real)
+    checks = readiness.Readiness.__init__
+    monkeypatch.setattr(readiness.Readiness, "__init__", checks)
+    ready = readiness.Readiness(Session(
+        Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), Settings()), sigmas=SIGMAS
+    ).options, True)  # fmt: skip
+    monkeypatch.setattr(readiness, "ahead_of", refuse)
+    q = torch.zeros(1, 2, LAYOUT.length, 64)
+    call = {"biased": False, "precision": "int8", "backend": "triton", "dense_seconds": None}
+    assert ready.reason(q, q, LAYOUT, 0, **call) is None
+
+
+def test_wrong_kernels_are_a_reason_for_the_whole_run(monkeypatch):
+    monkeypatch.setattr(readiness, "self_check", lambda *args, **sizes: "wrong")
+    session = Session(
+        Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), Settings(backend="reference")), sigmas=SIGMAS
+    )
+    q = torch.randn(1, 2, LAYOUT.length, 64)
+    dense = torch.nn.functional.scaled_dot_product_attention
+    for sigma in SIGMAS[:-1]:
+        evaluation = session.begin(layout=LAYOUT, sigma=sigma)
+        out = evaluation.attend(Site("double", 0), q, q, q, dense=lambda: dense(q, q, q))
+        assert torch.equal(out, dense(q, q, q))
+    assert session.counts.passed == {"wrong": 5}
