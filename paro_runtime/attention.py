@@ -19,6 +19,16 @@ from .statistics import geometry_of
 from .tokens import TokenLayout
 
 
+def sent(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """x on the device. From ordinary memory the host would wait for all that it launched before."""
+    if x.is_cuda or torch.device(device).type != "cuda":
+        return x.to(device)
+    try:
+        return x.pin_memory().to(device, non_blocking=True)
+    except RuntimeError:  # the system allows no more pinned memory
+        return x.to(device)
+
+
 def build_pattern(
     layout: TokenLayout,
     orders: Sequence[str],
@@ -42,9 +52,9 @@ def build_pattern(
     per_key_head = list(orders[::group])
     if any(orders[i] != per_key_head[i // group] for i in range(len(orders))):
         raise ValueError("orders: query heads that share a key head must share its order")
-    index = torch.tensor([order_number(name) for name in per_key_head], dtype=torch.int32, device=device)
+    index = sent(torch.tensor([order_number(name) for name in per_key_head], dtype=torch.int32), device)
     tables = order_tables(layout.grid, index.device)
-    bias = None if tail_bias is None else tail_bias.float().to(device)
+    bias = None if tail_bias is None else sent(tail_bias.float(), device)
     geometry = geometry_of(layout, block_q)
     if mask is None:
         return SparsePattern(geometry, tables, index, None, bias, pool, expansions)
@@ -67,7 +77,7 @@ def pattern_of(
     sizes = {"block_q": block_q, "pool": pool, "expansions": expansions, "kv_heads": kv_heads}
     pattern = build_pattern(layout, entry.orders, None, bias, device=device, **sizes)
     # From bits to bits: the mask itself would take eight times as much.
-    words = words_of_bits(entry.packed[group].to(device), len(entry.orders), pattern.geometry)
+    words = words_of_bits(sent(entry.packed[group], device), len(entry.orders), pattern.geometry)
     return replace(pattern, kept_words=words)
 
 

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels.problem import empty_output
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
+from .attempt import Attempt, not_finite
 from .attention import dense_is_faster, dense_pattern, dense_pays_when_short, run_kernel
 from .plan import Site
 from .readiness import COMPILING
@@ -23,17 +25,22 @@ if TYPE_CHECKING:
 
 
 class Evaluation:
-    """One evaluation of the model: a step, a layout, and the plan for its grid. call: which of a step's it is."""
+    """One evaluation of the model: a step, a layout, and the plan for its grid. call: which of a step's it is.
 
-    def __init__(self, session: Session, layout: TokenLayout, grid: Grid, step: int, call: Hashable = 0) -> None:
+    All of PARO's own work in a call runs in `session.lasting()`, since much of what it allocates outlives the call:
+    sums, patterns, lists, biases, corrections, tables and scratch memory. Only the result is the host's, and allocated
+    outside, like what `dense` allocates.
+    """
+
+    def __init__(
+        self, session: Session, layout: TokenLayout, grid: Grid, step: int, attempt: Attempt, call: Hashable = 0
+    ) -> None:
         self.session = session
         self.layout = layout
         self.step = step
         self.call = call
         self._grid = grid
-        # Results that nobody has looked at yet, each with the flag that its kernel raises if it is not finite.
-        self._unproven: list[tuple[Site | None, torch.Tensor]] = []
-        self._flags: dict[torch.device, list[torch.Tensor]] = {}
+        self._attempt = attempt
 
     def attend(
         self,
@@ -53,55 +60,58 @@ class Evaluation:
         dense runs the host's own function. blocks: how many transformer blocks there are, for negative block numbers.
         Trouble of PARO's own never ends the run (unless `strict`): the call is answered by `dense()`.
         """
-        session, grid = self.session, self._grid
+        session, grid, attempt = self.session, self._grid, self._attempt
         reason = session.unsuitable_reason(self.layout.grid_tokens, q)
         if reason is not None:
-            session.count("passed", reason)
+            attempt.count("passed", reason)
             return dense()
         session.device = str(q.device)
         watched = session.calibrator is not None
         too_short = None if watched else session.too_short_to_drop(self.layout.grid_tokens)
         if too_short is not None and not self._wants_dense(q, too_short):
             session.sites.add(site)
-            session.count("dense", too_short)
+            attempt.count("dense", too_short)
             return dense()
-        reason = session.not_ready_reason(q, k, self.layout, self.step, key_bias is not None)
+        with session.lasting():
+            reason = session.not_ready_reason(q, k, self.layout, self.step, key_bias is not None)
         if reason is not None and reason != COMPILING:
-            session.count("passed", reason)
+            attempt.count("passed", reason)
             return dense()
         session.sites.add(site)
         if reason is not None:
-            session.count("dense", reason)
+            attempt.count("dense", reason)
             return dense()
         if session.calibrator is not None:
             self._observe(session.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
-            session.count("dense", "calibrating")
+            attempt.count("dense", "calibrating")
             return dense()
         if too_short is not None:
-            session.count("dense", too_short)
+            attempt.count("dense", too_short)
             return self._dense(q, k, v, scale, key_bias, dense, wanted=True)
         self._check_moved_plan(site, q, k, scale, key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):
             session.dense_block_sites.add(site)
-            session.count("dense", "dense block")
+            attempt.count("dense", "dense block")
             return self._dense(q, k, v, scale, key_bias, dense)
         if grid.plan is None:
             self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
             waiting = "no plan and calibration is off" if grid.calibrator is None else "dense step"
-            session.count("dense" if grid.calibrator is not None else "fallbacks", waiting)
+            attempt.count("dense" if grid.calibrator is not None else "fallbacks", waiting)
             return self._dense(q, k, v, scale, key_bias, dense)
         if session.schedule.is_dense_step(self.step):
-            session.count("dense", "dense step")
+            attempt.count("dense", "dense step")
             return self._dense(q, k, v, scale, key_bias, dense)
         why_not = session.off_sites.get(site)
         if why_not is None and site not in grid.plan.sites:
             why_not = f"{site.name} is not in the plan"
+        if why_not is None and self._remembers(site, q) and not attempt.sound():
+            return dense()
         if why_not is None:
             out = self._sparse(site, q, k, v, scale, key_bias)
             if out is not None:
                 return out
             why_not = session.off_sites[site]
-        session.count("fallbacks", why_not)
+        attempt.count("fallbacks", why_not)
         return dense()
 
     def abandon(self, reason: str) -> None:
@@ -115,35 +125,8 @@ class Evaluation:
             self.session.note(reason)
 
     def end(self, attempt: int = 0) -> bool:
-        """The evaluation is over. True: a result was not finite, and the evaluation must be run again; the sites at
-        fault are dense by then. Only a session that `can_redo` leaves it to this moment to look.
-
-        The first time only the first such site is at fault, since what is not finite spreads to all that follow; from
-        the second `attempt` on it is all of them.
-        """
-        unproven, self._unproven = self._unproven, []
-        if not unproven:
-            return False
-        raised = torch.stack([flag for _, flag in unproven])[:, 0].tolist()
-        at_fault = [site for (site, _), bad in zip(unproven, raised, strict=True) if bad]
-        for site in at_fault if attempt else at_fault[:1]:
-            reason = _not_finite(site)
-            if self.session.settings.strict:
-                raise FloatingPointError(reason)
-            if site is None:
-                # Dense steps then run on the host's attention.
-                self.session.dense_off = True
-                self.session.count("fallbacks", reason)
-            else:
-                self.session.off_sites[site] = reason
-        return bool(at_fault)
-
-    def _flag(self, device: torch.device) -> torch.Tensor:
-        """int32 `[4]`, zero: 16 bytes, as the kernels want their pointers. Many are made at once."""
-        free = self._flags.setdefault(device, [])
-        if not free:
-            free.extend(torch.zeros(64, 4, dtype=torch.int32, device=device).unbind())
-        return free.pop()
+        """See `Attempt.end`."""
+        return self._attempt.end(attempt)
 
     @property
     def _group(self) -> int:
@@ -159,10 +142,11 @@ class Evaluation:
     def _check_moved_plan(self, site, q, k, scale, key_bias) -> None:
         """Measure what a moved plan keeps here. Trouble in measuring leaves the plan unjudged, and is told."""
         check = self._grid.check
-        if check is None:
+        if check is None or not self._attempt.sound():
             return
         try:
-            check.measure(site, q, k, scale=scale, key_bias=key_bias)
+            with self.session.lasting():
+                check.measure(site, q, k, scale=scale, key_bias=key_bias)
         except Exception as error:
             if self.session.settings.strict:
                 raise
@@ -171,26 +155,18 @@ class Evaluation:
             self.session.note(f"plan: what it keeps after the move could not be measured ({_one_line(error)})")
 
     def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> None:
-        if not wanted:
+        if not wanted or not self._attempt.sound():
             return
         session = self.session
+        rest = {"step": self.step, "scale": scale, "key_bias": key_bias, "backend": session.backend}
         began = time.perf_counter()
         try:
-            calibrator.observe(
-                site,
-                self.layout,
-                q,
-                k,
-                v,
-                step=self.step,
-                scale=scale,
-                key_bias=key_bias,
-                backend=session.backend,
-            )
+            with session.lasting():
+                calibrator.observe(site, self.layout, q, k, v, **rest)
         except Exception as error:
             if session.settings.strict or session.calibrator is not None:
                 raise
-            session.count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
+            self._attempt.count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
             return
         with session.lock:
             if calibrator is self._grid.calibrator:
@@ -216,13 +192,18 @@ class Evaluation:
     def _sparse(self, site, q, k, v, scale, key_bias) -> torch.Tensor | None:
         out = self._guarded(site, q, k, v, scale, key_bias)
         if out is not None:
-            with self.session.lock:
-                self.session.counts.sparse += 1
-                self.session.sparse_sites.add(site)
+            self._attempt.count_sparse(site)
         return out
 
+    def _remembers(self, site: Site, q: torch.Tensor) -> bool:
+        """Whether this call measures something for later ones."""
+        session, key = self.session, (site, self.layout.grid)
+        look = session.second_look
+        looks = look is not None and session.of_pure_noise(self._grid.plan) and look.ready(key, self.step)
+        return looks or self._looked_again(site) or self._measures(site, q)
+
     def _measures(self, site: Site, q: torch.Tensor) -> bool:
-        """Whether the tail of this site is due to be measured anew in this step. Asked once in every call."""
+        """Whether the tail of this site is due to be measured anew in this step. Asked at least once in every call."""
         session = self.session
         if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
             return False
@@ -298,30 +279,13 @@ class Evaluation:
         """Run PARO's kernel for a planned site, or dense for None. Returns None after noting why it could not."""
         session = self.session
         try:
-            if site is None:
-                pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
-            else:
-                self._look_again(site, q, k, scale, key_bias)
-                measures = self._measures(site, q) or self._looked_again(site)
-                bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
-                where = (self._group, self.layout, k.shape[1], q.device)
-                pattern = session.patterns.get(site, self._grid.plan, *where, bias)
-            rotate = site is not None and self._grid.plan.sites[site].rotate and session.readiness.late_ready
-            sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
-            precision = site_precision(session.precision, rotate, q, session.backend, *sizes)
-            flag = self._flag(q.device)
-            out = run_kernel(
-                q, k, v, pattern, precision, scale=scale, key_bias=key_bias, nonfinite=flag, backend=session.backend
-            )
-            if site is not None:
-                self._correct(site, q, k, v, out, pattern, scale, key_bias, flag)
-            if session.can_redo and out.is_cuda:
-                # Asking now would make the host wait for the device in every call.
-                self._unproven.append((site, flag))
+            # The result is the host's: see the class.
+            out = empty_output(q)
+            with session.lasting():
+                out = self._run(site, q, k, v, scale, key_bias, out)
+            if out is not None:
                 return out
-            if not flag[0]:
-                return out
-            reason = _not_finite(site)
+            reason = not_finite(site)
             if session.settings.strict:
                 raise FloatingPointError(reason)
         except Exception as error:
@@ -329,18 +293,36 @@ class Evaluation:
                 raise
             if isinstance(error, (torch.OutOfMemoryError, ScratchOutOfMemory)):
                 # The host's attention comes next and needs the memory.
-                release_scratch()
-                torch.cuda.empty_cache()
+                with session.lasting():
+                    release_scratch()
+                    torch.cuda.empty_cache()
             reason = f"{site.name if site else 'dense attention'}: {_one_line(error)}"
         if site is None:
-            session.count("fallbacks", reason)
+            self._attempt.count("fallbacks", reason)
         else:
             session.off_sites[site] = reason
         return None
 
-
-def _not_finite(site: Site | None) -> str:
-    return f"{site.name if site else 'dense attention'}: the result is not finite"
+    def _run(self, site: Site | None, q, k, v, scale, key_bias, out: torch.Tensor) -> torch.Tensor | None:
+        """What `_guarded` guards: the result, in `out`; None if it is not finite."""
+        session = self.session
+        if site is None:
+            pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
+        else:
+            self._look_again(site, q, k, scale, key_bias)
+            measures = self._measures(site, q) or self._looked_again(site)
+            bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
+            where = (self._group, self.layout, k.shape[1], q.device)
+            pattern = session.patterns.get(site, self._grid.plan, *where, bias)
+        rotate = site is not None and self._grid.plan.sites[site].rotate and session.readiness.late_ready
+        sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
+        precision = site_precision(session.precision, rotate, q, session.backend, *sizes)
+        flag = self._attempt.flag(q.device)
+        rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag.on_device, "backend": session.backend}
+        out = run_kernel(q, k, v, pattern, precision, out=out, **rest)
+        if site is not None:
+            self._correct(site, q, k, v, out, pattern, scale, key_bias, flag.on_device)
+        return out if self._attempt.finite(site, flag) else None
 
 
 def _one_line(error: Exception) -> str:

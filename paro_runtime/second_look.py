@@ -42,6 +42,11 @@ class SecondLook:
             self._looked[key] = step
             return True
 
+    def ready(self, key: Hashable, step: int) -> bool:
+        """What `due` would say now."""
+        with self._lock:
+            return key not in self._looked and self._first.get(key, step) != step
+
     def looks(self, key: Hashable, step: int) -> bool:
         """Whether the site's masks were measured anew in this step."""
         with self._lock:

@@ -11,13 +11,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
 
 from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
+from .attempt import Attempt, Counts
 from .attention import resolve_backend, resolve_precision
 from .calibration import Calibrator, Method
 from .correction import QueryCorrection
@@ -74,16 +76,6 @@ class Grid:
     check: MovedPlanCheck | None = None
 
 
-@dataclass
-class Counts:
-    """What happened to attention calls, by reason."""
-
-    sparse: int = 0
-    dense: Counter = field(default_factory=Counter)
-    passed: Counter = field(default_factory=Counter)
-    fallbacks: Counter = field(default_factory=Counter)
-
-
 class Session:
     """State of one run. Safe to call from several threads; nothing in it outlives the run."""
 
@@ -97,7 +89,7 @@ class Session:
         on_status: Callable[[str], None] | None = None,
         refresh: bool = True,
         correct: bool = True,
-        can_redo: bool = False,
+        lasting: Callable[[], AbstractContextManager] = nullcontext,
         method: Method | None = None,
         highest_noise: float | None = None,
     ) -> None:
@@ -105,7 +97,7 @@ class Session:
 
         refresh: measure the tail's bias again in some sparse steps; False keeps the plan's.
         correct: give rows back what their mean query shows them to miss.
-        can_redo: the caller runs an evaluation again when its `end` says so, which spares a wait in every call.
+        lasting: entered around all work that allocates what may outlive its call; see `Evaluation`.
         method: how the run's own plans are made of what passes by (default: what measured best).
         highest_noise: the model's, in the units of sigmas; None: not known, any run may begin with noise.
         With a calibrator the whole run is dense and the calibrator sees `calibrate_steps` (default: every step).
@@ -132,7 +124,7 @@ class Session:
         self.dense_block_sites: set[Site] = set()
         self.off_sites: dict[Site, str] = {}
         self.dense_off = False
-        self.can_redo = can_redo
+        self.lasting = lasting
         self.calibration_seconds = 0.0
         self.tail_seconds = 0.0
         self.backend = ""
@@ -152,11 +144,18 @@ class Session:
         self.lock = threading.RLock()
 
     def begin(
-        self, *, layout: TokenLayout, sigma: float, conditionings: Hashable = (), again: bool = False
+        self,
+        *,
+        layout: TokenLayout,
+        sigma: float,
+        conditionings: Hashable = (),
+        again: bool = False,
+        attempt: Attempt | None = None,
     ) -> Evaluation:
         """One model evaluation at noise level `sigma`.
 
-        conditionings: which are in it, the same in every step. again: it is the one before, run once more.
+        conditionings: which are in it, the same in every step. again: it is the one before, run once more. attempt: of
+        the streams of one evaluation, which share it; default: one in which every call looks at its own result.
         """
         step = step_index(self.sigmas, sigma)
         with self.lock:
@@ -175,10 +174,11 @@ class Session:
             # The n-th of its kind in one step stands for the n-th in another: conditionings come in the same order.
             kind = (layout.grid, conditionings)
             self._evaluations[kind] += not again
-            return Evaluation(self, layout, grid, step, call=(conditionings, self._evaluations[kind]))
+            call = (conditionings, self._evaluations[kind])
+            return Evaluation(self, layout, grid, step, attempt or Attempt(self), call=call)
 
     def decline(self, reason: str) -> None:
-        """Count a call that is not ours, with the reason."""
+        """Count an evaluation that is not ours, with the reason."""
         self.count("passed", reason)
 
     def finish(self) -> Report:
@@ -324,7 +324,7 @@ class Session:
 
     def count(self, kind: str, reason: str) -> None:
         with self.lock:
-            getattr(self.counts, kind)[reason] += 1
+            self.counts.add(kind, reason)
             first = reason not in self._logged
             self._logged.add(reason)
         if kind == "fallbacks" and (first or self.settings.verbose):

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from ..attempt import Attempt
+from ..evaluation import Evaluation
 from ..plan import Site
-from ..session import Evaluation, Session
 from .calls import AttentionCall, key_bias
 from .families import Family, Place
 
@@ -30,6 +31,7 @@ class Claim:
 class HostEvaluation:
     """Lives from APPLY_MODEL's begin to its end, in one thread; `transformer_options` carry it to the override.
 
+    attempt      that the evaluations share.
     evaluations  one per stream of the family, in its order; streams differ in their length.
     counts       self-attention calls to come, per stream, for families that count them.
     uncountable  why calls cannot be counted in this evaluation, or None.
@@ -37,13 +39,13 @@ class HostEvaluation:
 
     def __init__(
         self,
-        session: Session,
+        attempt: Attempt,
         family: Family,
         *evaluations: Evaluation,
         counts: tuple[int, ...] | None = None,
         uncountable: str | None = None,
     ) -> None:
-        self._session = session
+        self._attempt = attempt
         self._family = family
         self._evaluations = evaluations
         self._first_queries = [family.first_query(e.layout) for e in evaluations]
@@ -79,7 +81,7 @@ class HostEvaluation:
         bias = key_bias(call.mask, call.q.shape[0], keys)
         reason = next((r for r in (uncountable, site, call.exact, bias, _recording(call)) if isinstance(r, str)), None)
         if reason is not None:
-            self._session.decline(reason)
+            self._attempt.decline(reason)
             return None
         return Claim(site, bias, stream)
 
@@ -109,18 +111,19 @@ class HostEvaluation:
 
     def end(self, attempt: int = 0) -> bool:
         """Close the evaluation; says so if its self-attention calls were not those expected. True: run it again."""
+        if any(evaluation.end(attempt) for evaluation in self._evaluations):
+            return True
         layouts = [e.layout for e in self._evaluations]
         if not self._calls:
             seen = ", ".join(map(str, sorted(+self._other_lengths))) or "none"
             expected = " or ".join(f"{layout.length} tokens ({layout.describe()})" for layout in layouts)
-            self._session.decline(f"no self-attention over the {expected} expected; seen: {seen}")
+            self._attempt.decline(f"no self-attention over the {expected} expected; seen: {seen}")
         elif self._counted and self._counts is not None and self._counted != sum(self._counts):
             expected = sum(self._counts)
             reason = f"{self._counted} self-attention calls where {expected} were expected: sites are not certain"
             for evaluation in self._evaluations:
                 evaluation.abandon(reason)
-        redo = [evaluation.end(attempt) for evaluation in self._evaluations]
-        return any(redo)
+        return False
 
 
 def _with_front(rows: torch.Tensor, first: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..attempt import Attempt
 from ..session import Report, Session
 from ..tokens import TokenLayout
 from .evaluation import OPTIONS_KEY, HostEvaluation
@@ -20,8 +21,11 @@ from .override import SLOT, is_override, make_override
 
 log = logging.getLogger("paro")
 
-APPLY_MODEL_OPTIONS = 5
-"""Position of `transformer_options` among APPLY_MODEL's arguments: x, t, c_concat, c_crossattn, control, options."""
+KEY = "paro"
+"""Under this key the host keeps PARO's wrappers and attachment, so that a second node replaces the first."""
+
+APPLY_MODEL_CONTROL, APPLY_MODEL_OPTIONS = 4, 5
+"""Positions among APPLY_MODEL's arguments: x, t, c_concat, c_crossattn, control, transformer_options."""
 
 ATTEMPTS = 4
 """Times one evaluation is run at most when its results are not finite."""
@@ -34,10 +38,12 @@ class HostRun:
         self.session = session
         self.family = family
 
-    def begin(self, model: Any, args: tuple, extra: dict[str, Any], again: bool = False) -> HostEvaluation | None:
+    def begin(
+        self, model: Any, args: tuple, extra: dict[str, Any], again: bool = False, can_redo: bool = False
+    ) -> HostEvaluation | None:
         """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part.
 
-        again: it is the one before, once more.
+        again: it is the one before, once more. can_redo: it will be run once more if need be.
         """
         x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
         call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
@@ -52,9 +58,10 @@ class HostRun:
         counts = self.family.counts(model)
         uncountable = None if counts is None else self.family.uncountable(call)
         sigma = float(sigma.flatten()[0])
-        common = {"sigma": sigma, "conditionings": _conditionings(options), "again": again}
+        attempt = Attempt(self.session, can_redo)
+        common = {"sigma": sigma, "conditionings": _conditionings(options), "again": again, "attempt": attempt}
         evaluations = (self.session.begin(layout=layout, **common) for layout in layouts)
-        return HostEvaluation(self.session, self.family, *evaluations, counts=counts, uncountable=uncountable)
+        return HostEvaluation(attempt, self.family, *evaluations, counts=counts, uncountable=uncountable)
 
 
 class Lifecycle:
@@ -90,25 +97,30 @@ class Lifecycle:
         run = args[APPLY_MODEL_OPTIONS].get(OPTIONS_KEY)
         if not isinstance(run, HostRun):
             return executor(*args, **kwargs)
+        model, given = executor.class_obj.diffusion_model, args[APPLY_MODEL_OPTIONS]
+        can_redo = repeatable(model, given)
         # Results that are not finite are found at the end, for all calls at once: the sites at fault are dense the next
         # time, and the last time PARO stays out of it.
-        for attempt in range(ATTEMPTS):
-            last = attempt == ATTEMPTS - 1
-            evaluation = (
-                None if last else self._begin(run, executor.class_obj.diffusion_model, args, kwargs, attempt > 0)
-            )
+        for number in range(ATTEMPTS):
+            evaluation = None
+            if number < ATTEMPTS - 1:
+                evaluation = self._begin(run, model, args, kwargs, number > 0, can_redo)
+            else:
+                run.session.decline(f"an evaluation whose results were not finite {number} times")
             # Always a new dict: the host hands the same one to every evaluation of a step.
-            options = {**args[APPLY_MODEL_OPTIONS], OPTIONS_KEY: evaluation}
-            result = executor(*args[:APPLY_MODEL_OPTIONS], options, *args[APPLY_MODEL_OPTIONS + 1 :], **kwargs)
-            if evaluation is None or not evaluation.end(attempt):
+            options = {**given, OPTIONS_KEY: evaluation}
+            control = _copied(args[APPLY_MODEL_CONTROL])
+            rest = args[APPLY_MODEL_OPTIONS + 1 :]
+            result = executor(*args[:APPLY_MODEL_CONTROL], control, options, *rest, **kwargs)
+            if evaluation is None or not evaluation.end(number):
                 break
         return result
 
     def _begin(
-        self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any], again: bool
+        self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any], again: bool, can_redo: bool
     ) -> HostEvaluation | None:
         try:
-            return run.begin(model, args, extra, again)
+            return run.begin(model, args, extra, again, can_redo)
         except Exception as error:
             # A model that another node changed beyond recognition runs dense; it does not fail.
             if self.strict:
@@ -125,6 +137,26 @@ class Lifecycle:
                 raise
             log.warning("PARO: the run's report could not be made (%s: %s)", type(error).__name__, error)
             return None
+
+
+def repeatable(model: Any, options: dict[str, Any]) -> bool:
+    """Whether an evaluation may be run again as if it had not been: nothing of another node's stands around the model
+    that might count evaluations or remember the one before, as caches of steps do.
+
+    The host's wrapper for compiled models remembers nothing. Methods replaced on the model itself (its `vars`) may.
+    """
+    wrappers = options.get("wrappers", {})
+    others = set().union(*(wrappers.get(kind, {}) for kind in ("apply_model", "diffusion_model")))
+    model = getattr(model, "_orig_mod", model)
+    replaced = any(callable(value) and hasattr(type(model), name) for name, value in vars(model).items())
+    return not replaced and others <= {KEY, "torch.compile"}
+
+
+def _copied(control: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A control net's results, to be used up: a U-Net takes them out of their lists."""
+    if control is None:
+        return None
+    return {name: list(found) if isinstance(found, list) else found for name, found in control.items()}
 
 
 def _conditionings(options: dict[str, Any]) -> tuple[tuple, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..calibration import Calibrator
@@ -14,13 +15,10 @@ from ..session import Policy, Report, Session
 from ..settings import Settings
 from .families import Family, family_of
 from .identity import identify
-from .lifecycle import Lifecycle
+from .lifecycle import KEY, Lifecycle
 from .override import SLOT, make_override, without_paro
 
 log = logging.getLogger("paro")
-
-KEY = "paro"
-"""Under this key the host keeps PARO's wrappers and attachment, so that a second node replaces the first."""
 
 
 def patch_model(
@@ -47,7 +45,8 @@ def patch_model(
 
     def start(sigmas: list[float]) -> Session:
         highest = float(clone.get_model_object("model_sampling").sigma_max)
-        session = Session(policy, sigmas=sigmas, on_status=on_status, highest_noise=highest)
+        common = {"on_status": on_status, "lasting": not_recorded()}
+        session = Session(policy, sigmas=sigmas, highest_noise=highest, **common)
         session.notes.extend([note] if note else [])
         return session
 
@@ -71,10 +70,24 @@ def calibration_model(
 
     def start(sigmas: list[float]) -> Session:
         watched = steps(len(sigmas) - 1)
-        return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=watched, on_status=on_status)
+        common = {"on_status": on_status, "lasting": not_recorded()}
+        return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=watched, **common)
 
     install(clone, Lifecycle(family, start, strict=True))
     return clone
+
+
+def not_recorded() -> Callable[[], AbstractContextManager]:
+    """Makes contexts in which the host does not record what is allocated.
+
+    Hosts from about 0.36 record the allocations of a forward and expect each to end within its block. Older ones record
+    nothing. These contexts do not nest: leaving the inner one ends the outer one too.
+    """
+    try:
+        from comfy.model_prefetch import pause_malloc_graph
+    except ImportError:
+        return nullcontext
+    return pause_malloc_graph
 
 
 def policy_for(

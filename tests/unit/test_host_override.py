@@ -342,17 +342,19 @@ def test_an_evaluation_that_runs_once_more_says_so_and_names_its_conditionings()
         return SimpleNamespace(layout=layout, end=lambda attempt: attempt == 0)
 
     layout = TokenLayout(0, (3, 4, 5))
-    session = SimpleNamespace(begin=begin, calibrator=None, decline=lambda reason: None)
+    session = SimpleNamespace(begin=begin, calibrator=None, count=lambda kind, reason: None)
     family = SimpleNamespace(layout=lambda model, call: layout, counts=lambda model: None, first_query=lambda its: 0)
     options = {OPTIONS_KEY: HostRun(session, family), "cond_or_uncond": [1, 0], "uuids": ["b", "a"]}
     options["context_window"] = SimpleNamespace(index_list=[4, 5, 6])
     x = torch.zeros(2, 16, 3, 8, 10)
-    call = (x, torch.tensor([0.5]), None, torch.zeros(2, 7, 8), None, options)
+    control = {"input": [x], "middle": None}
+    call = (x, torch.tensor([0.5]), None, torch.zeros(2, 7, 8), control, options)
 
     class Executor:
-        class_obj = SimpleNamespace(diffusion_model=None)
+        class_obj = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1))
 
         def __call__(self, *arguments, **more):
+            assert arguments[4]["input"].pop() is x  # a U-Net takes them out
             return arguments[0]
 
     assert Lifecycle(family, start=None, strict=True).apply_model(Executor(), *call) is x
@@ -362,3 +364,19 @@ def test_an_evaluation_that_runs_once_more_says_so_and_names_its_conditionings()
     del options["context_window"], options["uuids"], options["cond_or_uncond"]
     Lifecycle(family, start=None, strict=True).apply_model(Executor(), *call)
     assert seen[2] == (layout, 0.5, ((), (), ()), False)
+
+
+def test_an_evaluation_is_run_again_only_where_nobody_else_would_notice():
+    from comfyui_paro.paro_runtime.host.lifecycle import repeatable
+
+    model = torch.nn.Linear(1, 1)
+
+    def around(kind, *keys):
+        return {"wrappers": {kind: {key: [print] for key in keys}}}
+
+    assert repeatable(model, {}) and repeatable(torch.compile(model), around("apply_model", "paro", "torch.compile"))
+    assert repeatable(model, around("outer_sample", "easycache"))
+    assert not repeatable(model, around("diffusion_model", "easycache"))
+    assert not repeatable(model, around("apply_model", "paro", None))
+    model.forward = print  # as another node does it
+    assert not repeatable(model, {}) and not repeatable(torch.compile(model), {})

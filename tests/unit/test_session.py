@@ -9,6 +9,7 @@ from comfyui_paro.kernels.problem import PRECISIONS
 from comfyui_paro.kernels.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime import evaluation as evaluation_module
 from comfyui_paro.paro_runtime import patterns as patterns_module
+from comfyui_paro.paro_runtime.attempt import Attempt
 from comfyui_paro.paro_runtime.attention import resolve_backend
 from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.patterns import PatternCache
@@ -202,29 +203,32 @@ def test_a_result_that_is_not_finite_is_redone_dense_and_the_site_stays_dense(ca
     assert sum("not finite" in r.message for r in caplog.records) == 1  # said once, counted twice
 
 
-def flag(value: int) -> torch.Tensor:
-    return torch.tensor([value, 0, 0, 0], dtype=torch.int32)
-
-
 def test_every_call_has_a_flag_of_its_own():
-    evaluation = Session(policy(), sigmas=SIGMAS).begin(layout=LAYOUT, sigma=SIGMAS[3])
-    flags = [evaluation._flag(torch.device("cpu")) for _ in range(150)]
+    attempt = Attempt(Session(policy(), sigmas=SIGMAS))
+    flags = [attempt.flag(torch.device("cpu")).on_device for _ in range(150)]
     assert len({f.data_ptr() for f in flags}) == 150 and not any(f.any() for f in flags)
     assert all(f.data_ptr() % 16 == 0 for f in flags)  # or Triton would compile a second kernel
 
 
+def attempt_with(session, *raised):
+    """An attempt that saw a result of each of some sites: (site, whether its flag is up)."""
+    attempt = Attempt(session, can_redo=True)
+    for site, bad in raised:
+        flag = attempt.flag(torch.device("cpu"))
+        flag.on_device[0] = bad
+        assert attempt.finite(site, flag)  # nobody looks now
+    return attempt
+
+
 def test_results_looked_at_in_the_end_turn_the_first_site_at_fault_dense():
-    """On a GPU the calls of an evaluation are judged together; what is not finite spreads, so the first is at fault."""
-    session = Session(policy(), sigmas=SIGMAS, can_redo=True)
-    sample(session)
-    evaluation = session.begin(layout=LAYOUT, sigma=SIGMAS[3])
-    evaluation._unproven = [(site, flag(bad)) for site, bad in zip(SITES, (0, 1, 1), strict=True)]
-    assert evaluation.end(0) and list(session.off_sites) == [SITES[1]]
-    assert not evaluation.end(1)  # nothing is left to look at
-    evaluation._unproven = [(SITES[0], flag(1)), (SITES[2], flag(1))]
-    assert evaluation.end(1) and set(session.off_sites) == set(SITES)
-    evaluation._unproven = [(SITES[0], flag(0))]
-    assert not evaluation.end(0)
+    """The calls of an evaluation are judged together; what is not finite spreads, so the first is at fault."""
+    sample(session := Session(policy(), sigmas=SIGMAS))
+    attempt = attempt_with(session, *zip(SITES, (0, 1, 1), strict=True))
+    assert attempt.end(0) and list(session.off_sites) == [SITES[1]]
+    assert not attempt.end(1)  # nothing is left to look at
+    assert attempt_with(session, (SITES[0], 1), (SITES[2], 1)).end(1) and set(session.off_sites) == set(SITES)
+    assert not attempt_with(session, (SITES[0], 0)).end(0)
+    assert attempt_with(session, (None, 1)).end(0) and session.dense_off
 
 
 def test_trouble_in_the_kernel_falls_back_and_strict_raises(monkeypatch):
