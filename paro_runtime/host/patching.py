@@ -15,6 +15,7 @@ from ..settings import Settings
 from .families import Family, family_of
 from .identity import identify
 from .lifecycle import Lifecycle
+from .noise import time_gone
 from .override import SLOT, make_override, without_paro
 
 log = logging.getLogger("paro")
@@ -46,8 +47,9 @@ def patch_model(
     policy = policy_for(clone, family, settings, plan, store)
 
     def start(sigmas: list[float]) -> Session:
-        highest = float(clone.get_model_object("model_sampling").sigma_max)
-        session = Session(policy, sigmas=sigmas, on_status=on_status, highest_noise=highest)
+        sampling = clone.get_model_object("model_sampling")
+        scale = {"highest_noise": float(sampling.sigma_max), "time_gone": time_gone(sampling)}
+        session = Session(policy, sigmas=sigmas, on_status=on_status, **scale)
         session.notes.extend([note] if note else [])
         return session
 

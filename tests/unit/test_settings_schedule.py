@@ -12,7 +12,6 @@ from comfyui_paro.paro_runtime.schedule import (
     Schedule,
     default_dense_steps,
     falling_densities,
-    step_index,
 )
 from comfyui_paro.paro_runtime.settings import Settings, SettingsError, in_blocks, parse_blocks
 
@@ -58,28 +57,14 @@ def test_blocks_count_from_both_ends():
     assert parse_blocks(" ") == ()
 
 
-# sigmas, evaluation, step: an evaluation between two sigmas belongs to the step that it is part of
-STEPS = [
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 1.0, 0),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.75, 1),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.6, 1),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.7500001, 1),  # half precision moved it
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.0, 3),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 1.3, 0),
-    ([14.6, 3.1, 0.4, 0.03, 0.0], 0.031, 2),
-    ([0.5], 0.5, 0),
-]
-
-
-@pytest.mark.parametrize("sigmas, sigma, step", STEPS)
-def test_the_step_of_an_evaluation(sigmas, sigma, step):
-    assert step_index(sigmas, sigma) == step
-
-
 def test_dense_steps_follow_few_step_and_full_schedules():
     assert [default_dense_steps(n, 0.2) for n in (1, 4, 8, 20, 50)] == [1, 1, 2, 4, 10]
-    schedule = Schedule.create(4, 9, "")
+    schedule = _schedule(4, 9)
     assert all(schedule.is_dense_step(i) for i in range(4))
+
+
+def _schedule(steps, dense):
+    return Schedule.create(range(steps, -1, -1), lambda _: dense, "")
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.3, 0.67, 0.7, 0.9, 0.99, 1.0])
@@ -107,7 +92,7 @@ GROUPED = [
 
 @pytest.mark.parametrize("steps, dense, counts", GROUPED)
 def test_groups_of_sparse_steps_keep_the_mean_density(steps, dense, counts):
-    schedule = Schedule.create(steps, dense, "")
+    schedule = _schedule(steps, dense)
     groups = [schedule.group(step, 3) for step in range(dense, steps)]
     assert groups == sorted(groups) and tuple(map(groups.count, range(3))) == counts
     densities = falling_densities(0.3)
