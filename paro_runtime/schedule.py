@@ -10,15 +10,14 @@ from dataclasses import dataclass, field
 
 from .settings import in_blocks, parse_blocks
 
-
 # Half precision may move a sigma a little.
 NEAR = 1e-4
 # Samplers that add noise before a step (s_churn) multiply its sigma by at most this.
 MOST_CHURN = 2**0.5
 # A run that begins before this share of the model's time is over begins with nothing but noise.
 BEGINNING = 1e-3
-# More steps than anybody takes: such an estimate says that the steps are not spread evenly over the time.
-MOST_STEPS = 50
+# More steps than is usual (50, and room for rounding): such an estimate says that the steps are not spread evenly.
+MOST_STEPS = 55
 
 
 class StepFinder:

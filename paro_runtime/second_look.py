@@ -39,7 +39,7 @@ class SecondLook:
         self._lock = threading.Lock()
 
     def due(self, key: Hashable, step: int) -> bool:
-        """Whether this call is the first of the step in which the site is looked at. Asked once in every sparse call."""
+        """Whether this call is the first of the step in which the site is looked at. Asked in every sparse call."""
         with self._lock:
             first = self._first.setdefault(key, step)
             if (step == first and not self.at_once) or key in self._looked:
