@@ -1,7 +1,5 @@
 """Steps and stages: which step an evaluation belongs to, and which part of a whole schedule a run is."""
 
-import math
-
 import pytest
 import torch
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
@@ -145,6 +143,8 @@ def test_a_stage_that_must_calibrate_has_one_dense_step_and_says_why(tmp_path):
         report = stage(store, [0.5, 0.25, 0.0])
         assert (report.dense_steps, report.steps, report.why_dense) == (dense, 2, why)
         assert status in report.status() and report.calls.get("dense step", 0) == 2 * dense
+    alone = stage(None, [0.5, 0.25])
+    assert (alone.dense_steps, alone.sites_sparse) == (1, 0) and "1/1 steps dense (there was no" in alone.status()
     # Of pure noise as it is, a plan that was found spares the step.
     store = PlanStore([], tmp_path / "noise")
     assert stage(store, [1.0, 0.75]).why_dense == "the first 1 of about 4 are"
@@ -175,6 +175,9 @@ def test_steps_that_happened_are_counted(tmp_path):
         assert (report.dense_steps, report.steps) == (2, 7) and report.calls == {"sparse": 10, "dense step": 4}
     report = stage(store, FALLING, [1.0, 0.25])
     assert (report.dense_steps, report.steps) == (1, 4)
+    # A plan is made when the step that it was made of is over, wherever the sampler goes on.
+    report = stage(None, FALLING, [0.5, 0.75, 0.5, 0.25], dense_steps=0)
+    assert (report.dense_steps, report.calls) == (1, {"sparse": 6, "dense step": 2})
 
 
 def test_a_run_follows_other_sigmas(tmp_path):
@@ -185,4 +188,7 @@ def test_a_run_follows_other_sigmas(tmp_path):
     assert (session.steps, session.schedule.dense_steps) == (20, 4)
     assert session.begin(layout=LAYOUT, sigma=0.5).step == 10
     session.follow(FALLING)
-    assert session.begin(layout=LAYOUT, sigma=0.5).step == 2 and math.isclose(session.sigmas[2], 0.5)
+    assert session.begin(layout=LAYOUT, sigma=0.5).step == 2
+    session.follow([0.9, 0.7, 0.5, 0.0])
+    assert session.begin(layout=LAYOUT, sigma=0.5).step == 2
+    assert session.finish().steps == 3 == session.clock.happened
