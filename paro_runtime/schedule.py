@@ -112,15 +112,20 @@ class Schedule:
     dense_blocks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def create(
+    def create(cls, steps: int, dense_steps: int, dense_blocks: str) -> Schedule:
+        """Of a run that is a whole schedule; `dense_steps` is cut to the number of steps there are."""
+        return cls(steps, steps, 0, min(dense_steps, steps), parse_blocks(dense_blocks))
+
+    @classmethod
+    def of_run(
         cls,
         sigmas: Sequence[float],
         dense_steps: Callable[[int], int],
         dense_blocks: str,
-        time_gone: Callable[[float], float] | None = None,
+        time_gone: Callable[[float], float] | None,
     ) -> Schedule:
-        """`dense_steps` tells how many of a whole schedule's steps are dense; sigmas and time_gone as in
-        `place_in_whole`."""
+        """Of a run that may be a part; `dense_steps` tells how many steps of a whole schedule are dense, the rest is as
+        in `place_in_whole`."""
         whole, before = place_in_whole(sigmas, time_gone)
         dense = min(dense_steps(whole), whole)
         return cls(max(1, len(sigmas) - 1), whole, before, dense, parse_blocks(dense_blocks))

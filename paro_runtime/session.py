@@ -151,7 +151,7 @@ class Session:
             chosen, recipe = self.settings.dense_steps, self.policy.recipe
             dense_steps = recipe.dense_steps if chosen is None else lambda whole: chosen
             blocks = self.settings.dense_blocks or recipe.dense_blocks
-            self.schedule = Schedule.create(self.sigmas, dense_steps, blocks, self._time_gone)
+            self.schedule = Schedule.of_run(self.sigmas, dense_steps, blocks, self._time_gone)
             self.steps = self.schedule.steps
             self._finder = StepFinder(self.sigmas)
             self.clock.step = -1

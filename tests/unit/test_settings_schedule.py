@@ -59,12 +59,8 @@ def test_blocks_count_from_both_ends():
 
 def test_dense_steps_follow_few_step_and_full_schedules():
     assert [default_dense_steps(n, 0.2) for n in (1, 4, 8, 20, 50)] == [1, 1, 2, 4, 10]
-    schedule = _schedule(4, 9)
+    schedule = Schedule.create(4, 9, "")
     assert all(schedule.is_dense_step(i) for i in range(4))
-
-
-def _schedule(steps, dense):
-    return Schedule.create(range(steps, -1, -1), lambda _: dense, "")
 
 
 @pytest.mark.parametrize("density", [0.01, 0.1, 0.3, 0.67, 0.7, 0.9, 0.99, 1.0])
@@ -92,7 +88,7 @@ GROUPED = [
 
 @pytest.mark.parametrize("steps, dense, counts", GROUPED)
 def test_groups_of_sparse_steps_keep_the_mean_density(steps, dense, counts):
-    schedule = _schedule(steps, dense)
+    schedule = Schedule.create(steps, dense, "")
     groups = [schedule.group(step, 3) for step in range(dense, steps)]
     assert groups == sorted(groups) and tuple(map(groups.count, range(3))) == counts
     densities = falling_densities(0.3)

@@ -80,13 +80,13 @@ def test_dense_steps_are_those_of_the_whole_schedule(parts, dense, shift):
     sigmas, first, found = [to_sigma(i / steps) for i in range(steps + 1)], 0, []
     groups = []
     for part in parts:
-        schedule = Schedule.create(sigmas[first : first + part + 1], recipe.dense_steps, "", time_gone)
+        schedule = Schedule.of_run(sigmas[first : first + part + 1], recipe.dense_steps, "", time_gone)
         assert (schedule.steps, schedule.whole, schedule.before) == (part, steps, first)
         found.append(schedule.dense_steps)
         groups += [schedule.group(step, 3) for step in range(part)]
         first += part
     assert found == dense and sum(found) == recipe.dense_steps(steps)
-    whole = Schedule.create(sigmas, recipe.dense_steps, "", time_gone)
+    whole = Schedule.of_run(sigmas, recipe.dense_steps, "", time_gone)
     assert groups == [whole.group(step, 3) for step in range(steps)]
 
 
@@ -96,7 +96,7 @@ def test_steps_that_are_not_spread_evenly(parts, dense):
     sigmas, first, found = [*map(to_sigma, beta(sum(parts))), 0.0], 0, []
     for part in parts:
         part_of = sigmas[first : first + part + 1]
-        found.append(Schedule.create(part_of, recipe_for("wan").dense_steps, "", time_gone).dense_steps)
+        found.append(Schedule.of_run(part_of, recipe_for("wan").dense_steps, "", time_gone).dense_steps)
         first += part
     assert found == dense
 
@@ -109,14 +109,14 @@ def test_a_part_whose_steps_say_nothing_of_the_whole_counts_its_own():
     assert place_in_whole([0.5, 0.25, 0.0], None) == (2, 0)
     assert place_in_whole([0.5], time_gone) == (1, 0)
     late = [to_sigma(0.9 + i / 1000) for i in range(11)]
-    assert Schedule.create(late, recipe_for("wan").dense_steps, "", time_gone).dense_steps == 0
+    assert Schedule.of_run(late, recipe_for("wan").dense_steps, "", time_gone).dense_steps == 0
 
 
 def test_the_users_number_is_of_the_whole_too():
     sigmas, (_, time_gone) = [1 - i / 10 for i in range(11)], flow(1)
     parts = sigmas[:3], sigmas[2:6], sigmas[5:]
     for wanted, dense in ((0, [0, 0, 0]), (1, [1, 0, 0]), (4, [2, 2, 0]), (10000, [2, 3, 5])):
-        assert [Schedule.create(part, lambda _, n=wanted: n, "", time_gone).dense_steps for part in parts] == dense
+        assert [Schedule.of_run(part, lambda _, n=wanted: n, "", time_gone).dense_steps for part in parts] == dense
 
 
 LAYOUT = TokenLayout(3, (4, 8, 10), 2)
