@@ -44,6 +44,8 @@ class ModelIdentity:
     weights: str
 
 
+# What a plan says it was made by when a run made it.
+IN_PASSING = "calibrated on the way"
 # What a site has for each group of sparse steps.
 PER_GROUP = ("packed", "tail_bias", "density", "mass_kept")
 

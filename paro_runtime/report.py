@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .orders import ALL_ORDERS
-from .plan import Plan
+from .plan import IN_PASSING, Plan
 
 if TYPE_CHECKING:
     from .session import Grid, Session
@@ -39,6 +39,8 @@ ORDER_COLOURS = dict(
 class Report:
     """Figures of one run. Times are wall-clock seconds, medians per step; `fallbacks`, `passed` are (reason, count).
 
+    dense_steps: those in which no call was sparse, of the `steps` that happened or, where other nodes skip some, were
+    asked for. why_dense: where there are more of them than in a usual run, or no others.
     density and mass_kept are the plan's: means over its groups of sparse steps, of which `densities` has one each.
     """
 
@@ -70,6 +72,7 @@ class Report:
     fallbacks: list[tuple[str, int]]
     passed: list[tuple[str, int]]
     notes: list[str]
+    why_dense: str = ""
     expected_gain: tuple[float, float] | None = None
     plan: Plan | None = field(default=None, repr=False, compare=False)
 
@@ -85,8 +88,8 @@ class Report:
             grid=layout.grid if layout else (0, 0, 0),
             prefix=layout.prefix if layout else 0,
             suffix=layout.suffix if layout else 0,
-            steps=session.steps,
-            dense_steps=session.steps if session.calibrator is not None else session.schedule.dense_steps,
+            steps=max(session.steps, session.clock.happened),
+            dense_steps=session.clock.dense,
             sites=len(session.sites),
             sites_sparse=len(session.sparse_sites),
             sites_dense_blocks=len(session.dense_block_sites),
@@ -108,6 +111,7 @@ class Report:
             fallbacks=counts.fallbacks.most_common(),
             passed=counts.passed.most_common(),
             notes=list(session.notes),
+            why_dense=_why_dense(session, grid),
             expected_gain=_expected_gain(session, layout, plan),
             plan=plan,
         )
@@ -132,7 +136,8 @@ class Report:
         share = f"{self.sites_sparse}/{self.sites} sites sparse"
         density = f"density {self.density:.2f}{range_text(self.densities)}"
         parts = [self.family, f"{self.tokens:,} tokens", share, density, self.precision]
-        parts.append(f"{self.dense_steps}/{self.steps} steps dense")
+        why = f" ({self.why_dense})" if self.why_dense else ""
+        parts.append(f"{self.dense_steps}/{self.steps} steps dense{why}")
         if self.gain is not None and self.backend == "triton":
             parts.append(f"sparse steps {self.gain:.2f}x as fast as dense ones")
         if self.fallbacks:
@@ -179,6 +184,17 @@ class Report:
 def range_text(densities: list[float]) -> str:
     """` (0.41 to 0.20)`: densities of the first and the last group of sparse steps; nothing where all are alike."""
     return f" ({densities[0]:.2f} to {densities[-1]:.2f})" if len(densities) > 1 else ""
+
+
+def _why_dense(session: Session, grid: Grid | None) -> str:
+    its, happened = session.schedule, session.clock.dense
+    if grid is None or session.calibrator is not None:
+        return ""
+    if grid.source == IN_PASSING and happened > its.dense_steps:
+        return "there was no plan, one was made" if grid.plan is not None else "there was no plan"
+    if happened == its.dense_steps == its.steps:
+        return f"the first {its.dense_whole} of {'about ' * (its.whole > its.steps)}{its.whole} are"
+    return ""
 
 
 def _expected_gain(session: Session, layout: TokenLayout | None, plan: Plan | None) -> tuple[float, float] | None:

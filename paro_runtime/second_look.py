@@ -2,7 +2,8 @@
 
 A run with one dense step makes its plan of what the model does with noise alone: good enough for orders, less so for
 masks. So it looks once more in its second sparse step, when there is a picture to see: a few mean queries of every
-query block tell which blocks are heaviest, and each head keeps those, as many as before (`docs/method.md`).
+query block tell which blocks are heaviest, and each head keeps those, as many as before (`docs/method.md`). A run that
+goes on with another's picture looks in its first.
 """
 
 from __future__ import annotations
@@ -26,18 +27,22 @@ MEANS_PER_BLOCK = 4
 
 
 class SecondLook:
-    """Which sites of one run have been looked at again. Safe to call from several threads."""
+    """Which sites of one run have been looked at again. Safe to call from several threads.
+
+    at_once: there is a picture from the first sparse step on.
+    """
 
     def __init__(self) -> None:
+        self.at_once = False
         self._first: dict[Hashable, int] = {}
         self._looked: dict[Hashable, int] = {}
         self._lock = threading.Lock()
 
     def due(self, key: Hashable, step: int) -> bool:
-        """Whether this call is the first of the site's second sparse step. Asked once in every sparse call."""
+        """Whether this call is the first of the step in which the site is looked at. Asked in every sparse call."""
         with self._lock:
             first = self._first.setdefault(key, step)
-            if step == first or key in self._looked:
+            if (step == first and not self.at_once) or key in self._looked:
                 return False
             self._looked[key] = step
             return True

@@ -25,14 +25,14 @@ from .calibration import Calibrator, Method
 from .correction import QueryCorrection
 from .evaluation import Evaluation
 from .patterns import PatternCache
-from .plan import ModelIdentity, Plan, PlanError, Site
+from .plan import IN_PASSING, ModelIdentity, Plan, PlanError, Site
 from .plan_store import PlanStore
 from .portability import MovedPlanCheck, move_plan
 from .readiness import Readiness
 from .recipes import Recipe, mask_options, query_block
 from .refresh import BiasRefresh
 from .report import Report
-from .schedule import Schedule, StepClock, step_index
+from .schedule import Schedule, StepClock, StepFinder
 from .second_look import SecondLook
 from .settings import Settings
 from .tokens import TokenLayout
@@ -40,7 +40,6 @@ from .tokens import TokenLayout
 log = logging.getLogger("paro")
 # A step that begins at this share of the model's highest noise begins with nothing else.
 PURE_NOISE = 0.99
-IN_PASSING = "calibrated on the way"
 
 
 def _moved(plan: Plan, layout: TokenLayout) -> Plan:
@@ -92,26 +91,21 @@ class Session:
         lasting: Callable[[], AbstractContextManager] = nullcontext,
         method: Method | None = None,
         highest_noise: float | None = None,
+        time_gone: Callable[[float], float] | None = None,
     ) -> None:
-        """sigmas: the run's noise levels, falling, last one included (steps + 1 values).
+        """sigmas: the run's noise levels, last one included (steps + 1 values).
 
         refresh: measure the tail's bias again in some sparse steps; False keeps the plan's.
         correct: give rows back what their mean query shows them to miss.
         lasting: entered around all work that allocates what may outlive its call; see `Evaluation`.
         method: how the run's own plans are made of what passes by (default: what measured best).
         highest_noise: the model's, in the units of sigmas; None: not known, any run may begin with noise.
+        time_gone: share of the model's time that is over at a sigma; None: not known, every run is a whole schedule.
         With a calibrator the whole run is dense and the calibrator sees `calibrate_steps` (default: every step).
         """
         self.policy = policy
         self.settings = policy.settings.validated()
-        self.sigmas = [float(s) for s in sigmas]
-        self.steps = max(1, len(self.sigmas) - 1)
         self.options = mask_options(self.settings, policy.recipe)
-        wanted = self.settings.dense_steps
-        if wanted is None:
-            wanted = policy.recipe.dense_steps(self.steps)
-        blocks = self.settings.dense_blocks or policy.recipe.dense_blocks
-        self.schedule = Schedule.create(self.steps, wanted, blocks)
         self.precision = self.settings.precision  # `auto` until the device is known
         self.calibrator = calibrator
         self.calibrate_steps = calibrate_steps
@@ -136,12 +130,28 @@ class Session:
         self.readiness = Readiness(self.options, compile_ahead=not self.settings.strict)
         self._unsuitable: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
-        self._clock = StepClock()
+        self.clock = StepClock()
         self.refresh = BiasRefresh() if refresh else None
         self.correction = QueryCorrection() if refresh and correct else None
         self.second_look = SecondLook() if refresh else None
         self._evaluations: Counter = Counter()  # of the present step, by grid and conditionings
         self.lock = threading.RLock()
+        self._time_gone = time_gone
+        self.follow(sigmas)
+
+    def follow(self, sigmas: Sequence[float]) -> None:
+        """From here on these are the run's noise levels: some samplers bring their own."""
+        with self.lock:
+            self.sigmas = [float(s) for s in sigmas]
+            chosen, recipe = self.settings.dense_steps, self.policy.recipe
+            dense_steps = recipe.dense_steps if chosen is None else lambda whole: chosen
+            blocks = self.settings.dense_blocks or recipe.dense_blocks
+            self.schedule = Schedule.of_run(self.sigmas, dense_steps, blocks, self._time_gone)
+            self.steps = self.schedule.steps
+            self._finder = StepFinder(self.sigmas)
+            self.clock.step = -1
+            if self.second_look is not None:
+                self.second_look.at_once = self.schedule.before > self.schedule.dense_whole
 
     def begin(
         self,
@@ -157,18 +167,18 @@ class Session:
         conditionings: which are in it, the same in every step. again: it is the one before, run once more. attempt: of
         the streams of one evaluation, which share it; default: one in which every call looks at its own result.
         """
-        step = step_index(self.sigmas, sigma)
         with self.lock:
+            step = self._finder.find(sigma, self.clock.step)
             grid = self._grids.get(layout.grid)
             if grid is None:
                 grid = self._grids[layout.grid] = self._open_grid(layout, step)
-            if grid.plan is None and grid.seen_step is not None and step > grid.seen_step:
+            if grid.plan is None and grid.seen_step is not None and step != grid.seen_step:
                 self._close_calibration(grid)
-            if grid.check is not None and step != self._clock.step:
+            if grid.check is not None and step != self.clock.step:
                 self._judge_moved_plan(grid, step)
-            if step != self._clock.step:
+            if step != self.clock.step:
                 kind = self._step_kind(step, grid)
-                self._clock.next(step, kind)
+                self.clock.next(step, kind, self.counts.sparse)
                 self._tell(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
                 self._evaluations.clear()
             # The n-th of its kind in one step stands for the n-th in another: conditionings come in the same order.
@@ -187,7 +197,7 @@ class Session:
             for grid in self._grids.values():
                 if grid.plan is None and grid.seen_step is not None:
                     self._close_calibration(grid)
-            self._clock.next(self.steps, "")
+            self.clock.next(self.steps, "", self.counts.sparse)
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self.patterns.clear()
         release_scratch()
@@ -197,7 +207,7 @@ class Session:
     @property
     def step_seconds(self) -> dict[str, float]:
         """Median seconds of a dense, calibrating and sparse step, of those there were."""
-        return self._clock.medians()
+        return self.clock.medians()
 
     # Below: used by Evaluation.
 
@@ -238,7 +248,9 @@ class Session:
     def _sees_better(self, found: Plan) -> bool:
         """Whether a plan that a run made of its first step, of noise alone, is worth less than what this run will see
         in its last dense step."""
-        return self.of_pure_noise(found) and self.schedule.dense_steps > 1 and self.settings.calibrate
+        its = self.schedule
+        sees_more = its.dense_steps > 0 and its.before + its.dense_steps > 1
+        return self.of_pure_noise(found) and sees_more and self.settings.calibrate
 
     def of_pure_noise(self, plan: Plan) -> bool:
         """Whether a run made this plan of a step of pure noise, where this one would choose blocks by error."""

@@ -7,6 +7,7 @@ host makes for every sampling and drops at its end; here it is dropped as well, 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class HostRun:
     def __init__(self, session: Session, family: Family) -> None:
         self.session = session
         self.family = family
+        self._sigmas: Any = None
 
     def begin(
         self, model: Any, args: tuple, extra: dict[str, Any], again: bool = False, can_redo: bool = False
@@ -57,17 +59,28 @@ class HostRun:
             layouts = [layout for layout in layouts if layout.grid == layouts[0].grid]
         counts = self.family.counts(model)
         uncountable = None if counts is None else self.family.uncountable(call)
+        self._follow(options.get("sample_sigmas"))
         sigma = float(sigma.flatten()[0])
         attempt = Attempt(self.session, can_redo)
         common = {"sigma": sigma, "conditionings": _conditionings(options), "again": again, "attempt": attempt}
         evaluations = (self.session.begin(layout=layout, **common) for layout in layouts)
         return HostEvaluation(attempt, self.family, *evaluations, counts=counts, uncountable=uncountable)
 
+    def _follow(self, sigmas: Any) -> None:
+        """Take over the noise levels that this evaluation is said to be one of, where they are not the run's: a sampler
+        with a schedule of its own puts it there."""
+        if sigmas is self._sigmas or not isinstance(sigmas, torch.Tensor) or sigmas.dim() != 1 or len(sigmas) < 2:
+            return
+        self._sigmas = sigmas
+        levels = sigmas.tolist()
+        if levels != self.session.sigmas and all(map(math.isfinite, levels)):
+            self.session.follow(levels)
+
 
 class Lifecycle:
     """The two wrappers of one patched model.
 
-    start     makes the session of a run from its sigmas (falling, the final one included).
+    start     makes the session of a run from its sigmas (the final one included).
     strict    trouble at the end of a run is an error, not a line in the log.
     """
 

@@ -16,6 +16,7 @@ from ..settings import Settings
 from .families import Family, family_of
 from .identity import identify
 from .lifecycle import KEY, Lifecycle
+from .noise import time_gone
 from .override import SLOT, make_override, without_paro
 
 log = logging.getLogger("paro")
@@ -44,9 +45,9 @@ def patch_model(
     policy = policy_for(clone, family, settings, plan, store)
 
     def start(sigmas: list[float]) -> Session:
-        highest = float(clone.get_model_object("model_sampling").sigma_max)
-        common = {"on_status": on_status, "lasting": not_recorded()}
-        session = Session(policy, sigmas=sigmas, highest_noise=highest, **common)
+        sampling = clone.get_model_object("model_sampling")
+        scale = {"highest_noise": float(sampling.sigma_max), "time_gone": time_gone(sampling)}
+        session = Session(policy, sigmas=sigmas, on_status=on_status, lasting=not_recorded(), **scale)
         session.notes.extend([note] if note else [])
         return session
 

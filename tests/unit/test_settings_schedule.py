@@ -12,7 +12,6 @@ from comfyui_paro.paro_runtime.schedule import (
     Schedule,
     default_dense_steps,
     falling_densities,
-    step_index,
 )
 from comfyui_paro.paro_runtime.settings import Settings, SettingsError, in_blocks, parse_blocks
 
@@ -56,24 +55,6 @@ def test_blocks_count_from_both_ends():
     assert [i for i in range(10) if in_blocks(ranges, i, 10)] == [0, 1, 4, 5, 9]
     assert not in_blocks(ranges, 9, None)
     assert parse_blocks(" ") == ()
-
-
-# sigmas, evaluation, step: an evaluation between two sigmas belongs to the step that it is part of
-STEPS = [
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 1.0, 0),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.75, 1),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.6, 1),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.7500001, 1),  # half precision moved it
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 0.0, 3),
-    ([1.0, 0.75, 0.5, 0.25, 0.0], 1.3, 0),
-    ([14.6, 3.1, 0.4, 0.03, 0.0], 0.031, 2),
-    ([0.5], 0.5, 0),
-]
-
-
-@pytest.mark.parametrize("sigmas, sigma, step", STEPS)
-def test_the_step_of_an_evaluation(sigmas, sigma, step):
-    assert step_index(sigmas, sigma) == step
 
 
 def test_dense_steps_follow_few_step_and_full_schedules():
