@@ -146,7 +146,7 @@ class Evaluation:
             return
         try:
             with self.session.lasting():
-                check.measure(site, q, k, scale=scale, key_bias=key_bias)
+                check.measure(site, self.layout, q, k, scale=scale, key_bias=key_bias)
         except Exception as error:
             if self.session.settings.strict:
                 raise

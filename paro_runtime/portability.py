@@ -256,12 +256,14 @@ class MovedPlanCheck:
         self.plan = plan
         self._kept: dict = {}
 
-    def measure(self, site, q: torch.Tensor, k: torch.Tensor, *, scale: float | None, key_bias) -> None:
-        """Look at one site's call, q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`; a site counts once."""
+    def measure(
+        self, site, layout: TokenLayout, q: torch.Tensor, k: torch.Tensor, *, scale: float | None, key_bias
+    ) -> None:
+        """Look at one site's call, q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`; a site counts once. layout: of this call, on
+        the plan's grid; what stands beside the grid may differ from site to site."""
         entry = self.plan.sites.get(site)
         if entry is None or site in self._kept:
             return
-        layout = self.plan.layout
         geometry = Geometry(layout.prefix, layout.grid, layout.suffix, self.plan.block_q)
         tables = torch.stack([order_table(name, layout.grid) for name in entry.orders]).to(q.device)
         # The group in the middle stands for all: its density is the nearest to their mean.

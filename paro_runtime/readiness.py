@@ -7,6 +7,7 @@ step that finds them ready (`ahead`). It waits for them once, for as long as one
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from dataclasses import dataclass
 
@@ -21,6 +22,8 @@ from .self_check import self_check
 from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
+# This environment variable at 0: each kernel is compiled when it is first called, and the run waits for it.
+SWITCH = "PARO_COMPILE_AHEAD"
 COMPILING = "kernels are being compiled, once on this machine"
 # A sparse step saves about half of a dense one: so long a run may wait in all.
 PATIENCE = 0.5
@@ -84,7 +87,7 @@ class Readiness:
 
     def _start(self, q, k, layout: TokenLayout, biased: bool, precision: str, backend: str) -> Ahead | None:
         capability = capability_of_gpu(q.device) if backend == "triton" else None
-        if capability is None or not self._compile_ahead:
+        if capability is None or not self._compile_ahead or os.environ.get(SWITCH) == "0":
             return None
         dtype, group = str(q.dtype).removeprefix("torch."), q.shape[1] // k.shape[1]
         job = Job(
