@@ -64,11 +64,12 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
             assert 0 < difference < 0.5
             assert (report.plan_source, report.sites_looked_at_again) == (source, report.sites)
             assert report.backend == BACKEND and report.device.startswith(DEVICE)
-        plans.append((report.grid, store))
 
-        other = next((store for grid, store in plans if grid != report.grid and len(store.names()) == 1), None)
-        if other is not None:
-            moved = comfy.patched(model, plan=other.load(other.names()[0]), **SPARSE)
+        # One made for another grid and the same sites.
+        plan = next((p for p in plans if p.layout.grid != report.grid and len(p.sites) == report.sites), None)
+        plans += [store.load(name) for name in store.names()]
+        if plan is not None:
+            moved = comfy.patched(model, plan=plan, **SPARSE)
             difference = relative_error(tiny.sample(moved, case, run, **size), dense)
             assert 0 < difference < 0.5
             report = comfy.report(moved)

@@ -134,6 +134,7 @@ def test_lists_of_some_heads():
 
 
 @needs_interpreter
+@pytest.mark.ordinary_tensors  # changed in place, which the others do not count
 def test_lists_go_by_the_words_and_die_with_them():
     _, _, _, pattern, _ = make(Case("", grid=(3, 7, 11), suffix=70))
     lists = block_list(pattern)
