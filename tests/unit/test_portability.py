@@ -50,14 +50,18 @@ def test_a_moved_plan_keeps_most_of_what_a_fresh_one_keeps_and_says_so(problems,
     assert moved.mass_kept == pytest.approx(kept_by(moved, SITE, q, k), rel=0.05)
     check = MovedPlanCheck(moved)
     assert check.verdict() is None
-    check.measure(SITE, q, k, scale=None, key_bias=None)
+    check.measure(SITE, moved.layout, q, k, scale=None, key_bias=None)
     stays, text = check.verdict()
     assert stays and "moved from the grid 7x9x8" in text and f"expected {moved.mass_kept:.1%}" in text
     # Uniform attention has nothing to do with the masks: what they keep falls to their density.
     strange = MovedPlanCheck(moved)
-    strange.measure(SITE, torch.zeros_like(q), k, scale=None, key_bias=None)
+    strange.measure(SITE, moved.layout, torch.zeros_like(q), k, scale=None, key_bias=None)
     stays, text = strange.verdict()
     assert not stays and text.endswith("calibrating anew")
+    # A site may run without the text that the others have beside the grid.
+    bare = MovedPlanCheck(moved)
+    bare.measure(SITE, TokenLayout(0, NEW), q[:, :, TEXT:], k[:, :, TEXT:], scale=None, key_bias=None)
+    assert bare.verdict()[0]
 
 
 @pytest.mark.parametrize("grid", [(5, 12, 12), (5, 12, 6)])
