@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 from .plan import ModelIdentity, Plan, PlanError
-from .plan_file import load_plan, save_plan
+from .plan_file import load_plan, read_header, save_plan
 from .recipes import MaskOptions
 from .tokens import TokenLayout
 
@@ -59,18 +60,48 @@ class PlanStore:
 
     def find(
         self, identity: ModelIdentity, layout: TokenLayout, block_q: int, options: MaskOptions
-    ) -> tuple[Plan | None, str | None]:
-        """The plan saved earlier for this model, grid and options; else None and, if one was refused, why."""
+    ) -> tuple[FoundPlan | None, str | None]:
+        """The plan saved earlier for this model, grid and options; else None and, if one was refused, why. Only what
+        the file says about itself has been read by then."""
         name = _automatic_name(identity, layout, block_q, options.as_dict())
         path = self._path(name)
         if not path.is_file():
             return None, None
         try:
-            plan = load_plan(path)
+            header = read_header(path)
         except PlanError as error:
             return None, str(error)
-        reason = plan.unsuitable(identity, layout)
-        return (None, reason) if reason else (plan, None)
+        reason = header.unsuitable(identity, layout)
+        return (None, reason) if reason else (FoundPlan(path, header), None)
+
+
+class FoundPlan:
+    """A plan whose file is known to suit, and whose orders and masks are read in a thread of their own."""
+
+    def __init__(self, path: Path, header: Plan) -> None:
+        """header: the plan without its sites, as `plan_file.read_header` gives it."""
+        self.header = header
+        self._path = path
+        self._plan: Plan | None = None
+        self._reason: Exception | None = None
+        self._thread = threading.Thread(target=self._read, name="paro-plan", daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            plan = load_plan(self._path)
+            if (plan.identity, plan.layout) != (self.header.identity, self.header.layout):
+                raise PlanError(f"plan {self._path.name}: was replaced while it was being read")
+            self._plan = plan
+        except Exception as error:  # told to whoever asks for the plan
+            self._reason = error
+
+    def plan(self) -> Plan:
+        """The whole plan, as soon as it is read. Raises PlanError, or whatever else kept it from being read."""
+        self._thread.join()
+        if self._plan is None:
+            raise self._reason
+        return self._plan
 
 
 def automatic_name(plan: Plan) -> str:
