@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
+from . import triton_statistics
 from .problem import Geometry
 from .triton_rows import LOG2E, load_rows
-from .triton_statistics import _padded, _precision, tile_of
 
 
 @triton.jit(do_not_specialize=["group", "rows", "tokens", "prefix", "heads", "blocks", "k_blocks"])
@@ -77,7 +77,7 @@ def launch_query_sums(
     g, (batch, heads, count, dim) = geometry, queries.shape
     orders = tables.shape[0]
     rows = count // orders
-    tile = tile_of(queries)
+    tile = triton_statistics.tile_of(queries)
     if tables.stride(2) != 1:
         tables = tables.contiguous()
     lse = lse.contiguous()
@@ -87,8 +87,9 @@ def launch_query_sums(
         _query_sums[(triton.cdiv(rows, tile.rows), orders, heads)](
             queries[b], k[b], lse[b], tables, mass, *queries.stride()[1:], *k.stride()[1:], lse.stride(1),
             tables.stride(0), tables.stride(1), heads // k.shape[1], rows, g.grid_tokens, g.prefix, heads,
-            rows // per_block, g.k_blocks, scale_log2, 1 / batch, D=dim, PADDED_D=_padded(dim), PER_BLOCK=per_block,
-            ROWS=tile.rows, KEYS=g.block_k, BLOCKS=tile.keys // g.block_k, ACCUMULATE=b > 0,
-            PRECISION=_precision(k.dtype), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+            rows // per_block, g.k_blocks, scale_log2, 1 / batch, D=dim, PADDED_D=triton_statistics._padded(dim),
+            PER_BLOCK=per_block, ROWS=tile.rows, KEYS=g.block_k, BLOCKS=tile.keys // g.block_k, ACCUMULATE=b > 0,
+            PRECISION=triton_statistics._precision(k.dtype), num_warps=tile.warps, num_stages=tile.stages,
+            enable_fp_fusion=True,
         )  # fmt: skip
     return mass

@@ -174,6 +174,7 @@ class Calibrator:
             label = (self.prompt, step)
             self._glimpses[(site, *label)] = look
             if site in self._sums:
+                self._room.finish()
                 self._sums[site].add(fresh)
             else:
                 self._sums[site] = self._room.settled(fresh)
@@ -201,6 +202,7 @@ class Calibrator:
         """Orders, masks and biases from everything observed. Raises PlanError when nothing was."""
         if not self._sums:
             raise PlanError("calibration: no self-attention call was observed")
+        self._room.finish()
         sites = self.sites
         sums = [self._sums[site] for site in sites]
         try:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 import torch
 
 from .statistics import Observation
-from .tables import CodedTable, Table, to_cpu
+from .tables import CodedTable, Offload, Table, to_cpu
 
 # Larger tables of blocks are kept in 16 bits where many observations are added up, and in 8 where a run has one or two:
 # 40 sites of a 720p model would not fit the memory otherwise. bfloat16, since errors span many powers of ten.
@@ -19,9 +20,15 @@ DEVICE_SHARE = 1 / 128
 TABLES = ("mass", "pooled", "error")
 
 
-def some_blocks(q_blocks: int) -> torch.Tensor:
+def some_blocks(q_blocks: int, device: torch.device) -> torch.Tensor:
     """The query blocks of a mass of MASS_BLOCKS, int64, rising."""
-    return torch.linspace(0, q_blocks - 1, min(q_blocks, MASS_BLOCKS)).round().long()
+    return _spread(q_blocks, min(q_blocks, MASS_BLOCKS), device)
+
+
+@lru_cache(maxsize=16)
+def _spread(blocks: int, count: int, device: torch.device) -> torch.Tensor:
+    # Worked out on the CPU: another device may round another way.
+    return torch.linspace(0, blocks - 1, count).round().long().to(device)
 
 
 @dataclass
@@ -63,7 +70,7 @@ class SiteSums:
         """The rows of a mask `[H, q_blocks, k_blocks]` that `mass` is about."""
         if mask.shape[1] == self.mass.shape[1]:
             return mask
-        return mask[:, some_blocks(mask.shape[1]).to(mask.device)]
+        return mask[:, some_blocks(mask.shape[1], mask.device)]
 
     def add(self, more: SiteSums) -> None:
         """Fold in one more observation; heads whose order changed start anew with it."""
@@ -95,7 +102,7 @@ def stored(seen: Observation, with_error: bool, coded: bool) -> SiteSums:
     tail, mass = seen.tail, seen.mass
     with_error = with_error and tail is not None and tail.error is not None
     if with_error and seen.pooled is None:
-        mass = mass[:, some_blocks(mass.shape[1]).to(mass.device)]
+        mass = mass[:, some_blocks(mass.shape[1], mass.device)]
     return SiteSums(
         seen.candidates,
         seen.scores,
@@ -113,21 +120,29 @@ def stored(seen: Observation, with_error: bool, coded: bool) -> SiteSums:
 
 
 class Room:
-    """What a run may keep on its GPU of what it sees, and how much of that is taken."""
+    """What a run may keep on its GPU of what it sees, and how much of that is taken. Not for several threads."""
 
     def __init__(self) -> None:
         self._taken = 0
+        self._offload = Offload()
 
     def settled(self, sums: SiteSums) -> SiteSums:
-        """The same sums, with tables that find no more room on their GPU on the CPU."""
+        """The same sums, with large tables on the CPU that find no more room on their GPU. What they hold is there
+        after the next call or `finish`."""
         moved = {}
         for name in TABLES:
             table = getattr(sums, name)
             if table is None or table.device.type != "cuda":
                 continue
             most = torch.cuda.get_device_properties(table.device).total_memory * DEVICE_SHARE
-            if self._taken + table.nbytes > most:
-                moved[name] = table.to("cpu") if isinstance(table, CodedTable) else to_cpu(table)
-            else:
+            if self._taken + table.nbytes <= most:
                 self._taken += table.nbytes
+            elif isinstance(table, CodedTable):
+                moved[name] = CodedTable(self._offload.take(table.codes), to_cpu(table.peak))
+            else:
+                moved[name] = self._offload.take(table)
         return replace(sums, **moved)
+
+    def finish(self) -> None:
+        """Whatever was moved has arrived."""
+        self._offload.finish()

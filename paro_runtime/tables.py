@@ -28,6 +28,38 @@ def to_cpu(x: torch.Tensor) -> torch.Tensor:
     return pinned.copy_(x).clone()
 
 
+class Offload:
+    """Brings tensors of a GPU to the CPU without waiting for it: what was copied last is taken out of its pinned buffer
+    when the next comes, long after it has arrived."""
+
+    def __init__(self) -> None:
+        self._under_way: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event] | None = None
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """A tensor on the CPU that holds x after the next `take` or `finish`."""
+        self.finish()
+        try:
+            pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+        except RuntimeError:  # the system allows no more of it
+            return x.cpu()
+        event = torch.cuda.Event()
+        pinned.copy_(x, non_blocking=True)
+        event.record()
+        found = torch.empty(x.shape, dtype=x.dtype)
+        self._under_way = (pinned, found, event)
+        return found
+
+    def finish(self) -> None:
+        """Everything that was taken has arrived."""
+        if self._under_way is not None:
+            pinned, found, event = self._under_way
+            self._under_way = None
+            event.synchronize()
+            # It may have been made under inference mode, outside of which it could not be written.
+            with torch.inference_mode():
+                found.copy_(pinned)
+
+
 @dataclass(frozen=True, eq=False)
 class CodedTable:
     """Numbers that are not negative, as logarithms relative to the largest of their head, in a byte each.

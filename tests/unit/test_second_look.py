@@ -175,7 +175,8 @@ def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, skip=(), **
             evaluation.attend(SITE, q, k, v, dense=lambda v=v: v.clone(), blocks=1)
             evaluation.end()
             plan = session._grids[LAYOUT.grid].plan
-            session.masks.append(None if plan is None else plan.sites[SITE].packed.clone())
+            # A plan that was found has no sites yet in a dense step.
+            session.masks.append(plan.sites[SITE].packed.clone() if plan is not None and plan.sites else None)
     return session
 
 
