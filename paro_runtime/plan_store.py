@@ -76,7 +76,8 @@ class PlanStore:
 
 
 class FoundPlan:
-    """A plan whose file is known to suit, and whose orders and masks are read in a thread of their own."""
+    """A plan whose file is known to suit. Its orders and masks are read in a thread of their own, once that is asked
+    for."""
 
     def __init__(self, path: Path, header: Plan) -> None:
         """header: the plan without its sites, as `plan_file.read_header` gives it."""
@@ -85,7 +86,11 @@ class FoundPlan:
         self._plan: Plan | None = None
         self._reason: Exception | None = None
         self._thread = threading.Thread(target=self._read, name="paro-plan", daemon=True)
+
+    def begin_reading(self) -> FoundPlan:
+        """Start reading; once."""
         self._thread.start()
+        return self
 
     def _read(self) -> None:
         try:
@@ -97,7 +102,7 @@ class FoundPlan:
             self._reason = error
 
     def plan(self) -> Plan:
-        """The whole plan, as soon as it is read. Raises PlanError, or whatever else kept it from being read."""
+        """The whole plan, as soon as it is read, which must have begun. Raises PlanError, or whatever else kept it from being read."""
         self._thread.join()
         if self._plan is None:
             raise self._reason

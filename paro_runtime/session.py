@@ -236,7 +236,7 @@ class Session:
                 self.policy.identity, layout, query_block(layout.grid_tokens), self.options
             )
             if found is not None and not self._sees_better(found.header):
-                grid.plan, grid.source, grid.coming = found.header, "plan found", found
+                grid.plan, grid.source, grid.coming = found.header, "plan found", found.begin_reading()
                 return grid
             if note:
                 self.note(f"{note}; calibrating anew")

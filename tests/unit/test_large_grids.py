@@ -115,8 +115,8 @@ def test_masks_of_small_tables_are_exact(dtype):
 
 @pytest.mark.parametrize("coded", [False, True])
 def test_masks_by_a_sample_are_nearly_the_exact_ones(coded, monkeypatch):
-    masses = [torch.rand(4, 96, 128) ** power for power in (2, 6, 12)]
-    masses[1][2] *= 1e-3  # a head that keeps its floor and no more
+    masses = [torch.exp(spread * torch.randn(4, 96, 128)) for spread in (1, 2, 3)]
+    masses[1][2] *= 1e-4  # a head that keeps its floor and no more
     densities = (0.4, 0.2, 0.1)
     exact = SharedBudget([Worth(mass) for mass in masses], densities)
     monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 60_000)
@@ -126,13 +126,11 @@ def test_masks_by_a_sample_are_nearly_the_exact_ones(coded, monkeypatch):
         for found, expected in zip(sampled.masks(site), exact.masks(site), strict=True):
             assert found.gather(2, found.float().argmax(2, keepdim=True)).all() and found.any(2).all()
             assert (found.float().mean((1, 2)) - expected.float().mean((1, 2))).abs().max() < 0.03
-            # Of the head at its floor, values near its largest are alike in 8 bits.
-            some = [0, 1, 3] if site == 1 else [0, 1, 2, 3]
-            kept.append(mass_kept(mass[some], found[some]))
-            wanted.append(mass_kept(mass[some], expected[some]))
+            kept.append(mass_kept(mass, found))
+            wanted.append(mass_kept(mass, expected))
             if site == 1:
                 assert found[2].float().mean() > 0.7 * HEAD_FLOOR * found.float().mean()
-    torch.testing.assert_close(torch.cat(kept), torch.cat(wanted), rtol=0.05, atol=0.01)
+    torch.testing.assert_close(torch.cat(kept), torch.cat(wanted), rtol=0.05, atol=0.03)
     for number, density in enumerate(densities):
         mean = sum(sampled.masks(site)[number].float().mean() for site in range(3)) / 3
         assert mean == pytest.approx(density, abs=0.01)
