@@ -24,8 +24,8 @@ def _query_sums(
     D: tl.constexpr, PADDED_D: tl.constexpr, PER_BLOCK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     BLOCKS: tl.constexpr, ACCUMULATE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """ROWS of the `rows` queries that a head has under one order, BLOCKS key blocks at a time. Grid: (tiles, orders, H):
-    the programs of a head, which share its keys, are neighbours.
+    """ROWS of the `rows` queries that a head has under one order, BLOCKS key blocks at a time. Grid: (tiles, orders,
+    H): the programs of a head, which share its keys, are neighbours.
 
     lse float32, `rows` of each order, natural logarithms. mass float32 `[orders, H, blocks, k_blocks]`. ACCUMULATE: add
     to what earlier batch entries left.

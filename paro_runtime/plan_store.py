@@ -6,8 +6,10 @@ import hashlib
 import json
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import torch
 
 from .plan import ModelIdentity, Plan, PlanError
 from .plan_file import load_plan, read_header, save_plan
@@ -58,6 +60,21 @@ class PlanStore:
         save_plan(plan, path)
         return path
 
+    def save_beside(self, plan: Plan, told: Callable[[str], None]) -> threading.Thread:
+        """Write a plan in a thread of its own, which is returned; `told` hears in one line what went wrong."""
+
+        def save() -> None:
+            try:
+                # Tensors that were made under inference mode are read under it.
+                with torch.inference_mode():
+                    self.save(plan)
+            except Exception as error:  # a full or read-only disk, say, must not end the run
+                told(f"plan: could not be saved ({str(error)[:200] or type(error).__name__})")
+
+        thread = threading.Thread(target=save, name="paro-save")
+        thread.start()
+        return thread
+
     def find(
         self, identity: ModelIdentity, layout: TokenLayout, block_q: int, options: MaskOptions
     ) -> tuple[FoundPlan | None, str | None]:
@@ -102,7 +119,8 @@ class FoundPlan:
             self._reason = error
 
     def plan(self) -> Plan:
-        """The whole plan, as soon as it is read, which must have begun. Raises PlanError, or whatever else kept it from being read."""
+        """The whole plan, as soon as it is read, which must have begun. Raises PlanError, or whatever else kept it from
+        being read."""
         self._thread.join()
         if self._plan is None:
             raise self._reason

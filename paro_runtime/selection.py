@@ -173,7 +173,7 @@ def _best_of_every_row(value: torch.Tensor) -> torch.Tensor:
 
 
 def _floors(some: torch.Tensor, densities: Sequence[float]) -> list[torch.Tensor]:
-    """From which value on a head keeps its floor, float32 `[H]` for each density, by a sample `[H, n]` of its blocks."""
+    """From which value on heads keep their floor, float32 `[H]` for each density, by a sample `[H, n]` of blocks."""
     ranked = some.sort(1, descending=True).values
     ranks = [round(density * HEAD_FLOOR * ranked.shape[1]) for density in densities]
     # Blocks that are worth nothing are not kept for the floor's sake.
@@ -233,8 +233,8 @@ def density_for(
     """The least density, at most `most`, whose masks keep `target` of the attention, mean over heads and sites.
 
     masses, worths: attention of each block and what blocks are kept by, both `[H, q_blocks, k_blocks]` per site; choose
-    makes masks of worths on `device` and a density; groups: the densities of groups of steps that stand for one density, each group
-    counts alike. Large tables are judged by every n-th row of blocks.
+    makes masks of worths on `device` and a density; groups: the densities of groups of steps that stand for one
+    density, each group counts alike. Large tables are judged by every n-th row of blocks.
     """
     stride = max(1, math.ceil(sum(mass.numel() for mass in masses) / TARGET_VALUES))
     masses, worths = ([table[:, ::stride].on(device) for table in tables] for tables in (masses, worths))

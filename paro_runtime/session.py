@@ -312,17 +312,7 @@ class Session:
             self.calibration_seconds += time.perf_counter() - began
         grid.calibrator = None
         if self.policy.store is not None:
-            # Beside the steps that follow. The plan itself never changes.
-            self._saving.append(threading.Thread(target=self._save, args=(grid.plan,), name="paro-save"))
-            self._saving[-1].start()
-
-    def _save(self, plan: Plan) -> None:
-        try:
-            # Tensors that were made under inference mode are read under it.
-            with torch.inference_mode():
-                self.policy.store.save(plan)
-        except Exception as error:  # a full or read-only disk, say, must not end the run
-            self.note(f"plan: could not be saved ({str(error)[:200] or type(error).__name__})")
+            self._saving.append(self.policy.store.save_beside(grid.plan, self.note))
 
     def unsuitable_reason(self, tokens: int, q: torch.Tensor) -> str | None:
         """Why no call on a grid of `tokens` with such a q `[B, H, L, D]` can be PARO's, or None; asked once each."""

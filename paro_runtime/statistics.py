@@ -219,7 +219,7 @@ def order_scores(
 def sampled_sums(
     q, k, g: Geometry, names: tuple[str, ...], blocks: int, rows: int, *, scale=None, key_bias=None, backend="auto"
 ) -> torch.Tensor:
-    """Block sums under every order, estimated from so many rows of so many query blocks: `[orders, Hq, n, k_blocks]`."""
+    """Block sums under every order, estimated from rows of some query blocks: `[orders, Hq, blocks, k_blocks]`."""
     tokens, share = _sampled_tokens(g, names, blocks, rows, q.device)
     queries, rest = q[:, :, tokens], {"scale": scale, "backend": backend}
     lse = row_logsumexp(queries, k, key_bias=key_bias, **rest)

@@ -13,9 +13,9 @@ UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "add")
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `orders`, `rows`, `costs`, `sums`, `few` (the same for few rows),
-    `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the correction wants them), `pools+` (in float32, as
-    the moments do), `means32` and `pools32` (of float32 inputs)."""
+    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `orders`, `rows`, `costs`, `sums`, `few` (the same for
+    few rows), `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the correction wants them), `pools+` (in
+    float32, as the moments do), `means32` and `pools32` (of float32 inputs)."""
 
     capability: int
     dim: int

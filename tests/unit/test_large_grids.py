@@ -207,7 +207,7 @@ def test_the_kernel_of_query_sums(dim, dtype, per_block, own, wide, monkeypatch)
 
 @pytest.mark.parametrize("criterion", ["mass", "error"])
 def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, monkeypatch):
-    """With the reference: mean queries or a quarter of the rows, orders from few rows, tables in 8 bits, thresholds from
+    """With the reference: mean queries or a quarter of the rows, orders from few rows, tables in 8 bits, thresholds by
     a sample. Judged by the exact sums of every row."""
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     kept = {}
