@@ -271,7 +271,9 @@ class Calibrator:
             return [made.masks(site)[0] for site in range(len(worths))]
 
         judged = [s.mask_of_mass(self._worth(s)) for s in sums]
-        return density_for([Worth(s.mass) for s in sums], judged, target, density, choose, self.options.densities, device)
+        return density_for(
+            [Worth(s.mass) for s in sums], judged, target, density, choose, self.options.densities, device
+        )
 
     def _logit_error(self, sums: list[SiteSums]) -> dict[str, float]:
         """Relative error that INT8 makes in the attention weights, by how it quantises: worst site."""

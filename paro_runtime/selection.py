@@ -104,9 +104,7 @@ class SharedBudget:
     has 28 million blocks). Of many blocks a regular sample decides.
     """
 
-    def __init__(
-        self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu") -> None:
         self._worths, self._densities, self._device = worths, densities, device
         total = sum(worth.numel() for worth in worths)
         self._exact = total <= THRESHOLD_VALUES
@@ -150,9 +148,7 @@ class SharedBudget:
 class PerHeadBudget:
     """As `SharedBudget`, with the same density in every head."""
 
-    def __init__(
-        self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu"
-    ) -> None:
+    def __init__(self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu") -> None:
         self._worths, self._densities, self._device = worths, densities, device
 
     def masks(self, site: int) -> list[torch.Tensor]:
