@@ -14,7 +14,12 @@ from .correction_reference import (
 )
 from .problem import Geometry, Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
-from .statistics_reference import BlockStatistics, block_statistics_reference, row_logsumexp_reference
+from .statistics_reference import (
+    BlockStatistics,
+    block_statistics_reference,
+    query_sums_reference,
+    row_logsumexp_reference,
+)
 from .support import triton_reason
 from .tail_reference import BlockCosts, RowMoments, block_costs_reference, row_moments_reference
 
@@ -162,6 +167,25 @@ def block_statistics(
         from .triton_statistics import launch_block_statistics as run
     rest = {"q_blocks": q_blocks, "scale": scale, "epsilon": epsilon, "pool": pool, "rows_per_block": rows_per_block}
     return run(q, k, lse, geometry, rows, **rest)
+
+
+def query_sums(
+    queries: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    per_block: int,
+    *,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """See `statistics_reference.query_sums_reference`."""
+    if chosen_backend(backend, k.device, k.dtype, k.shape[3], STATISTICS_PRECISION) == "reference":
+        return query_sums_reference(queries, k, lse, geometry, tables, per_block, scale=scale)
+    from .triton_query_sums import launch_query_sums
+
+    return launch_query_sums(queries, k, lse, geometry, tables, per_block, scale=scale)
 
 
 def _tail_backend(backend: str, q: torch.Tensor) -> str:

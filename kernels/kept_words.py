@@ -43,8 +43,20 @@ def words_of_bits(bits: torch.Tensor, heads: int, geometry: Geometry) -> torch.T
 
     A row of blocks that keeps nothing gets the block at its own place: no softmax may be over nothing.
     """
-    g, device = geometry, bits.device
-    rows, columns = heads * g.q_blocks, g.k_blocks
+    g = geometry
+    words = words_of_rows(bits, (heads, g.q_blocks, g.k_blocks))
+    place = 64 * torch.arange(row_words(g.k_blocks) - 1, device=bits.device)
+    own = torch.arange(g.q_blocks, device=bits.device)[:, None] * g.block_q // g.block_k
+    own_words = (own // 64 == place // 64).long() << (own % 64)
+    words |= own_words * (words == 0).all(2, keepdim=True)
+    return torch.nn.functional.pad(words, (0, 1))
+
+
+def words_of_rows(bits: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
+    """The bits of each row in whole words, from `pack_bits` of a mask of this shape: int64
+    `[heads, q_blocks, ceil(k_blocks / 64)]`."""
+    device, (heads, q_blocks, columns) = bits.device, shape
+    rows = heads * q_blocks
     source = torch.nn.functional.pad(bits, (0, 8 * (rows * columns // 64 + 2) - bits.numel())).view(torch.int64)
     place = 64 * torch.arange(row_words(columns) - 1, device=device)
     first = torch.arange(0, rows * columns, columns, device=device)[:, None] + place
@@ -53,11 +65,7 @@ def words_of_bits(bits: torch.Tensor, heads: int, geometry: Geometry) -> torch.T
     words = (source[word] >> shift) & ~((-1 << (63 - shift)) << 1)
     words |= source[word + 1] << (63 - shift) << 1
     words &= ~((-1 << (columns - 1 - place).clamp_max(63)) << 1)
-    words = words.view(heads, g.q_blocks, -1)
-    own = torch.arange(g.q_blocks, device=device)[:, None] * g.block_q // g.block_k
-    own_words = (own // 64 == place // 64).long() << (own % 64)
-    words |= own_words * (words == 0).all(2, keepdim=True)
-    return torch.nn.functional.pad(words, (0, 1))
+    return words.view(heads, q_blocks, -1)
 
 
 def mask_of_words(words: torch.Tensor, k_blocks: int) -> torch.Tensor:

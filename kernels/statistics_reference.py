@@ -133,3 +133,47 @@ def block_statistics_reference(
     if rows_per_block is not None:
         mass *= block_sizes(g, blocks)[:, None] / rows_per_block
     return BlockStatistics(mass, maximum, small, pooled)
+
+
+def query_sums_reference(
+    queries: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    per_block: int,
+    *,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Attention of given queries in every block of keys, under some orders: float32 `[orders, Hq, n, k_blocks]`, sums
+    over `per_block` queries each, mean over the batch.
+
+    queries `[B, Hq, orders * n * per_block, D]`, those for the first order first, with their log-sum-exp over all keys
+    lse `[B, Hq, orders * n * per_block]`; k `[B, Hkv, L, D]`; tables int `[orders, Hq, N]`: grid index at each position
+    of an order, which may be another for each head. per_block: a power of two up to 64.
+    """
+    g = geometry
+    scale = queries.shape[3] ** -0.5 if scale is None else scale
+    batch, heads, count, _ = queries.shape
+    orders = tables.shape[0]
+    each = count // (orders * per_block)
+    mass = torch.zeros(orders, heads, each, g.k_blocks, device=queries.device)
+    step = max(1, CHUNK_ELEMENTS // (per_block * g.grid_tokens))
+    for b in range(batch):
+        for h in range(heads):
+            every_key = k[b, h // (heads // k.shape[1])].float()
+            of_orders = zip(
+                tables[:, h],
+                queries[b, h].float().unflatten(0, (orders, each, per_block)),
+                lse[b, h].unflatten(0, (orders, each, per_block)),
+                mass[:, h],
+                strict=True,
+            )
+            for table, its, its_lse, found in of_orders:
+                keys = every_key[table.long() + g.prefix]
+                for first in range(0, each, step):
+                    part = slice(first, first + step)
+                    weights = torch.exp(its[part] @ keys.T * scale - its_lse[part, :, None])
+                    tiles = torch.nn.functional.pad(weights, (0, -g.grid_tokens % g.block_k))
+                    found[part] += tiles.unflatten(2, (g.k_blocks, g.block_k)).sum((1, 3)) / batch
+    return mass

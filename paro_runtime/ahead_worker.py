@@ -98,7 +98,7 @@ def main() -> int:
     except Exception as error:  # what was launched until then is compiled all the same
         print(f"rehearsal: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
         good = False
-    cores = int(os.environ.get("PARO_CORES", "0")) or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if os.environ.get("PARO_DUMP"):
         Path(os.environ["PARO_DUMP"]).write_text(json.dumps([[*k, k in launches.late] for k in launches.compile]))
     rehearsed = time.process_time()

@@ -1,20 +1,19 @@
 """Calibration: collect what passes by, then make a plan of it.
 
-One calibrator serves one model and grid. A run in passing feeds it the last dense step; *PARO Calibrate* feeds it
-chosen steps of several prompts and keeps the sums in a folder, so that it can be stopped at any moment and resumed.
-Sums live on the CPU; the GPU holds one site at a time.
+One calibrator serves one model and grid. A run in passing feeds it the last dense step, and nothing leaves the GPU
+before the plan is made but tables that find no room there. *PARO Calibrate* feeds it chosen steps of several prompts
+and keeps the sums in a folder, so that it can be stopped at any moment and resumed: those live on the CPU.
 """
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from ..kernels.kept_words import pack_bits
 from ..kernels.problem import MOST_EXPANSIONS
 from .falloff import pack_falloff
 from .partial import PartialStore
@@ -22,10 +21,11 @@ from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .recipes import MaskOptions, query_block
 from .rotation import CASES, root_mean, rotates
 from .schedule import GROUPS, Schedule
-from .selection import density_for, mass_kept, per_head_masks, shared_masks, tail_bias
+from .selection import PerHeadBudget, SharedBudget, density_for, mass_kept, tail_bias
 from .stability import Glimpse, Stability, compare, glimpse
-from .statistics import Observation, StatisticsOptions, observe
-from .sums import SiteSums, stored
+from .statistics import SHARED_TOKENS, Observation, StatisticsOptions, observe
+from .sums import Room, SiteSums, stored
+from .tables import Worth, to_cpu
 from .tail import bias_at
 from .tokens import TokenLayout
 
@@ -89,6 +89,7 @@ class Calibrator:
         self._sums: dict[Site, SiteSums] = {}
         self._of_groups: dict[tuple[Site, int], SiteSums] = {}
         self._glimpses: dict[tuple[Site, int, int], Glimpse] = {}
+        self._room = Room()
         self._lock = threading.Lock()
         self._device = torch.device("cpu")  # where what was last observed was
         self._partial = PartialStore(partial, identity, options.as_dict()) if partial is not None else None
@@ -142,7 +143,7 @@ class Calibrator:
             method.expansions,
             method.tiles,
             options.pool is not None and method.bias == "mass",
-            method.by_mass,
+            self._by_mass_alone(layout),
             method.alpha,
             method.sigma,
         )
@@ -165,14 +166,18 @@ class Calibrator:
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
         look = glimpse(seen, self.options.compared_density)
-        fresh = stored(seen, with_error=not self.method.by_mass)
+        # Many observations are added up on the CPU, one or two of a run where they were made.
+        fresh = stored(seen, not self._by_mass_alone(self.layout), coded=self._partial is None)
+        if self._partial is not None:
+            look, fresh = look.on_cpu(), fresh.on_cpu()
         with self._lock:
             label = (self.prompt, step)
             self._glimpses[(site, *label)] = look
             if site in self._sums:
+                self._room.finish()
                 self._sums[site].add(fresh)
             else:
-                self._sums[site] = fresh
+                self._sums[site] = self._room.settled(fresh)
             sums = self._sums[site]
             sums.done.add(label)
             if self.method.time_groups is not None:
@@ -197,6 +202,7 @@ class Calibrator:
         """Orders, masks and biases from everything observed. Raises PlanError when nothing was."""
         if not self._sums:
             raise PlanError("calibration: no self-attention call was observed")
+        self._room.finish()
         sites = self.sites
         sums = [self._sums[site] for site in sites]
         try:
@@ -219,37 +225,55 @@ class Calibrator:
 
     def _entries(self, sites: tuple[Site, ...], sums: list[SiteSums], device: torch.device) -> dict[Site, SitePlan]:
         """Masks, orders and biases, worked out on `device`: a GPU takes seconds where a CPU takes a minute."""
-        choose = functools.partial(shared_masks if self.options.budget == "shared" else per_head_masks, device=device)
-        worths = [self._criterion(s) for s in sums]
-        densities = self.options.densities(self._density(sums, worths, choose))
-        if self.method.time_groups is not None and len(densities) == 1:
-            densities *= GROUPS
-        groups: dict[Site, list[SitePlan]] = {site: [] for site in sites}
-        # The masks of one group at a time: as bools they are eight times what a plan holds.
-        for group, density in enumerate(densities):
-            if self.method.time_groups is not None:
-                sums = [self._of_group(site, group) for site in sites]
-                worths = [self._criterion(s) for s in sums]
-            for site, s, mask in zip(sites, sums, choose(worths, density), strict=True):
-                orders = [s.candidates[i] for i in s.choice.tolist()]
-                its = mask.to(device)
-                kept = mass_kept(s.mass.to(device), s.mask_of_mass(its))
-                groups[site].append(SitePlan.create(orders, its, self._bias(s, its), kept))
+        budget = SharedBudget if self.options.budget == "shared" else PerHeadBudget
+        densities = self.options.densities(self._density(sums, budget, device))
+        if self.method.time_groups is None:
+            of_groups = [sums] * len(densities)
+            budgets = [budget([self._worth(s) for s in sums], densities, device)]
+        else:
+            densities *= GROUPS if len(densities) == 1 else 1
+            of_groups = [[self._of_group(site, group) for site in sites] for group in range(GROUPS)]
+            budgets = [
+                budget([self._worth(s) for s in its], [density], device)
+                for its, density in zip(of_groups, densities, strict=True)
+            ]
         entries = {}
-        for site in sites:
-            entry, s = SitePlan.joined(groups[site]), self._sums[site]
-            rotate = s.logit_errors is not None and rotates(s.logit_errors, s.weight)
-            falloff = pack_falloff(s.falloff, s.received, entry.orders, self.layout.grid)
-            entries[site] = replace(entry, falloff=falloff, rotate=rotate)
+        for number, site in enumerate(sites):
+            masks = [mask for each in budgets for mask in each.masks(number)]
+            entries[site] = self._entry(sums[number], [its[number] for its in of_groups], masks)
         return entries
 
-    def _density(self, sums: list[SiteSums], worths: list[torch.Tensor], choose: Callable) -> float:
+    def _entry(self, total: SiteSums, of_groups: list[SiteSums], masks: list[torch.Tensor]) -> SitePlan:
+        """One site; of_groups: the sums that the mask of each group follows from."""
+        device = masks[0].device
+        orders = [total.candidates[i] for i in total.choice.tolist()]
+        density = [mask.float().mean((1, 2)) for mask in masks]
+        kept, biases, mass, mass_of = [], [], None, None
+        for s, mask, its_density in zip(of_groups, masks, density, strict=True):
+            if s is not mass_of:
+                mass_of, mass = s, s.mass.to(device).float()
+            kept.append(mass_kept(mass, s.mask_of_mass(mask)))
+            biases.append(self._bias(s, mask, its_density))
+        rotate = total.logit_errors is not None and rotates(total.logit_errors, total.weight)
+        falloff = pack_falloff(total.falloff.to(device), total.received.to(device), orders, self.layout.grid)
+        packed = [pack_bits(mask) for mask in masks]
+        bias = None if biases[0] is None else biases
+        return SitePlan.of_groups(orders, packed, masks[0].shape, density, bias, kept, to_cpu(falloff), rotate)
+
+    def _density(self, sums: list[SiteSums], budget, device: torch.device) -> float:
         """The density that was asked for, or what the share of the attention that was asked for takes."""
         density, target = self.options.density, self.options.mass_target
         if not target:
             return density
-        judged = [s.mask_of_mass(worth) for s, worth in zip(sums, worths, strict=True)]
-        return density_for([s.mass for s in sums], judged, target, density, choose, self.options.densities)
+
+        def choose(worths: list[torch.Tensor], its: float) -> list[torch.Tensor]:
+            made = budget([Worth(worth) for worth in worths], [its], device)
+            return [made.masks(site)[0] for site in range(len(worths))]
+
+        judged = [s.mask_of_mass(self._worth(s)) for s in sums]
+        return density_for(
+            [Worth(s.mass) for s in sums], judged, target, density, choose, self.options.densities, device
+        )
 
     def _logit_error(self, sums: list[SiteSums]) -> dict[str, float]:
         """Relative error that INT8 makes in the attention weights, by how it quantises: worst site."""
@@ -269,22 +293,31 @@ class Calibrator:
         }
         return replace(total, **parts)
 
-    def _by_mass(self, s: SiteSums) -> bool:
-        sparse_from_noise_on = self.method.criterion == "auto" and self.options.density_schedule == "steep"
-        return s.error is None or self.method.by_mass or sparse_from_noise_on
+    @property
+    def _steep(self) -> bool:
+        """Whether masks serve from the first step on, which begins with nothing but noise."""
+        return self.method.criterion == "auto" and self.options.density_schedule == "steep"
 
-    def _criterion(self, s: SiteSums) -> torch.Tensor:
+    def _by_mass_alone(self, layout: TokenLayout) -> bool:
+        """Whether errors of single blocks are not even kept, so that masses of every block are."""
+        return self.method.by_mass or (self._steep and layout.grid_tokens > SHARED_TOKENS)
+
+    def _by_mass(self, s: SiteSums) -> bool:
+        return s.error is None or self.method.by_mass or self._steep
+
+    def _worth(self, s: SiteSums) -> Worth:
         """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""
         if self._by_mass(s):
-            return s.mass / s.weight[:, None, None].to(s.mass.dtype)
-        return s.error / s.energy[:, None, None].clamp_min(1e-20).to(s.error.dtype)
+            return Worth(s.mass, s.weight)
+        return Worth(s.error, s.energy.clamp_min(1e-20))
 
     def _bias_by_error(self, s: SiteSums) -> bool:
         return s.curves is not None and self.method.bias == "error"
 
-    def _bias(self, s: SiteSums, mask: torch.Tensor) -> torch.Tensor | None:
+    def _bias(self, s: SiteSums, mask: torch.Tensor, density: torch.Tensor) -> torch.Tensor | None:
+        """The tail's bias under a mask whose heads have these densities `[H]`, float32 `[H]`."""
         if self.options.pool is None:
             return None
         if self._bias_by_error(s):
-            return bias_at(s.curves, mask.float().mean((1, 2)).cpu())
+            return bias_at(s.curves.to(density.device), density)
         return None if s.pooled is None else tail_bias(s.mass.to(mask.device), s.pooled.to(mask.device), mask)

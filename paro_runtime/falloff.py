@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels.problem import BLOCK_K
-from .orders import order_table
+from .orders import order_number, order_tables
 from .tokens import TokenLayout
 
 # The distances, in tokens, at which bins begin.
@@ -29,6 +29,7 @@ WEIGHT_STEPS, DRAW_STEPS, DRAW_ZERO = 10, 20, 128
 _SPREAD = tuple(1.2207440846057596**-power for power in (1, 2, 3))
 
 
+@lru_cache(maxsize=64)
 def axis_bins(extent: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Bin of each distance 0 .. extent - 1, int64, and the mean distance of each bin, float32.
 
@@ -52,7 +53,9 @@ def packed_width(grid: tuple[int, int, int]) -> int:
 
 
 @lru_cache(maxsize=4)
-def _rows(grid: tuple[int, int, int], rows: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
+def _rows(
+    grid: tuple[int, int, int], rows: int, device: torch.device
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...], torch.Tensor]:
     """Grid index of the sampled queries, int64 `[n]`; the bin of every coordinate as seen from each, one-hot float32
     `[n, extent, bins]` per axis; how many pairs fall into each bin, float32 `[bins F, H, W]`."""
     tokens, longest = math.prod(grid), max(grid)
@@ -70,7 +73,7 @@ def _rows(grid: tuple[int, int, int], rows: int) -> tuple[torch.Tensor, tuple[to
         away = (torch.arange(extent) - at[:, axis, None]).abs()
         seen.append((bins[away][..., None] == torch.arange(len(centres))).float())
     pairs = torch.einsum("ra,rb,rc->abc", *(s.sum(1) for s in seen))
-    return index, tuple(seen), pairs
+    return index.to(device), tuple(s.to(device) for s in seen), pairs.to(device)
 
 
 def observe_falloff(
@@ -88,9 +91,8 @@ def observe_falloff(
     """
     batch, heads, _, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
-    index, seen, pairs = _rows(layout.grid, rows)
-    index, pairs = index.to(q.device) + layout.prefix, pairs.to(q.device)
-    by_f, by_h, by_w = (s.to(q.device) for s in seen)
+    index, (by_f, by_h, by_w), pairs = _rows(layout.grid, rows, q.device)
+    index = index + layout.prefix
     f, h, w = layout.grid
     total = torch.zeros(heads, *pairs.shape, device=q.device)
     group = heads // k.shape[1]
@@ -113,7 +115,8 @@ def observe_falloff(
     return (total / (batch * pairs.clamp_min(1))).flatten(1)
 
 
-def _places_away(extent: int) -> torch.Tensor:
+@lru_cache(maxsize=16)
+def _places_away(extent: int, device: torch.device) -> torch.Tensor:
     """From each place of an axis, how many places lie in each bin of distance: float32 `[extent, bins]`."""
     bins, centres = axis_bins(extent)
     counts = bins.bincount()
@@ -122,26 +125,29 @@ def _places_away(extent: int) -> torch.Tensor:
     place = torch.arange(extent)[:, None]
     sides = [(last.minimum(room) - first + 1).clamp_min(0) for room in (place, extent - 1 - place)]
     here = torch.arange(len(centres)) == 0
-    return (sides[0] + sides[1] + here).float()
+    return (sides[0] + sides[1] + here).float().to(device)
 
 
-def _received(falloff: torch.Tensor, grid: tuple[int, int, int], order: str) -> torch.Tensor:
-    """Attention that each block of keys would get if distance were all: float32 `[k_blocks]` for falloff `[bins]`."""
-    table = falloff.view(falloff_shape(grid))
+def _received(falloff: torch.Tensor, grid: tuple[int, int, int], orders) -> torch.Tensor:
+    """Attention that each block of keys of a head's order would get if distance were all: float32 `[H, k_blocks]` for
+    falloff `[H, bins]`."""
+    device = falloff.device
+    table = falloff.unflatten(1, falloff_shape(grid))
     for extent in grid:
         # Contracting the first axis puts its places last: after three rounds the axes stand as they did.
-        table = torch.tensordot(table, _places_away(extent), ([0], [1]))
-    per_token = table.flatten()[order_table(order, grid).long()]
-    missing = -per_token.numel() % BLOCK_K
-    return torch.nn.functional.pad(per_token, (0, missing)).view(-1, BLOCK_K).sum(1)
+        table = torch.tensordot(table, _places_away(extent, device), ([1], [1]))
+    numbers = torch.tensor([order_number(name) for name in orders], device=device)
+    per_token = table.flatten(1).gather(1, order_tables(grid, device)[numbers].long())
+    missing = -per_token.shape[1] % BLOCK_K
+    return torch.nn.functional.pad(per_token, (0, missing)).unflatten(1, (-1, BLOCK_K)).sum(2)
 
 
 def pack_falloff(falloff: torch.Tensor, received: torch.Tensor, orders, grid: tuple[int, int, int]) -> torch.Tensor:
     """uint8 `[H, packed_width(grid)]` from falloff `[H, bins]` and the attention each block of keys of the heads'
-    orders got, `[H, k_blocks]`. Only ratios within a head are kept."""
-    falloff = falloff.float().cpu().clamp_min(1e-30)
-    expected = torch.stack([_received(row, grid, order) for row, order in zip(falloff, orders, strict=True)])
-    draw = received.float().cpu().clamp_min(1e-30) / expected
+    orders got, `[H, k_blocks]`, on their device. Only ratios within a head are kept."""
+    falloff = falloff.float().clamp_min(1e-30)
+    expected = _received(falloff, grid, orders)
+    draw = received.float().clamp_min(1e-30) / expected
     draw = draw / (draw * expected).sum(1, keepdim=True) * expected.sum(1, keepdim=True)
     weight = 255 + WEIGHT_STEPS * (falloff / falloff.amax(1, keepdim=True)).log()
     packed = torch.cat([weight, DRAW_ZERO + DRAW_STEPS * draw.log()], 1)

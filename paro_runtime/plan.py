@@ -10,6 +10,7 @@ import torch
 from ..kernels.kept_words import pack_bits, unpack_bits
 from ..kernels.problem import BLOCK_K
 from .orders import ALL_ORDERS
+from .tables import to_cpu
 from .tokens import TokenLayout
 
 
@@ -75,16 +76,20 @@ class SitePlan:
     ) -> SitePlan:
         """One group of steps, from a bool mask `[heads, q_blocks, k_blocks]` on any device; tail_bias and mass_kept
         are [heads]."""
-        return cls(
-            tuple(orders),
-            pack_bits(mask).cpu()[None],
-            tuple(mask.shape),
-            None if tail_bias is None else tail_bias.float().cpu()[None],
-            mask.float().mean((1, 2)).cpu()[None],
-            mass_kept.float().cpu()[None],
-            falloff,
-            rotate,
-        )
+        density = mask.float().mean((1, 2))
+        bias = None if tail_bias is None else [tail_bias]
+        return cls.of_groups(orders, [pack_bits(mask)], mask.shape, [density], bias, [mass_kept], falloff, rotate)
+
+    @classmethod
+    def of_groups(cls, orders, packed, shape, density, tail_bias, mass_kept, falloff=None, rotate=False) -> SitePlan:
+        """From what each group of steps has, in lists, on any device; falloff and rotate as they are."""
+
+        def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+            return to_cpu(torch.stack([part.float() for part in parts]))
+
+        bias = None if tail_bias is None else joined(tail_bias)
+        rest = (bias, joined(density), joined(mass_kept), falloff, rotate)
+        return cls(tuple(orders), to_cpu(torch.stack(list(packed))), tuple(shape), *rest)
 
     @classmethod
     def joined(cls, groups: Sequence[SitePlan]) -> SitePlan:

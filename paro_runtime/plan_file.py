@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from ..kernels.kept_words import unpack_bits
+from ..kernels.kept_words import count_bits, words_of_rows
 from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES, MOST_EXPANSIONS
 from .falloff import packed_width
 from .orders import ALL_ORDERS
@@ -24,6 +25,8 @@ from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .tokens import TokenLayout
 
 FORMAT = 4
+# Heads whose masks are looked at together when a file is checked.
+HEADS_AT_ONCE = 8
 LIMITS = {
     "metadata_bytes": 4 << 20,
     "sites": 4096,
@@ -75,16 +78,26 @@ def file_digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].contiguous().numpy().tobytes())
+        total.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
     return total.hexdigest()
 
 
 def load_plan(path: Path) -> Plan:
     """Read and check a plan file. Raises PlanError with one line on anything unexpected."""
+    return _opened(path, _read)
+
+
+def read_header(path: Path) -> Plan:
+    """What a plan file says about itself, as a plan without sites; nothing is known about its tensors yet. Raises
+    PlanError as `load_plan` does."""
+    return _opened(path, lambda file, name: _Header.read(file, name).plan({}))
+
+
+def _opened(path: Path, read: Callable[..., Plan]) -> Plan:
     name = Path(path).name
     try:
         with safe_open(path, framework="pt") as file:
-            return _read(file, name)
+            return read(file, name)
     except FileNotFoundError:
         reason = "no such file"
     except PlanError as error:
@@ -98,72 +111,103 @@ def load_plan(path: Path) -> Plan:
     raise PlanError(f"plan {name}: {reason if len(reason) <= 240 else reason[:237] + '...'}")
 
 
+@dataclass(frozen=True)
+class _Header:
+    """What a file declares, checked as far as it can be without its tensors. text: its JSON, and content: that parsed;
+    blocks: of a mask, (q_blocks, k_blocks)."""
+
+    text: str
+    content: dict
+    layout: TokenLayout
+    blocks: tuple[int, int]
+
+    @classmethod
+    def read(cls, file, name: str) -> _Header:
+        text = (file.metadata() or {}).get("paro")
+        if text is None:
+            raise PlanError(f"plan {name}: a safetensors file, but not a PARO plan")
+        if len(text) > LIMITS["metadata_bytes"]:
+            raise PlanError(f"plan {name}: header of {len(text)} bytes, at most {LIMITS['metadata_bytes']} are read")
+        header = json.loads(text)
+        if header["format"] != FORMAT:
+            raise PlanError(f"plan {name}: format {header['format']!r}, this version reads {FORMAT}")
+        prefix, grid, suffix = header["layout"]
+        groups = header["groups"]
+        numbers = [
+            prefix,
+            suffix,
+            *grid,
+            header["block_q"],
+            header["block_k"],
+            header["pool"],
+            header["expansions"],
+            groups,
+        ]
+        if not all(type(n) is int for n in numbers):
+            raise PlanError(f"plan {name}: the layout's numbers must be whole, found {numbers}")
+        if not 0 < groups <= LIMITS["groups"]:
+            raise PlanError(f"plan {name}: {groups} groups of steps, expected 1 to {LIMITS['groups']}")
+        layout = TokenLayout(prefix, tuple(grid), suffix)
+        if layout.length > LIMITS["grid_tokens"]:
+            raise PlanError(f"plan {name}: {layout.length} tokens, at most {LIMITS['grid_tokens']} are read")
+        block_q, block_k, pool, expansions = (header[key] for key in ("block_q", "block_k", "pool", "expansions"))
+        if block_q not in BLOCK_Q_CHOICES or block_k != BLOCK_K or pool < 1 or BLOCK_K % pool:
+            raise PlanError(f"plan {name}: blocks of {block_q} x {block_k} and pools of {pool} are not supported")
+        if not 0 <= expansions <= MOST_EXPANSIONS:
+            raise PlanError(f"plan {name}: {expansions} expansions of pools, expected 0 to {MOST_EXPANSIONS}")
+        names = header["order_names"]
+        if not isinstance(names, list) or any(order not in ALL_ORDERS for order in names):
+            raise PlanError(f"plan {name}: order names {names!r} are not all known")
+        if not 0 < len(header["sites"]) <= LIMITS["sites"]:
+            raise PlanError(f"plan {name}: {len(header['sites'])} sites, expected 1 to {LIMITS['sites']}")
+        made = cls(text, header, layout, (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // BLOCK_K)))
+        made._check_sites(name)
+        return made
+
+    def _check_sites(self, name: str) -> None:
+        budget, blocks = LIMITS["mask_bytes"], self.blocks
+        for entry in self.content["sites"]:
+            heads, *found = entry["shape"]
+            if type(heads) is not int or not 0 < heads <= LIMITS["heads"] or tuple(found) != blocks:
+                raise PlanError(
+                    f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}"
+                )
+            budget -= heads * (self.content["groups"] * math.prod(blocks) // 8 + self.falloff_width(entry))
+            if budget < 0:
+                raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
+            # Absent from plans made before it could be chosen.
+            rotate = entry.get("rotate", False)
+            if type(rotate) is not bool:
+                raise PlanError(f"plan {name}: rotate of {entry['name']!r} is {rotate!r}, expected true or false")
+
+    def falloff_width(self, entry: dict) -> int:
+        """Bytes per head of a site's falloff, 0 without one."""
+        return packed_width(self.layout.grid) if entry["falloff"] else 0
+
+    def plan(self, sites: dict[Site, SitePlan]) -> Plan:
+        """The plan with these sites."""
+        header = self.content
+        identity = ModelIdentity(**{key: str(value) for key, value in header["identity"].items()})
+        rest = (header["pool"], dict(header["settings"]), dict(header["made"]), header["expansions"])
+        return Plan(identity, self.layout, header["block_q"], sites, *rest)
+
+
 def _read(file, name: str) -> Plan:
-    metadata = file.metadata() or {}
-    text = metadata.get("paro")
-    if text is None:
-        raise PlanError(f"plan {name}: a safetensors file, but not a PARO plan")
-    if len(text) > LIMITS["metadata_bytes"]:
-        raise PlanError(f"plan {name}: header of {len(text)} bytes, at most {LIMITS['metadata_bytes']} are read")
-    header = json.loads(text)
-    if header["format"] != FORMAT:
-        raise PlanError(f"plan {name}: format {header['format']!r}, this version reads {FORMAT}")
-    prefix, grid, suffix = header["layout"]
-    groups = header["groups"]
-    numbers = [
-        prefix,
-        suffix,
-        *grid,
-        header["block_q"],
-        header["block_k"],
-        header["pool"],
-        header["expansions"],
-        groups,
-    ]
-    if not all(type(n) is int for n in numbers):
-        raise PlanError(f"plan {name}: the layout's numbers must be whole, found {numbers}")
-    if not 0 < groups <= LIMITS["groups"]:
-        raise PlanError(f"plan {name}: {groups} groups of steps, expected 1 to {LIMITS['groups']}")
-    layout = TokenLayout(prefix, tuple(grid), suffix)
-    if layout.length > LIMITS["grid_tokens"]:
-        raise PlanError(f"plan {name}: {layout.length} tokens, at most {LIMITS['grid_tokens']} are read")
-    block_q, pool, expansions = header["block_q"], header["pool"], header["expansions"]
-    if block_q not in BLOCK_Q_CHOICES or header["block_k"] != BLOCK_K or pool < 1 or BLOCK_K % pool:
-        raise PlanError(f"plan {name}: blocks of {block_q} x {header['block_k']} and pools of {pool} are not supported")
-    if not 0 <= expansions <= MOST_EXPANSIONS:
-        raise PlanError(f"plan {name}: {expansions} expansions of pools, expected 0 to {MOST_EXPANSIONS}")
-    names = header["order_names"]
-    if not isinstance(names, list) or any(order not in ALL_ORDERS for order in names):
-        raise PlanError(f"plan {name}: order names {names!r} are not all known")
-    blocks = (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // BLOCK_K))
-    if not 0 < len(header["sites"]) <= LIMITS["sites"]:
-        raise PlanError(f"plan {name}: {len(header['sites'])} sites, expected 1 to {LIMITS['sites']}")
-    sites, tensors, budget = {}, {}, LIMITS["mask_bytes"]
-    for number, entry in enumerate(header["sites"]):
-        heads, *found = entry["shape"]
-        if type(heads) is not int or not 0 < heads <= LIMITS["heads"] or tuple(found) != blocks:
-            raise PlanError(f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}")
-        width = packed_width(layout.grid) if entry["falloff"] else 0
-        budget -= heads * (groups * math.prod(blocks) // 8 + width)
-        if budget < 0:
-            raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
-        # Absent from plans made before it could be chosen.
-        rotate = entry.get("rotate", False)
-        if type(rotate) is not bool:
-            raise PlanError(f"plan {name}: rotate of {entry['name']!r} is {rotate!r}, expected true or false")
-        key = f"{number:04d}"
-        found = _read_site(file, name, key, groups, (heads, *blocks), names, entry["tail"], width)
+    header = _Header.read(file, name)
+    groups, names = header.content["groups"], header.content["order_names"]
+    sites, tensors = {}, {}
+    for number, entry in enumerate(header.content["sites"]):
+        key, shape = f"{number:04d}", (entry["shape"][0], *header.blocks)
+        found = _read_site(file, name, key, groups, shape, names, entry["tail"], header.falloff_width(entry))
         tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
-        sites[Site.parse(entry["name"])] = _site_plan(found, (heads, *blocks), names, rotate)
-    if len(sites) != len(header["sites"]):
+        sites[Site.parse(entry["name"])] = _site_plan(found, shape, names, entry.get("rotate", False))
+    if len(sites) != len(header.content["sites"]):
         raise PlanError(f"plan {name}: a site is named twice")
     if set(file.keys()) != set(tensors):
         raise PlanError(f"plan {name}: {len(file.keys())} tensors, {len(tensors)} are declared")
-    if metadata.get("paro_sha256") != file_digest(text, tensors):
+    if file.metadata().get("paro_sha256") != file_digest(header.text, tensors):
         raise PlanError(f"plan {name}: damaged, its checksum does not match")
-    identity = ModelIdentity(**{key: str(value) for key, value in header["identity"].items()})
-    settings, made = dict(header["settings"]), dict(header["made"])
-    return Plan(identity, layout, block_q, sites, pool, settings, made, expansions)
+    return header.plan(sites)
 
 
 def _read_site(
@@ -196,14 +240,27 @@ def _read_site(
         if part in tensors and not tensors[part].isfinite().all():
             raise PlanError(f"plan {name}: {key}.{part} holds a value that is not finite")
     for packed, density in zip(tensors["mask"], tensors["density"], strict=True):
-        mask = unpack_bits(packed, shape)
-        if not mask.any(2).all():
+        kept, least = _kept_blocks(packed, shape)
+        if not least:
             raise PlanError(f"plan {name}: {key}.mask has a row that keeps no block")
-        if (mask.float().mean((1, 2)) - density).abs().max() > 1e-3:
+        if (kept / math.prod(shape[1:]) - density).abs().max() > 1e-3:
             raise PlanError(f"plan {name}: {key}.mask does not have the density it declares")
     if tail and tensors["tail_bias"].abs().max() > 20:
         raise PlanError(f"plan {name}: {key}.tail_bias is beyond 20")
     return tensors
+
+
+def _kept_blocks(packed: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
+    """Kept blocks of each head, int64 `[heads]`, and of the row that keeps fewest. Takes a few times the memory of the
+    bits of HEADS_AT_ONCE heads, which begin at a whole byte each time."""
+    heads, counts = shape[0], []
+    for first in range(0, heads, HEADS_AT_ONCE):
+        some = min(HEADS_AT_ONCE, heads - first)
+        start, stop = (number * math.prod(shape[1:]) for number in (first, first + some))
+        words = words_of_rows(packed[start // 8 : -(-stop // 8)], (some, *shape[1:]))
+        counts.append(count_bits(words).sum(2))
+    counts = torch.cat(counts)
+    return counts.sum(1), int(counts.min())
 
 
 def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str], rotate) -> SitePlan:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+
 from .plan import ModelIdentity, Plan, PlanError
-from .plan_file import load_plan, save_plan
+from .plan_file import load_plan, read_header, save_plan
 from .recipes import MaskOptions
 from .tokens import TokenLayout
 
@@ -57,20 +60,71 @@ class PlanStore:
         save_plan(plan, path)
         return path
 
+    def save_beside(self, plan: Plan, told: Callable[[str], None]) -> threading.Thread:
+        """Write a plan in a thread of its own, which is returned; `told` hears in one line what went wrong."""
+
+        def save() -> None:
+            try:
+                # Tensors that were made under inference mode are read under it.
+                with torch.inference_mode():
+                    self.save(plan)
+            except Exception as error:  # a full or read-only disk, say, must not end the run
+                told(f"plan: could not be saved ({str(error)[:200] or type(error).__name__})")
+
+        thread = threading.Thread(target=save, name="paro-save")
+        thread.start()
+        return thread
+
     def find(
         self, identity: ModelIdentity, layout: TokenLayout, block_q: int, options: MaskOptions
-    ) -> tuple[Plan | None, str | None]:
-        """The plan saved earlier for this model, grid and options; else None and, if one was refused, why."""
+    ) -> tuple[FoundPlan | None, str | None]:
+        """The plan saved earlier for this model, grid and options; else None and, if one was refused, why. Only what
+        the file says about itself has been read by then."""
         name = _automatic_name(identity, layout, block_q, options.as_dict())
         path = self._path(name)
         if not path.is_file():
             return None, None
         try:
-            plan = load_plan(path)
+            header = read_header(path)
         except PlanError as error:
             return None, str(error)
-        reason = plan.unsuitable(identity, layout)
-        return (None, reason) if reason else (plan, None)
+        reason = header.unsuitable(identity, layout)
+        return (None, reason) if reason else (FoundPlan(path, header), None)
+
+
+class FoundPlan:
+    """A plan whose file is known to suit. Its orders and masks are read in a thread of their own, once that is asked
+    for."""
+
+    def __init__(self, path: Path, header: Plan) -> None:
+        """header: the plan without its sites, as `plan_file.read_header` gives it."""
+        self.header = header
+        self._path = path
+        self._plan: Plan | None = None
+        self._reason: Exception | None = None
+        self._thread = threading.Thread(target=self._read, name="paro-plan", daemon=True)
+
+    def begin_reading(self) -> FoundPlan:
+        """Start reading; once."""
+        self._thread.start()
+        return self
+
+    def _read(self) -> None:
+        try:
+            plan = load_plan(self._path)
+            if (plan.identity, plan.layout) != (self.header.identity, self.header.layout):
+                raise PlanError(f"plan {self._path.name}: was replaced while it was being read")
+            self._plan = plan
+        except Exception as error:  # told to whoever asks for the plan
+            self._reason = error
+
+    def plan(self) -> Plan:
+        """The whole plan, as soon as it is read, which must have begun. Raises PlanError, or whatever else kept it from
+        being read."""
+        self._thread.join()
+        if self._plan is None:
+            raise self._reason
+        return self._plan
 
 
 def automatic_name(plan: Plan) -> str:

@@ -8,6 +8,8 @@ of the attention weights. The 4-bit precisions always rotate, the 16-bit ones ne
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..kernels.problem import Geometry
@@ -36,12 +38,8 @@ def logit_errors(
     g, (batch, heads, _, dim) = geometry, q.shape
     scale = dim**-0.5 if scale is None else scale
     device, group = q.device, heads // k.shape[1]
-    rotation = hadamard_matrix(dim, device)
-    rows = torch.linspace(0, g.grid_tokens - 1, min(ROWS, g.grid_tokens), device=device).round().long()
-    blocks = torch.linspace(0, g.k_blocks - 1, min(BLOCKS, g.k_blocks), device=device).round().long()
-    places = (blocks[:, None] * g.block_k + torch.arange(g.block_k, device=device)).flatten()
-    # A short last block: its keys come twice, which changes neither its scale nor what is measured.
-    places = torch.where(places < g.grid_tokens, places, blocks.repeat_interleave(g.block_k) * g.block_k)
+    rotation = _rotation(dim, device)
+    rows, places = _looked_at(g, device)
     source = tables.long() + g.prefix
     head = torch.arange(heads, device=device)[:, None]
     result = torch.zeros(heads, len(CASES), device=device)
@@ -59,6 +57,22 @@ def logit_errors(
             constant = (weights * wrong).sum(2, keepdim=True)
             result[:, case] += (weights * (wrong - constant).square()).sum(2).mean(1) / batch
     return result
+
+
+@lru_cache(maxsize=4)
+def _rotation(dim: int, device: torch.device) -> torch.Tensor:
+    """Every site wants the same, and making it takes two dozen launches."""
+    return hadamard_matrix(dim, device)
+
+
+@lru_cache(maxsize=4)
+def _looked_at(g: Geometry, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions in the order of the rows and of the keys that are looked at, int64 `[n]` and `[n * block_k]`."""
+    rows = torch.linspace(0, g.grid_tokens - 1, min(ROWS, g.grid_tokens), device=device).round().long()
+    blocks = torch.linspace(0, g.k_blocks - 1, min(BLOCKS, g.k_blocks), device=device).round().long()
+    places = (blocks[:, None] * g.block_k + torch.arange(g.block_k, device=device)).flatten()
+    # A short last block: its keys come twice, which changes neither its scale nor what is measured.
+    return rows, torch.where(places < g.grid_tokens, places, blocks.repeat_interleave(g.block_k) * g.block_k)
 
 
 def root_mean(errors: torch.Tensor, weight: torch.Tensor) -> list[float]:

@@ -11,19 +11,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Hashable
 from dataclasses import replace
-from itertools import pairwise
 
 import torch
 
-from ..kernels.api import block_statistics, row_logsumexp
-from ..kernels.problem import Geometry, SparsePattern
-from ..kernels.reference import take_rows
+from ..kernels.problem import SparsePattern
+from .mean_queries import mean_query_masses
 from .plan import PER_GROUP, SitePlan
 from .selection import masks_of_counts
-from .tail import head_groups, of_key_heads, sampled_rows
-
-# Parts of a query block whose mean queries tell what it looks at.
-MEANS_PER_BLOCK = 4
 
 
 class SecondLook:
@@ -67,59 +61,6 @@ class SecondLook:
         with self._lock:
             self._first.clear()
             self._looked.clear()
-
-
-def with_mean_queries(q: torch.Tensor, geometry: Geometry, tables: torch.Tensor, parts: int) -> torch.Tensor:
-    """A copy of q `[B, H, L, D]` in which the rows of `sampled_rows`, so many of each query block, are the mean queries
-    of the block's parts, which follow each other in the head's order; tables int `[H, N]`. A last block of fewer rows
-    than parts stays as it is."""
-    g = geometry
-    index = tables.long() + g.prefix
-    ordered = take_rows(q, index)
-    whole = g.grid_tokens // g.block_q * g.block_q
-    rest = g.grid_tokens - whole
-    means = [ordered[:, :, :whole].unflatten(2, (-1, g.block_q // parts)).mean(3, dtype=torch.float32)]
-    if rest >= parts:
-        ends = [whole + part * rest // parts for part in range(parts + 1)]
-        means += [ordered[:, :, a:b].mean(2, keepdim=True, dtype=torch.float32) for a, b in pairwise(ends)]
-    means = torch.cat(means, 2).to(q.dtype)
-    places = sampled_rows(g, q.device, parts).flatten()[: means.shape[2]]
-    where = index[None, :, places, None].expand(means.shape)
-    return q.scatter(2, where, means)
-
-
-def mean_query_masses(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """Attention of MEANS_PER_BLOCK mean queries of each query block in each block of keys: float32
-    `[Hq, q_blocks, k_blocks]`, mean over the batch.
-
-    Arguments as in `observe`; tables int `[Hq, N]`; of key_bias only what keys outside the grid have is in the sums, as
-    in all block statistics. What a block of queries looks at shows in few of its means; of single rows it takes more.
-    Costs MEANS_PER_BLOCK / block_q of a dense attention.
-    """
-    g, heads = geometry, q.shape[1]
-    group = heads // k.shape[1]
-    places = sampled_rows(g, q.device, MEANS_PER_BLOCK).flatten()
-    rest = {"scale": scale, "backend": backend}
-    found = []
-    copies = 2 * q.shape[0] * g.length * q.shape[3] * q.element_size()
-    for some in head_groups(heads, group, copies):
-        keys, its = k[:, of_key_heads(some, group)], tables[some]
-        queries = with_mean_queries(q[:, some], g, its, MEANS_PER_BLOCK)
-        tokens = its.long()[:, places] + g.prefix
-        lse = row_logsumexp(take_rows(queries, tokens), keys, key_bias=key_bias, **rest)
-        lse = torch.zeros(queries.shape[:3], device=q.device).scatter_(2, tokens.expand_as(lse), lse)
-        looks = {"rows_per_block": MEANS_PER_BLOCK, **rest}
-        found.append(block_statistics(queries, keys, lse, g, its, **looks).mass)
-    return torch.cat(found)
 
 
 def masks_anew(

@@ -12,11 +12,14 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..kernels.statistics_reference import BlockStatistics
+from .tables import Worth
 
 # A head keeps at least this share of the density that was asked for: diffuse heads must not be starved.
 HEAD_FLOOR = 0.25
 # Threshold search looks at no more values than this; beyond it a regular subsample decides.
 THRESHOLD_VALUES = 1 << 24
+# The same for the comparison of orders, of each head.
+RANKED_VALUES = 4096
 # The density that keeps a wanted share of the attention is sought to this precision, on at most about so many blocks.
 DENSITY_STEP = 1 / 512
 TARGET_VALUES = 1 << 22
@@ -30,6 +33,27 @@ def mass_kept_scores(seen: Sequence[BlockStatistics], density: float) -> torch.T
         count = max(1, round(density * flat.shape[1]))
         columns.append(flat.topk(count, 1).values.sum(1) / flat.sum(1).clamp_min(1e-20))
     return torch.stack(columns, 1)
+
+
+def estimated_mass_kept(sums: torch.Tensor, density: float) -> torch.Tensor:
+    """The same for sums `[..., n, k_blocks]`, float32 `[...]`, without ranking them all: where the threshold lies is
+    estimated, and blocks that are worth as much as it make up for what that is off."""
+    flat = sums.flatten(-2)
+    count = max(1, round(density * flat.shape[-1]))
+    some = flat[..., :: sample_stride(flat.shape[-1] / RANKED_VALUES, sums.shape[-1])]
+    rank = min(max(1, round(density * some.shape[-1])), some.shape[-1])
+    threshold = some.sort(-1, descending=True).values[..., rank - 1, None]
+    above = flat >= threshold
+    missing = count - above.sum(-1)
+    return (flat.mul(above).sum(-1) + missing * threshold[..., 0]) / flat.sum(-1).clamp_min(1e-20)
+
+
+def sample_stride(least: float, columns: int) -> int:
+    """Stride of at least so much through rows of `columns` values: it comes to every column alike."""
+    stride = max(1, math.ceil(least))
+    while stride > 1 and math.gcd(stride, columns) > 1:
+        stride += 1
+    return stride
 
 
 def paper_scores(seen: Sequence[BlockStatistics], alpha: float, sigma: float = 1.0) -> torch.Tensor:
@@ -64,8 +88,7 @@ def best_of_rows(mass: torch.Tensor, density: float) -> torch.Tensor:
 
 def _must_keep(mass: torch.Tensor, density: float) -> torch.Tensor:
     """Blocks that stay whatever the threshold: the best of every row and the head's floor. bool like mass."""
-    keep = torch.zeros_like(mass, dtype=torch.bool)
-    keep.scatter_(2, mass.argmax(2, keepdim=True), True)
+    keep = _best_of_every_row(mass)
     floor = int(density * HEAD_FLOOR * mass[0].numel())
     if floor:
         best = mass.flatten(1).topk(floor, 1).indices
@@ -73,47 +96,112 @@ def _must_keep(mass: torch.Tensor, density: float) -> torch.Tensor:
     return keep
 
 
+class SharedBudget:
+    """Masks of several sites, for some densities, by one threshold for each density: made one site at a time.
+
+    worths: of each site, `[H, q_blocks, k_blocks]`. The mean density over all sites is the one asked for, or more where
+    the blocks that must stay demand it. Works on `device` with one site at a time (a site of 40 heads and 75,600 tokens
+    has 28 million blocks). Of many blocks a regular sample decides.
+    """
+
+    def __init__(self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu") -> None:
+        self._worths, self._densities, self._device = worths, densities, device
+        total = sum(worth.numel() for worth in worths)
+        self._exact = total <= THRESHOLD_VALUES
+        self._floors: list[list[torch.Tensor]] = []
+        samples: list[list[torch.Tensor]] = [[] for _ in densities]
+        for worth in worths if min(densities) < 1 else ():
+            value = worth.on(device)
+            if self._exact:
+                some = value.flatten(1)
+                musts = [_must_keep(value, density).flatten(1) for density in densities]
+            else:
+                stride = sample_stride(total / THRESHOLD_VALUES, worth.shape[2])
+                some = value.flatten(1)[:, ::stride]
+                floors = _floors(some, densities)
+                best = _best_of_every_row(value).flatten(1)[:, ::stride]
+                musts = [best | (some >= floor[:, None]) for floor in floors]
+                self._floors.append(floors)
+            for sample, must in zip(samples, musts, strict=True):
+                sample.append(some.masked_fill(must, math.inf).flatten())
+        self._thresholds = [
+            _threshold(torch.cat(sample), density) if sample else 0.0
+            for sample, density in zip(samples, densities, strict=True)
+        ]
+
+    def masks(self, site: int) -> list[torch.Tensor]:
+        """bool `[H, q_blocks, k_blocks]` on the device, one for each density."""
+        value = self._worths[site].on(self._device)
+        return [self._mask(site, number, value) for number in range(len(self._densities))]
+
+    def _mask(self, site: int, number: int, value: torch.Tensor) -> torch.Tensor:
+        density, threshold = self._densities[number], self._thresholds[number]
+        if density >= 1:
+            return torch.ones_like(value, dtype=torch.bool)
+        if self._exact:
+            return _must_keep(value, density).logical_or_(value >= threshold)
+        # Where nearly all is zero the threshold is, too, and would keep every block.
+        least = self._floors[site][number].clamp(1e-38, max(threshold, 1e-38))
+        return _best_of_every_row(value).logical_or_(value >= least[:, None, None])
+
+
+class PerHeadBudget:
+    """As `SharedBudget`, with the same density in every head."""
+
+    def __init__(self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu") -> None:
+        self._worths, self._densities, self._device = worths, densities, device
+
+    def masks(self, site: int) -> list[torch.Tensor]:
+        """bool `[H, q_blocks, k_blocks]` on the device, one for each density."""
+        value = self._worths[site].on(self._device)
+        ranked = value.masked_fill(_best_of_every_row(value), math.inf).flatten(1)
+        masks = []
+        for density in self._densities:
+            count = max(round(density * ranked.shape[1]), value.shape[1])
+            best = ranked.topk(min(count, ranked.shape[1]), 1).indices
+            masks.append(torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True).view_as(value))
+        return masks
+
+
+def _best_of_every_row(value: torch.Tensor) -> torch.Tensor:
+    """The best block of every row of blocks; bool like value."""
+    return torch.zeros_like(value, dtype=torch.bool).scatter_(2, value.argmax(2, keepdim=True), True)
+
+
+def _floors(some: torch.Tensor, densities: Sequence[float]) -> list[torch.Tensor]:
+    """From which value on heads keep their floor, float32 `[H]` for each density, by a sample `[H, n]` of blocks."""
+    ranked = some.sort(1, descending=True).values
+    ranks = [round(density * HEAD_FLOOR * ranked.shape[1]) for density in densities]
+    # Blocks that are worth nothing are not kept for the floor's sake.
+    return [ranked[:, rank - 1].clamp_min(1e-38) if rank else ranked[:, 0] + math.inf for rank in ranks]
+
+
+def _threshold(values: torch.Tensor, density: float) -> float:
+    """From which value on blocks are kept, of values `[n]` with infinity for those that must stay: infinity if they
+    are all that may."""
+    count = round(density * values.numel())
+    if density >= 1 or count <= int(values.isinf().sum()):
+        return math.inf
+    if values.is_cuda:  # where sorting all is faster than finding one
+        return values.sort().values[values.numel() - count].item()
+    return values.kthvalue(values.numel() - count + 1).values.item()
+
+
 def shared_masks(
     masses: Sequence[torch.Tensor], density: float, device: torch.device | str = "cpu"
 ) -> list[torch.Tensor]:
-    """Masks of several sites by one threshold; each mass is `[H, q_blocks, k_blocks]`, each mask bool alike.
-
-    The mean density over all of them is `density`, or more where the blocks that must stay demand it. Works on `device`
-    with one site at a time (a site of 40 heads and 75,600 tokens has 28 million blocks); masks are on the CPU.
-    """
-    if density >= 1:
-        return [torch.ones(mass.shape, dtype=torch.bool) for mass in masses]
-    stride = max(1, math.ceil(sum(mass.numel() for mass in masses) / THRESHOLD_VALUES))
-    kept, samples = [], []
-    for mass in masses:
-        value = mass.to(device).float()
-        keep = _must_keep(value, density)
-        samples.append(value.flatten()[::stride].masked_fill(keep.flatten()[::stride], math.inf))
-        kept.append(keep.cpu())
-    values = torch.cat(samples)
-    count = round(density * values.numel())
-    if count <= int(values.isinf().sum()):
-        return kept
-    threshold = values.kthvalue(values.numel() - count + 1).values
-    return [
-        ((mass.to(device).float() >= threshold) | keep.to(device)).cpu()
-        for mass, keep in zip(masses, kept, strict=True)
-    ]
+    """Masks of several sites by one threshold; each mass is `[H, q_blocks, k_blocks]`, each mask bool alike, on
+    `device`. See `SharedBudget`."""
+    budget = SharedBudget([Worth(mass) for mass in masses], [density], device)
+    return [budget.masks(site)[0] for site in range(len(masses))]
 
 
 def per_head_masks(
     masses: Sequence[torch.Tensor], density: float, device: torch.device | str = "cpu"
 ) -> list[torch.Tensor]:
     """Masks with the same density in every head; otherwise as `shared_masks`."""
-    result = []
-    for mass in masses:
-        value = mass.to(device).float()
-        best_of_row = torch.zeros_like(value, dtype=torch.bool).scatter_(2, value.argmax(2, keepdim=True), True)
-        ranked = value.masked_fill(best_of_row, math.inf).flatten(1)
-        count = max(round(density * ranked.shape[1]), mass.shape[1])
-        best = ranked.topk(min(count, ranked.shape[1]), 1).indices
-        result.append(torch.zeros_like(ranked, dtype=torch.bool).scatter_(1, best, True).view_as(mass).cpu())
-    return result
+    budget = PerHeadBudget([Worth(mass) for mass in masses], [density], device)
+    return [budget.masks(site)[0] for site in range(len(masses))]
 
 
 def masks_of_counts(worth: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
@@ -130,21 +218,22 @@ def masks_of_counts(worth: torch.Tensor, counts: torch.Tensor) -> list[torch.Ten
 
 
 def density_for(
-    masses: Sequence[torch.Tensor],
-    worths: Sequence[torch.Tensor],
+    masses: Sequence[Worth],
+    worths: Sequence[Worth],
     target: float,
     most: float,
     choose: Callable[[Sequence[torch.Tensor], float], list[torch.Tensor]],
     groups: Callable[[float], Sequence[float]] = lambda density: (density,),
+    device: torch.device | str = "cpu",
 ) -> float:
     """The least density, at most `most`, whose masks keep `target` of the attention, mean over heads and sites.
 
     masses, worths: attention of each block and what blocks are kept by, both `[H, q_blocks, k_blocks]` per site; choose
-    makes masks of worths and a density; groups: the densities of groups of steps that stand for one density, each group
-    counts alike. Large tables are judged by every n-th row of blocks.
+    makes masks of worths on `device` and a density; groups: the densities of groups of steps that stand for one
+    density, each group counts alike. Large tables are judged by every n-th row of blocks.
     """
     stride = max(1, math.ceil(sum(mass.numel() for mass in masses) / TARGET_VALUES))
-    masses, worths = ([table[:, ::stride].float() for table in tables] for tables in (masses, worths))
+    masses, worths = ([table[:, ::stride].on(device) for table in tables] for tables in (masses, worths))
 
     def kept(density: float) -> float:
         found = [

@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from safetensors import SafetensorError
 
 from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
@@ -26,7 +25,7 @@ from .correction import QueryCorrection
 from .evaluation import Evaluation
 from .patterns import PatternCache
 from .plan import IN_PASSING, ModelIdentity, Plan, PlanError, Site
-from .plan_store import PlanStore
+from .plan_store import FoundPlan, PlanStore
 from .portability import MovedPlanCheck, move_plan
 from .readiness import Readiness
 from .recipes import Recipe, mask_options, query_block
@@ -65,7 +64,11 @@ class Policy:
 
 @dataclass
 class Grid:
-    """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw."""
+    """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw.
+
+    coming: what `plan` is the beginning of, as long as its orders and masks are still being read; no sparse call may
+    come before that.
+    """
 
     layout: TokenLayout
     plan: Plan | None = None
@@ -73,6 +76,7 @@ class Grid:
     calibrator: Calibrator | None = None
     seen_step: int | None = None
     check: MovedPlanCheck | None = None
+    coming: FoundPlan | None = None
 
 
 class Session:
@@ -120,6 +124,7 @@ class Session:
         self.dense_off = False
         self.lasting = lasting
         self.calibration_seconds = 0.0
+        self.loading_seconds = 0.0  # waited for a plan that was found
         self.tail_seconds = 0.0
         self.backend = ""
         self.device = ""
@@ -131,6 +136,7 @@ class Session:
         self._unsuitable: dict[tuple, str | None] = {}
         self._logged: set[str] = set()
         self.clock = StepClock()
+        self._saving: list[threading.Thread] = []
         self.refresh = BiasRefresh() if refresh else None
         self.correction = QueryCorrection() if refresh and correct else None
         self.second_look = SecondLook() if refresh else None
@@ -172,6 +178,8 @@ class Session:
             grid = self._grids.get(layout.grid)
             if grid is None:
                 grid = self._grids[layout.grid] = self._open_grid(layout, step)
+            if grid.coming is not None and not self.schedule.is_dense_step(step):
+                self._receive_plan(grid, step)
             if grid.plan is None and grid.seen_step is not None and step != grid.seen_step:
                 self._close_calibration(grid)
             if grid.check is not None and step != self.clock.step:
@@ -195,8 +203,12 @@ class Session:
         """End of the run: close what calibration is still open, and report."""
         with self.lock:
             for grid in self._grids.values():
+                if grid.coming is not None:
+                    self._receive_plan(grid, self.steps)
                 if grid.plan is None and grid.seen_step is not None:
                     self._close_calibration(grid)
+            for saving in self._saving:
+                saving.join()
             self.clock.next(self.steps, "", self.counts.sparse)
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self.patterns.clear()
@@ -236,14 +248,32 @@ class Session:
             found, note = self.policy.store.find(
                 self.policy.identity, layout, query_block(layout.grid_tokens), self.options
             )
-            if found is not None and not self._sees_better(found):
-                grid.plan, grid.source = found, "plan found"
+            if found is not None and not self._sees_better(found.header):
+                grid.plan, grid.source, grid.coming = found.header, "plan found", found.begin_reading()
                 return grid
             if note:
                 self.note(f"{note}; calibrating anew")
         if self.settings.calibrate:
             grid.calibrator, grid.source = self._calibrator(step), IN_PASSING
         return grid
+
+    def _receive_plan(self, grid: Grid, step: int) -> None:
+        """The plan that was found is needed from this step on: wait for it, or calibrate if it turns out damaged."""
+        coming, grid.coming = grid.coming, None
+        began = time.perf_counter()
+        try:
+            grid.plan = coming.plan()
+        except Exception as error:
+            damaged = isinstance(error, PlanError)
+            if self.settings.strict and not damaged:
+                raise
+            reason = str(error) if damaged else f"plan: could not be read ({type(error).__name__}: {str(error)[:200]})"
+            self.note(f"{reason}; calibrating anew")
+            grid.plan, grid.source = None, "none"
+            if self.settings.calibrate:
+                grid.calibrator, grid.source = self._calibrator(step), IN_PASSING
+        finally:
+            self.loading_seconds += time.perf_counter() - began
 
     def _sees_better(self, found: Plan) -> bool:
         """Whether a plan that a run made of its first step, of noise alone, is worth less than what this run will see
@@ -297,10 +327,7 @@ class Session:
             self.calibration_seconds += time.perf_counter() - began
         grid.calibrator = None
         if self.policy.store is not None:
-            try:
-                self.policy.store.save(grid.plan)
-            except (OSError, SafetensorError) as error:  # a full or read-only disk must not end the run
-                self.note(f"plan: could not be saved ({error})")
+            self._saving.append(self.policy.store.save_beside(grid.plan, self.note))
 
     def unsuitable_reason(self, tokens: int, q: torch.Tensor) -> str | None:
         """Why no call on a grid of `tokens` with such a q `[B, H, L, D]` can be PARO's, or None; asked once each."""

@@ -24,6 +24,10 @@ class Glimpse:
     used: torch.Tensor
     mask: torch.Tensor
 
+    def on_cpu(self) -> Glimpse:
+        """The same on the CPU."""
+        return Glimpse(self.preferred.cpu(), self.used.cpu(), self.mask.cpu())
+
 
 @dataclass(frozen=True)
 class Stability:
@@ -49,7 +53,8 @@ def glimpse(seen: Observation, density: float) -> Glimpse:
     blocks = seen.mass.shape[1]
     rows = torch.linspace(0, blocks - 1, min(BLOCKS, blocks), device=seen.mass.device).round().long()
     mask = best_of_rows(seen.mass[:, rows], density)
-    return Glimpse(first_best(seen.scores).cpu(), seen.choice.cpu(), mask.cpu())
+    # Where they were made: most runs have nothing to compare them with.
+    return Glimpse(first_best(seen.scores), seen.choice, mask)
 
 
 def _pair(a: Glimpse, b: Glimpse) -> tuple[float, float | None]:

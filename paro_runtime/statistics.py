@@ -3,9 +3,10 @@
 No pass looks at more rows than it must. To choose, some rows under every candidate order: on small grids the same rows
 for all orders, all of them on the smallest; on large ones some rows of some query blocks of each, their log-sum-exp
 first. Then, under the chosen orders and where the values are at hand, the tail's errors on a few rows of every block,
-which tell the block sums too. For ten orders on 75,600 tokens that is half a product Q K^T and half a dense attention.
-Without values, or for masks by mass, block sums of every row instead: two products more. The falloff with distance
-comes from a few hundred rows. All of it is at most three dense attentions (`tests/unit/test_calibration_cost.py`).
+which tell the block sums too. Without values, or for masks by mass, block sums come from every row of small grids, and
+from a few mean queries of every block of large ones. The falloff with distance comes from a few hundred rows at most.
+What is looked at shrinks with the size of the grid: up to three dense attentions on the smallest, a third of one on
+75,600 tokens (`tests/unit/test_calibration_cost.py`). Nothing waits for the device on large grids.
 """
 
 from __future__ import annotations
@@ -15,23 +16,27 @@ from functools import lru_cache
 
 import torch
 
-from ..kernels.api import block_statistics, row_logsumexp
+from ..kernels.api import block_statistics, query_sums, row_logsumexp
 from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import BlockStatistics, block_positions, block_sizes
 from .falloff import observe_falloff
+from .mean_queries import mean_query_masses
 from .orders import ORIGINAL, candidate_orders, order_table, tiled_orders
 from .rotation import logit_errors
-from .selection import mass_kept_scores, paper_scores
-from .tail import TailObservation, observe_tail
+from .selection import estimated_mass_kept, mass_kept_scores, paper_scores
+from .tail import TailObservation, bias_curves, observe_tail
 from .tokens import TokenLayout
 
-# Query blocks looked at when choosing an order, evenly spread, and rows in each of them: what a choice can go wrong by
-# depends on how many rows were seen, not on their share. Fewer where there are few, for the cost's sake.
-ORDER_BLOCKS, ORDER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
-ORDER_ROWS = 32
 # Up to SHARED_TOKENS grid tokens the same rows are looked at under all orders in one go (`sums_under_orders`): all, or
 # SHARED_ROWS of them. Samples of 512 rows took orders that cost 1 to 3 dB on the tiny model.
 SHARED_TOKENS, SHARED_ROWS = 8192, 4096
+# On larger grids, rows of so many query blocks, evenly spread: what a choice can go wrong by depends on how many rows
+# were seen, not on their share.
+ORDER_BLOCKS, ORDER_ROWS = 24, 16
+# Query blocks for the paper's metric, every row of them. Fewer where there are few, for the cost's sake.
+PAPER_BLOCKS, PAPER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
+# On large grids: rows of each block for the tail's errors, and of all for the falloff.
+LARGE_TAIL_ROWS, LARGE_FALLOFF_ROWS = 4, 64
 # What an order must be better by, as a share of its score, for a head to leave the one that it was observed under.
 LEAST_LEAD = 0.01
 # Attention weights of one chunk of rows: what a CPU's cache holds, and half of a large GPU's.
@@ -45,7 +50,8 @@ class StatisticsOptions:
     density: at which orders are compared. order: `mass`, `paper` or `original`. tiles: offer tiled orders to `mass`.
     pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels.pools`).
     pooled_mass: also measure the mass of pooled keys, plain means, for a bias that only makes the total mass right.
-    every_row: block sums of every row, for masks that are chosen by mass, even where the tail's sampled rows tell them.
+    by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
+    tail's sampled rows would tell them; on large grids no errors of single blocks then.
     alpha, sigma: of the paper's metric.
     """
 
@@ -55,7 +61,7 @@ class StatisticsOptions:
     expansions: int = MOST_EXPANSIONS
     tiles: bool = True
     pooled_mass: bool = False
-    every_row: bool = False
+    by_mass: bool = False
     alpha: float = 0.5
     sigma: float = 1.0
 
@@ -72,7 +78,8 @@ class Observation:
 
     scores  float32 [H, candidates], higher is better; the names are in `candidates`.
     choice  int64 [H]: index of the order under which the rest was taken.
-    mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's.
+    mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's or from
+            mean queries.
     falloff float32 [H, bins]: mean weight of a key by its distance, see `falloff.observe_falloff`.
     pooled  the same as mass with pooled keys, or None unless asked for.
     tail    errors of the tail, or None without a tail or without values.
@@ -100,10 +107,16 @@ def _table_on(name: str, grid: tuple[int, int, int], device: torch.device) -> to
     return order_table(name, grid).to(device)
 
 
-def order_sample(q_blocks: int, device: torch.device) -> torch.Tensor:
-    """Evenly spread query blocks for choosing the order, int64, rising."""
-    count = min(q_blocks, ORDER_BLOCKS_OF_FEW if q_blocks <= FEW_BLOCKS else ORDER_BLOCKS)
-    return torch.linspace(0, q_blocks - 1, count, device=device).round().long().unique()
+@lru_cache(maxsize=4)
+def _tables_on(names: tuple[str, ...], grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """int32 `[orders, N]`."""
+    return torch.stack([_table_on(name, grid, device) for name in names])
+
+
+def order_sample(q_blocks: int, count: int, device: torch.device) -> torch.Tensor:
+    """So many evenly spread query blocks, or as many as there are: int64, rising."""
+    # Brought to the device rather than made there: what is unique would be waited for.
+    return torch.linspace(0, q_blocks - 1, min(q_blocks, count)).round().long().unique().to(device)
 
 
 def observe(
@@ -130,7 +143,6 @@ def observe(
     geometry = geometry_of(layout, block_q)
     candidates = options.candidates(layout.grid)
     heads, kv_heads = q.shape[1], k.shape[1]
-    tables = [_table_on(name, layout.grid, q.device) for name in candidates]
     rest = {"scale": scale, "backend": backend}
     scores, masses = order_scores(q, k, geometry, options, key_bias=key_bias, **rest)
     total = scores if previous_scores is None else scores + previous_scores.to(scores.device)
@@ -141,23 +153,34 @@ def observe(
         its, best = per_group.gather(1, present[:, None])[:, 0], per_group.amax(1)
         choice = choice.where(best - its > LEAST_LEAD * best.abs(), present)
     choice = choice.repeat_interleave(heads // kv_heads)
-    rows = torch.stack(tables)[choice]
-    tail = None
-    if v is not None and options.pool is not None:
-        more = {"density": options.density, "pool": options.pool, "expansions": options.expansions}
-        tail = observe_tail(q, k, v, geometry, rows, key_bias=key_bias, **more, **rest)
+    rows = _tables_on(candidates, layout.grid, q.device)[choice]
+    large = layout.grid_tokens > SHARED_TOKENS
+    rest["key_bias"] = key_bias
     # Without values only the masses can tell a bias.
     pool = options.pool if options.pooled_mass or v is None else None
-    if pool is None and masses is not None:
-        full = BlockStatistics(torch.stack([masses[order][head] for head, order in enumerate(choice.tolist())]))
-    elif pool is None and tail is not None and not options.every_row:
-        full = BlockStatistics(tail.mass)
-    else:
-        lse = row_logsumexp(q, k, key_bias=key_bias, **rest)
+    mass = pooled = tail = None
+    if masses is not None and pool is None:
+        mass = torch.stack([masses[order][head] for head, order in enumerate(choice.tolist())])
+    elif large and pool is None and (options.by_mass or v is None or options.pool is None):
+        mass = mean_query_masses(q, k, geometry, rows, **rest)
+    if v is not None and options.pool is not None:
+        pools = {"pool": options.pool, "expansions": options.expansions}
+        if large and options.by_mass and mass is not None:
+            tail = TailObservation(curves=bias_curves(q, k, v, geometry, rows, mass, **pools, **rest))
+        else:
+            sizes = {"rows": LARGE_TAIL_ROWS} if large else {}
+            tail = observe_tail(q, k, v, geometry, rows, density=options.density, **sizes, **pools, **rest)
+    if mass is None and pool is None and tail is not None and not options.by_mass:
+        mass = tail.mass
+    if mass is None:
+        lse = row_logsumexp(q, k, **rest)
+        del rest["key_bias"]
         full = block_statistics(q, k, lse, geometry, rows, pool=pool, **rest)
-    falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias)
+        mass, pooled = full.mass, full.pooled
+    few = {"rows": LARGE_FALLOFF_ROWS} if large else {}
+    falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias, **few)
     errors = logit_errors(q, k, geometry, rows, scale=scale)
-    return Observation(candidates, scores, choice, full.mass, falloff, full.pooled, tail, errors)
+    return Observation(candidates, scores, choice, mass, falloff, pooled, tail, errors)
 
 
 def order_scores(
@@ -179,29 +202,40 @@ def order_scores(
         return mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density), masses
     if len(names) == 1:
         return torch.zeros(heads, 1, device=q.device), None
-    tables = [_table_on(name, g.grid, q.device) for name in names]
     if options.order == "paper":
-        looks = {"q_blocks": order_sample(g.q_blocks, q.device), "epsilon": 1 / g.grid_tokens, **rest}
+        count = PAPER_BLOCKS_OF_FEW if g.q_blocks <= FEW_BLOCKS else PAPER_BLOCKS
+        looks = {"q_blocks": order_sample(g.q_blocks, count, q.device), "epsilon": 1 / g.grid_tokens, **rest}
         lse = row_logsumexp(q, k, key_bias=key_bias, **rest)
+        tables = _tables_on(names, g.grid, q.device)
         seen = [block_statistics(q, k, lse, g, table.expand(heads, -1), **looks) for table in tables]
         return paper_scores(seen, options.alpha, options.sigma), None
     if g.grid_tokens <= SHARED_TOKENS:
         sums = sums_under_orders(q, k, g, names, scale=scale, key_bias=key_bias)
-        seen = [BlockStatistics(mass) for mass in sums]
-    else:
-        seen = sampled_sums(q, k, g, tables, key_bias, rest)
-    return mass_kept_scores(seen, options.density), None
+        return mass_kept_scores([BlockStatistics(mass) for mass in sums], options.density), None
+    sums = sampled_sums(q, k, g, names, ORDER_BLOCKS, ORDER_ROWS, key_bias=key_bias, **rest)
+    return estimated_mass_kept(sums, options.density).T, None
 
 
-def sampled_sums(q, k, g: Geometry, tables: list[torch.Tensor], key_bias, rest: dict) -> list[BlockStatistics]:
-    """Block sums under every order, estimated from ORDER_ROWS rows of some query blocks."""
-    sample = order_sample(g.q_blocks, q.device)
-    positions = block_positions(g, sample, ORDER_ROWS)[0].flatten()
-    tokens = torch.cat([table[positions] for table in tables]).long() + g.prefix
-    lse = torch.empty(q.shape[:3], device=q.device)
-    lse[:, :, tokens] = row_logsumexp(q[:, :, tokens], k, key_bias=key_bias, **rest)
-    looks = {"q_blocks": sample, "rows_per_block": ORDER_ROWS, **rest}
-    return [block_statistics(q, k, lse, g, table.expand(q.shape[1], -1), **looks) for table in tables]
+def sampled_sums(
+    q, k, g: Geometry, names: tuple[str, ...], blocks: int, rows: int, *, scale=None, key_bias=None, backend="auto"
+) -> torch.Tensor:
+    """Block sums under every order, estimated from rows of some query blocks: `[orders, Hq, blocks, k_blocks]`."""
+    tokens, share = _sampled_tokens(g, names, blocks, rows, q.device)
+    queries, rest = q[:, :, tokens], {"scale": scale, "backend": backend}
+    lse = row_logsumexp(queries, k, key_bias=key_bias, **rest)
+    tables = _tables_on(names, g.grid, q.device)[:, None].expand(-1, q.shape[1], -1)
+    return query_sums(queries, k, lse, g, tables, rows, **rest).mul_(share)
+
+
+@lru_cache(maxsize=4)
+def _sampled_tokens(
+    g: Geometry, names: tuple[str, ...], blocks: int, rows: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens that `sampled_sums` looks at, order by order, int64; what each stands for, float32 `[n, 1]`."""
+    sample = order_sample(g.q_blocks, blocks, torch.device("cpu"))
+    positions = block_positions(g, sample, rows)[0].flatten()
+    tokens = torch.cat([order_table(name, g.grid)[positions] for name in names]).long() + g.prefix
+    return tokens.to(device), (block_sizes(g, sample)[:, None] / rows).to(device)
 
 
 @dataclass(frozen=True)

@@ -2,43 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 
 import torch
 
 from .statistics import Observation
+from .tables import CodedTable, Offload, Table, to_cpu
 
-# Larger block tables are kept in 16 bits: 40 sites of a 720p model would not fit the memory otherwise. bfloat16, since
-# errors span many powers of ten.
+# Larger tables of blocks are kept in 16 bits where many observations are added up, and in 8 where a run has one or two:
+# 40 sites of a 720p model would not fit the memory otherwise. bfloat16, since errors span many powers of ten.
 FULL_PRECISION_ELEMENTS = 1 << 22
-
-
 # Query blocks whose mass is kept where blocks are not chosen by it.
 MASS_BLOCKS = 128
-# Tensors from this size on reach the CPU through pinned memory.
-PINNED_BYTES = 1 << 20
+# Tables of a run stay on its GPU up to this share of its memory, the others wait on the CPU.
+DEVICE_SHARE = 1 / 128
+TABLES = ("mass", "pooled", "error")
 
 
-def some_blocks(q_blocks: int) -> torch.Tensor:
+def some_blocks(q_blocks: int, device: torch.device) -> torch.Tensor:
     """The query blocks of a mass of MASS_BLOCKS, int64, rising."""
-    return torch.linspace(0, q_blocks - 1, min(q_blocks, MASS_BLOCKS)).round().long()
+    return _spread(q_blocks, min(q_blocks, MASS_BLOCKS), device)
 
 
-def to_cpu(x: torch.Tensor) -> torch.Tensor:
-    """x on the CPU, in ordinary memory. Straight there a GPU's copy runs at a twentieth of the bus's speed."""
-    if not x.is_cuda or x.nbytes < PINNED_BYTES:
-        return x.cpu()
-    # Torch keeps freed pinned memory for the next site, so one buffer serves all.
-    try:
-        pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    except RuntimeError:  # the system allows no more of it
-        return x.cpu()
-    return pinned.copy_(x).clone()
+@lru_cache(maxsize=16)
+def _spread(blocks: int, count: int, device: torch.device) -> torch.Tensor:
+    # Worked out on the CPU: another device may round another way.
+    return torch.linspace(0, blocks - 1, count).round().long().to(device)
 
 
 @dataclass
 class SiteSums:
-    """Sums on the CPU; `weight` counts, per head, the observations under its present order. H = query heads.
+    """Sums; `weight` counts, per head, the observations under its present order. H = query heads.
 
     With errors the mass is only told to people: it is that of up to MASS_BLOCKS query blocks, evenly spread.
     scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, pooled, error [H, q_blocks, k_blocks]; falloff
@@ -51,26 +46,31 @@ class SiteSums:
     scores: torch.Tensor
     choice: torch.Tensor
     weight: torch.Tensor
-    mass: torch.Tensor
+    mass: Table
     falloff: torch.Tensor
     received: torch.Tensor
-    pooled: torch.Tensor | None = None
-    error: torch.Tensor | None = None
+    pooled: Table | None = None
+    error: Table | None = None
     curves: torch.Tensor | None = None
     energy: torch.Tensor | None = None
     logit_errors: torch.Tensor | None = None
     done: set[tuple[int, int]] = field(default_factory=set)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that is a tensor, by field name."""
+        """Everything that is a tensor, by field name, coded tables as float32."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {name: value.float() if isinstance(value, CodedTable) else value for name, value in values.items()}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+    def on_cpu(self) -> SiteSums:
+        """The same on the CPU."""
+        return replace(self, **{name: to_cpu(value) for name, value in self.tensors().items()})
 
     def mask_of_mass(self, mask: torch.Tensor) -> torch.Tensor:
         """The rows of a mask `[H, q_blocks, k_blocks]` that `mass` is about."""
         if mask.shape[1] == self.mass.shape[1]:
             return mask
-        return mask[:, some_blocks(mask.shape[1]).to(mask.device)]
+        return mask[:, some_blocks(mask.shape[1], mask.device)]
 
     def add(self, more: SiteSums) -> None:
         """Fold in one more observation; heads whose order changed start anew with it."""
@@ -81,32 +81,68 @@ class SiteSums:
         self.weight = self.weight.where(same, 0) + more.weight
         for name in ("mass", "received", "pooled", "error", "curves", "energy", "logit_errors"):
             total, new = getattr(self, name), getattr(more, name)
-            if total is not None and new is not None:
-                keep = same.view(-1, *[1] * (total.dim() - 1))
-                setattr(self, name, (total.float().where(keep, 0) + new.float()).to(total.dtype))
+            if total is None or new is None:
+                continue
+            keep = same.view(-1, *[1] * (len(total.shape) - 1))
+            summed = total.to(new.device).float().where(keep, 0) + new.float()
+            coded = isinstance(total, CodedTable)
+            setattr(self, name, (CodedTable.of(summed) if coded else summed.to(total.dtype)).to(total.device))
 
 
-def stored(seen: Observation, with_error: bool) -> SiteSums:
-    """One observation as sums of one; the errors of single blocks are large and kept only where they are wanted."""
-    dtype = torch.float32 if seen.mass.numel() <= FULL_PRECISION_ELEMENTS else torch.bfloat16
+def stored(seen: Observation, with_error: bool, coded: bool) -> SiteSums:
+    """One observation as sums of one, where it was made; the errors of single blocks are large and kept only where they
+    are wanted. coded: large tables in 8 bits rather than in 16."""
+    large = seen.mass.numel() > FULL_PRECISION_ELEMENTS
 
-    def table(x: torch.Tensor | None) -> torch.Tensor | None:
-        return None if x is None else to_cpu(x.to(dtype))
+    def table(x: torch.Tensor | None) -> Table | None:
+        if x is None or not large:
+            return x
+        return CodedTable.of(x) if coded else x.bfloat16()
 
     tail, mass = seen.tail, seen.mass
-    if tail is not None and with_error and seen.pooled is None:
-        mass = mass[:, some_blocks(mass.shape[1]).to(mass.device)]
+    with_error = with_error and tail is not None and tail.error is not None
+    if with_error and seen.pooled is None:
+        mass = mass[:, some_blocks(mass.shape[1], mass.device)]
     return SiteSums(
         seen.candidates,
-        seen.scores.cpu(),
-        seen.choice.cpu(),
-        torch.ones(seen.choice.shape[0], dtype=torch.long),
+        seen.scores,
+        seen.choice,
+        torch.ones_like(seen.choice),
         table(mass),
-        seen.falloff.cpu(),
-        seen.mass.sum(1).cpu(),
+        seen.falloff,
+        seen.mass.sum(1),
         table(seen.pooled),
-        table(tail.error) if tail is not None and with_error else None,
-        None if tail is None else tail.curves.cpu(),
-        None if tail is None else tail.energy.cpu(),
-        None if seen.logit_errors is None else seen.logit_errors.cpu(),
+        table(tail.error) if with_error else None,
+        None if tail is None else tail.curves,
+        None if tail is None else tail.energy,
+        seen.logit_errors,
     )
+
+
+class Room:
+    """What a run may keep on its GPU of what it sees, and how much of that is taken. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+        self._offload = Offload()
+
+    def settled(self, sums: SiteSums) -> SiteSums:
+        """The same sums, with large tables on the CPU that find no more room on their GPU. What they hold is there
+        after the next call or `finish`."""
+        moved = {}
+        for name in TABLES:
+            table = getattr(sums, name)
+            if table is None or table.device.type != "cuda":
+                continue
+            most = torch.cuda.get_device_properties(table.device).total_memory * DEVICE_SHARE
+            if self._taken + table.nbytes <= most:
+                self._taken += table.nbytes
+            elif isinstance(table, CodedTable):
+                moved[name] = CodedTable(self._offload.take(table.codes), to_cpu(table.peak))
+            else:
+                moved[name] = self._offload.take(table)
+        return replace(sums, **moved)
+
+    def finish(self) -> None:
+        """Whatever was moved has arrived."""
+        self._offload.finish()

@@ -20,7 +20,7 @@ import torch
 from ..kernels.api import block_costs, row_moments
 from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import block_positions, block_sizes
-from ..kernels.tail_reference import BlockCosts, RowMoments, blocks_of
+from ..kernels.tail_reference import RowMoments, blocks_of
 
 # Rows looked at in every query block.
 ROWS_PER_BLOCK = 16
@@ -41,16 +41,17 @@ MASK_DENSITIES = (0.05, 0.1, 0.2, 0.4)
 class TailObservation:
     """Squared errors, in units of the squared output, summed over rows and channels; mean over the batch.
 
+    curves float32 [H, len(MASK_DENSITIES), len(BIASES)]: of the whole output, over CURVE_ROWS rows of some blocks.
     error  float32 [H, q_blocks, k_blocks]: of leaving a block to the tail, estimated for all of the block's rows.
     mass   float32 [H, q_blocks, k_blocks]: attention in each block, likewise estimated.
-    curves float32 [H, len(MASK_DENSITIES), len(BIASES)]: of the whole output, over CURVE_ROWS rows of some blocks.
     energy float32 [H]: squared output itself over the sampled rows.
+    All but the curves are None where single blocks were not measured.
     """
 
-    error: torch.Tensor
-    mass: torch.Tensor
     curves: torch.Tensor
-    energy: torch.Tensor
+    error: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
+    energy: torch.Tensor | None = None
 
 
 def sampled_rows(geometry: Geometry, device: torch.device, rows: int = ROWS_PER_BLOCK) -> torch.Tensor:
@@ -99,12 +100,13 @@ def _bias_errors(seen: RowMoments) -> torch.Tensor:
     return (change / total.clamp_min(1e-6).square()).sum(-1).mean(0)
 
 
-def _small_block_factor(costs: BlockCosts, density: float) -> torch.Tensor:
-    """e^c per head, float32 `[H]`, that makes the total right over the blocks a mask of this density would drop."""
-    blocks = costs.mass.shape[2]
+def _small_block_factor(mass: torch.Tensor, pooled: torch.Tensor, density: float) -> torch.Tensor:
+    """e^c per head, float32 `[H]`, that makes the total right over the blocks a mask of this density would drop; mass
+    and pooled `[H, n, k_blocks]` as in BlockCosts."""
+    blocks = mass.shape[2]
     count = min(blocks, 1 + round(density * blocks))
-    small = costs.mass < costs.mass.topk(count, 2).values[..., -1:]
-    true, pooled = (costs.mass * small).sum((1, 2)), (costs.pooled * small).sum((1, 2))
+    small = mass < mass.topk(count, 2).values[..., -1:]
+    true, pooled = (mass * small).sum((1, 2)), (pooled * small).sum((1, 2))
     return (true / pooled.clamp_min(1e-12)).clamp(0.3, 30)
 
 
@@ -142,10 +144,9 @@ def observe_tail(
     g, heads = geometry, q.shape[1]
     positions = sampled_rows(g, q.device, rows)
     size = block_sizes(g, torch.arange(g.q_blocks, device=q.device))
-    count = min(g.q_blocks, CURVE_BLOCKS)
-    some_blocks = torch.linspace(0, g.q_blocks - 1, count, device=q.device).round().long()
-    every = max(1, rows // CURVE_ROWS)
-    curve_rows = positions[some_blocks, every // 2 :: every].flatten()
+    sample = _curve_sample(g, positions)
+    # Many blocks and few rows of each: some blocks tell one factor for all.
+    judged = slice(None) if rows >= ROWS_PER_BLOCK else sample[0]
     group = heads // k.shape[1]
     rest = {"pool": pool, "scale": scale, "key_bias": key_bias, "backend": backend}
     parts: list[tuple[torch.Tensor, ...]] = []
@@ -153,15 +154,48 @@ def observe_tail(
         its = of_key_heads(some, group)
         call = (q[:, some], k[:, its], v[:, its], g, tables[some])
         costs = block_costs(*call, positions, expanded=expansions > 0, **rest)
-        factor = _small_block_factor(costs, density)[:, None, None]
+        factor = _small_block_factor(costs.mass[:, judged], costs.pooled[:, judged], density)[:, None, None]
         error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
-        levels = torch.zeros(error.shape, dtype=torch.uint8, device=q.device)
-        levels[:, some_blocks] = _levels(error[:, some_blocks])
-        seen = row_moments(*call, curve_rows, levels, len(MASK_DENSITIES), expansions=expansions, **rest)
+        curves = _curves(*call, error, sample, expansions=expansions, **rest)
         share = size[:, None] / rows
-        parts.append((error.mul_(share), costs.mass.mul_(share), _bias_errors(seen), costs.energy))
-    error, mass, curves, energy = (torch.cat(part) for part in zip(*parts, strict=True))
-    return TailObservation(error, mass, curves, energy)
+        parts.append((curves, error.mul_(share), costs.mass.mul_(share), costs.energy))
+    return TailObservation(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+
+def bias_curves(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    worth: torch.Tensor,
+    *,
+    pool: int,
+    expansions: int = MOST_EXPANSIONS,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The curves of `observe_tail` where what masks keep blocks by is known: worth `[Hq, q_blocks, k_blocks]`."""
+    sample = _curve_sample(geometry, sampled_rows(geometry, q.device, CURVE_ROWS))
+    rest = {"pool": pool, "expansions": expansions, "scale": scale, "key_bias": key_bias, "backend": backend}
+    return _curves(q, k, v, geometry, tables, worth, sample, **rest)
+
+
+def _curve_sample(g: Geometry, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Query blocks on which biases are tried, int64, and CURVE_ROWS of the positions `[q_blocks, rows]` of each."""
+    count = min(g.q_blocks, CURVE_BLOCKS)
+    some_blocks = torch.linspace(0, g.q_blocks - 1, count, device=positions.device).round().long()
+    every = max(1, positions.shape[1] // CURVE_ROWS)
+    return some_blocks, positions[some_blocks, every // 2 :: every].flatten()
+
+
+def _curves(q, k, v, g: Geometry, tables, worth: torch.Tensor, sample, **rest) -> torch.Tensor:
+    """Squared error of every bias under masks that keep the blocks of most worth: `TailObservation.curves`."""
+    some_blocks, rows = sample
+    levels = torch.zeros(worth.shape, dtype=torch.uint8, device=worth.device)
+    levels[:, some_blocks] = _levels(worth[:, some_blocks])
+    return _bias_errors(row_moments(q, k, v, g, tables, rows, levels, len(MASK_DENSITIES), **rest))
 
 
 def observe_bias(

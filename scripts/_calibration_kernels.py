@@ -13,9 +13,9 @@ UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "add")
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `rows`, `costs`, `sums`, `few` (the same for few rows),
-    `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the correction wants them), `pools+` (in float32, as
-    the moments do), `means32` and `pools32` (of float32 inputs)."""
+    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `orders`, `rows`, `costs`, `sums`, `few` (the same for
+    few rows), `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the correction wants them), `pools+` (in
+    float32, as the moments do), `means32` and `pools32` (of float32 inputs)."""
 
     capability: int
     dim: int
@@ -24,7 +24,7 @@ class CalibrationRow:
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[CalibrationRow]:
     """Every kernel at every head dimension; quick: the costs of blocks at D = 128, which is the tightest."""
-    every = ("lse", "blocks", "rows", "costs", "sums", "few", "moments", "correct", "finish", *UNLOOPED)
+    every = ("lse", "blocks", "orders", "rows", "costs", "sums", "few", "moments", "correct", "finish", *UNLOOPED)
     kernels = ("costs",) if quick else every
     return [
         CalibrationRow(c, d, kernel) for c in capabilities for d in (DIMS[:1] if quick else DIMS) for kernel in kernels
@@ -43,6 +43,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         triton_correction,
         triton_moments,
         triton_pools,
+        triton_query_sums,
         triton_statistics,
         triton_tail,
     )
@@ -56,11 +57,17 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     constants: dict = {"D": row.dim, "PADDED_D": row.dim, "BLOCK_Q": 128, "POOL": 64, "PER_BLOCK": 16}
     constants |= dict.fromkeys(("BIASED", "WIDE", "ACCUMULATE"), False) | dict.fromkeys(("key_bias", "units"))
     constants |= dict.fromkeys(("stride_qd", "stride_kd", "stride_vd"), 1)
-    if row.kernel in ("lse", "blocks"):
+    if row.kernel in ("lse", "blocks", "orders"):
         tile = triton_statistics.statistics_tile(capability, row.dim, wide=False)
         rows, keys, warps, stages = tile.rows, tile.keys, tile.warps, tile.stages
-        kernel = {"lse": triton_statistics._row_logsumexp, "blocks": triton_statistics._block_statistics}[row.kernel]
+        kernel = {
+            "lse": triton_statistics._row_logsumexp,
+            "blocks": triton_statistics._block_statistics,
+            "orders": triton_query_sums._query_sums,
+        }[row.kernel]
         constants |= {"KEYS": keys, "PRECISION": "tf32"}
+        if row.kernel == "orders":
+            constants |= {"KEYS": 64, "BLOCKS": keys // 64}
         if row.kernel == "blocks":
             constants |= {"PER_BLOCK": 128, "KEYS": 64, "BLOCKS": keys // 64, "DETAILED": False}
             constants |= {"maximum": None, "small": None}

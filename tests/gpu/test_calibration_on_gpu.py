@@ -5,9 +5,9 @@ import torch
 from comfyui_paro.kernels.api import block_costs, block_statistics, row_logsumexp, row_moments
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.mean_queries import mean_query_masses
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import MaskOptions
-from comfyui_paro.paro_runtime.second_look import mean_query_masses
 from comfyui_paro.paro_runtime.selection import masks_of_counts
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, sums_under_orders
 from comfyui_paro.paro_runtime.tail import observe_bias, sampled_rows

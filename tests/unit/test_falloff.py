@@ -67,7 +67,7 @@ def test_a_few_hundred_rows_stand_for_all():
 
 def test_long_axes_are_measured_by_fewer_rows(monkeypatch):
     monkeypatch.setattr(falloff_module, "ONE_HOT_ELEMENTS", 1)
-    index, seen, _ = falloff_module._rows((1, 1, 999), 256)
+    index, seen, _ = falloff_module._rows((1, 1, 999), 256, torch.device("cpu"))
     assert index.numel() == 32 and seen[2].shape[0] == 32
     falloff_module._rows.cache_clear()
 
@@ -78,7 +78,7 @@ def test_what_a_block_of_keys_receives_by_distance_alone(grid, order):
     falloff = torch.rand(math.prod(falloff_shape(grid)))
     per_key = falloff[bins_of_pairs(grid)].sum(0)[order_table(order, grid).long()]
     wanted = torch.stack([part.sum() for part in per_key.split(BLOCK_K)])
-    torch.testing.assert_close(falloff_module._received(falloff, grid, order), wanted)
+    torch.testing.assert_close(falloff_module._received(falloff[None], grid, [order])[0], wanted)
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -86,9 +86,7 @@ def test_bytes_keep_weights_and_draws_to_a_few_percent(grid):
     torch.manual_seed(1)
     orders = ("FHW", "WHF", "HWF")
     falloff = torch.exp(-8 * torch.rand(3, math.prod(falloff_shape(grid))))
-    plain = torch.stack(
-        [falloff_module._received(row, grid, order) for row, order in zip(falloff, orders, strict=True)]
-    )
+    plain = falloff_module._received(falloff, grid, orders)
     draw = torch.ones_like(plain)
     draw[:, -1] = 3
     packed = pack_falloff(7 * falloff, plain * draw, orders, grid)

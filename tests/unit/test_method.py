@@ -16,8 +16,16 @@ from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.plan import ModelIdentity
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.selection import best_of_rows, density_for, mass_kept, per_head_masks, shared_masks
+from comfyui_paro.paro_runtime.selection import (
+    SharedBudget,
+    best_of_rows,
+    density_for,
+    mass_kept,
+    per_head_masks,
+    shared_masks,
+)
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, observe, sums_under_orders
+from comfyui_paro.paro_runtime.tables import Worth
 from comfyui_paro.paro_runtime.tail import (
     BIASES,
     NO_TAIL,
@@ -214,13 +222,14 @@ def test_a_full_gpu_leaves_the_masks_to_the_cpu(planted, monkeypatch):
     calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
     expected, asked = calibrator.plan({}), []
 
-    def full(masses, density, device):
-        asked.append(device.type)
-        if device.type != "cpu":
-            raise torch.OutOfMemoryError
-        return shared_masks(masses, density, device)
+    class Full(SharedBudget):
+        def __init__(self, worths, densities, device):
+            asked.append(device.type)
+            if device.type != "cpu":
+                raise torch.OutOfMemoryError
+            super().__init__(worths, densities, device)
 
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.shared_masks", full)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.SharedBudget", Full)
     calibrator._device = torch.device("cuda")
     plan = calibrator.plan({})
     assert asked == ["cuda", "cpu"] and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)
@@ -237,11 +246,11 @@ def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
 
 
 def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(planted, monkeypatch):
-    for name in ("SHARED_TOKENS", "SHARED_ROWS"):
-        monkeypatch.setattr(f"comfyui_paro.paro_runtime.statistics.{name}", 0)
+    # As on grids between SHARED_ROWS and SHARED_TOKENS tokens.
+    monkeypatch.setattr("comfyui_paro.paro_runtime.statistics.SHARED_ROWS", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     sampled = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original"), v=v)
-    exact = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original", every_row=True), v=v)
+    exact = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original", by_mass=True), v=v)
     assert torch.equal(sampled.mass, sampled.tail.mass) and not torch.equal(sampled.mass, exact.mass)
     torch.testing.assert_close(sampled.mass.sum((1, 2)), exact.mass.sum((1, 2)), rtol=0.05, atol=1)
     assert torch.corrcoef(torch.stack([sampled.mass.flatten(), exact.mass.flatten()]))[0, 1] > 0.95
@@ -319,7 +328,8 @@ def test_a_mass_target_is_judged_where_the_mass_is_known(planted, monkeypatch):
 
 
 def test_the_density_of_a_target_can_be_judged_by_some_rows(monkeypatch):
-    masses = [torch.rand(2, 64, 64) ** 6, torch.rand(3, 64, 64) ** 2]
+    masses = [Worth(torch.rand(2, 64, 64) ** 6), Worth(torch.rand(3, 64, 64) ** 2)]
+
     every = density_for(masses, masses, 0.8, 1.0, shared_masks)
     monkeypatch.setattr("comfyui_paro.paro_runtime.selection.TARGET_VALUES", 5 * 64 * 16)
     assert density_for(masses, masses, 0.8, 1.0, shared_masks) == pytest.approx(every, abs=0.03)

@@ -3,18 +3,23 @@
 import json
 import random
 import struct
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_paro.kernels.kept_words import pack_bits
 from comfyui_paro.paro_runtime import partial as partial_module
+from comfyui_paro.paro_runtime import plan_file as plan_file_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.falloff import packed_width
 from comfyui_paro.paro_runtime.plan import PER_GROUP, ModelIdentity, Plan, PlanError, Site, SitePlan
-from comfyui_paro.paro_runtime.plan_file import LIMITS, load_plan, save_plan
+from comfyui_paro.paro_runtime.plan_file import LIMITS, load_plan, read_header, save_plan
 from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.tokens import TokenLayout
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
 LAYOUT = TokenLayout(3, (4, 8, 10), 2)
@@ -283,6 +288,70 @@ def test_the_limit_counts_the_masks_of_every_group(tmp_path, monkeypatch):
     load_plan(tmp_path / "2.safetensors")
     with pytest.raises(PlanError, match="masks and falloffs over"):
         load_plan(tmp_path / "3.safetensors")
+
+
+def test_a_header_tells_all_but_the_sites(tmp_path):
+    plan, path = make_plan(), tmp_path / "p.safetensors"
+    save_plan(plan, path)
+    header = read_header(path)
+    assert header.sites == {} and same(replace(header, sites=plan.sites), plan)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(PlanError, match="not a complete safetensors file"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("heads", [1, 8, 13])
+def test_kept_blocks_are_counted_by_heads_and_rows(heads):
+    mask = torch.rand(heads, 5, 77) < 0.3
+    mask[:, :, 3] = True
+    mask[heads - 1, 4] = False
+    mask[heads - 1, 4, 76] = True
+    kept, least = plan_file_module._kept_blocks(pack_bits(mask), mask.shape)
+    assert torch.equal(kept, mask.sum((1, 2))) and least == mask.sum(2).min() == 1
+    mask[heads - 1, 4] = False
+    assert plan_file_module._kept_blocks(pack_bits(mask), mask.shape)[1] == 0
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of all storages that torch makes while this is on and that are alive at once, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.most = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._remove, key, size)
+
+    def _remove(self, key, size):
+        self._known.discard(key)
+        self.now -= size
+
+
+def test_reading_takes_a_few_times_the_file(tmp_path):
+    """Of one site of 40 heads at 480p."""
+    layout, shape = TokenLayout(0, (13, 30, 52)), (40, 159, 317)
+    masks = [torch.rand(shape) < 0.3 for _ in range(3)]
+    for mask in masks:
+        mask[:, :, 0] = True
+    entry = SitePlan.joined([SitePlan.create(("FHW",) * 40, mask, None, torch.ones(40)) for mask in masks])
+    path = tmp_path / "p.safetensors"
+    save_plan(Plan(IDENTITY, layout, 128, {Site("a", 0): entry}), path)
+    with LiveBytes() as live:
+        load_plan(path)
+    assert live.most < 4 * path.stat().st_size
 
 
 def test_a_row_that_keeps_nothing_is_refused_even_with_a_right_checksum(tmp_path):

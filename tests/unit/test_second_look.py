@@ -6,21 +6,22 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_paro.kernels.problem import Geometry
+from comfyui_paro.kernels.support import interpreted
 from comfyui_paro.paro_runtime import second_look as second_look_module
 from comfyui_paro.paro_runtime.attention import pattern_of
 from comfyui_paro.paro_runtime.calibration import Method
 from comfyui_paro.paro_runtime.correction import QueryCorrection
+from comfyui_paro.paro_runtime.mean_queries import mean_queries_of_blocks, mean_query_masses
 from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.patterns import PatternCache
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import recipe_for
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew, mean_query_masses, with_mean_queries
+from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew
 from comfyui_paro.paro_runtime.selection import masks_of_counts
 from comfyui_paro.paro_runtime.session import IN_PASSING, Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.tail import sampled_rows
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 LAYOUT = TokenLayout(3, (5, 8, 9), 2)
@@ -54,27 +55,37 @@ def test_fewer_than_a_block_a_row_and_blocks_worth_nothing():
     assert masks[1].sum() == 7 and masks[1, 2, 5]
 
 
+@pytest.mark.parametrize("backend", ["reference", "triton"])
 @pytest.mark.parametrize("tokens, block_q", [((5, 8, 9), 64), ((5, 8, 9), 128), ((1, 5, 13), 64), ((1, 1, 66), 64)])
-def test_mean_queries_stand_in_the_places_that_are_looked_at(tokens, block_q):
+def test_mean_queries_are_of_the_parts_of_each_block(tokens, block_q, backend):
+    if backend == "triton" and not interpreted():
+        pytest.skip("needs TRITON_INTERPRET=1")
     g = Geometry(3, tokens, 2, block_q)
-    q = torch.randn(2, 3, g.length, 8, dtype=torch.float16)
+    q = torch.randn(2, 3, g.length, 40, dtype=torch.float16)
     tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(3)]).int()
-    found = with_mean_queries(q, g, tables, 4)
-    places = sampled_rows(g, q.device, 4)
-    changed = torch.zeros(3, g.length, dtype=torch.bool)
+    found = mean_queries_of_blocks(q, g, tables, 4, backend)
+    assert found.shape == (2, 3, 4 * g.q_blocks, 40) and found.dtype == q.dtype
     for head in range(3):
         order = tables[head].long() + g.prefix
         for block in range(g.q_blocks):
             its = order[block * block_q : (block + 1) * block_q]
-            if len(its) < 4:
-                continue
             ends = [part * len(its) // 4 for part in range(5)]
-            for part in range(4):
-                token = order[places[block, part]]
-                expected = q[:, head, its[ends[part] : ends[part + 1]]].double().mean(1)
-                torch.testing.assert_close(found[:, head, token].double(), expected, atol=2e-3, rtol=0)
-                changed[head, token] = True
-    assert torch.equal(found[:, ~changed], q[:, ~changed])
+            for part, (a, b) in enumerate(itertools.pairwise(ends)):
+                # A block of fewer rows than parts: rows of it.
+                rows = its[a:b] if len(its) >= 4 else its[len(its) * (2 * part + 1) // 8, None]
+                expected = q[:, head, rows].double().mean(1)
+                torch.testing.assert_close(found[:, head, 4 * block + part].double(), expected, atol=2e-3, rtol=0)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("dtype, block_q", [(torch.float16, 128), (torch.float32, 64)])
+def test_masses_of_mean_queries_are_alike_in_the_interpreter(dtype, block_q):
+    """Grouped heads, two batch entries, text, views as the host gives them."""
+    g = Geometry(3, (5, 8, 9), 2, block_q)
+    q, k = (torch.randn(2, g.length, n, 40).to(dtype).transpose(1, 2) for n in (4, 2))
+    tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(2)]).int().repeat_interleave(2, 0)
+    found, expected = (mean_query_masses(q, k, g, tables, backend=backend) for backend in ("triton", "reference"))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
 @pytest.mark.parametrize("kv_heads, biased, block_q", [(4, False, 64), (2, True, 64), (2, False, 128)])
@@ -164,7 +175,8 @@ def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, skip=(), **
             evaluation.attend(SITE, q, k, v, dense=lambda v=v: v.clone(), blocks=1)
             evaluation.end()
             plan = session._grids[LAYOUT.grid].plan
-            session.masks.append(None if plan is None else plan.sites[SITE].packed.clone())
+            # A plan that was found has no sites yet in a dense step.
+            session.masks.append(plan.sites[SITE].packed.clone() if plan is not None and plan.sites else None)
     return session
 
 

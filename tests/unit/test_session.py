@@ -1,6 +1,7 @@
 """One run: dense steps, calibration on the way, plans found again, fallbacks, and what the report says."""
 
 import logging
+import threading
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from comfyui_paro.kernels.problem import PRECISIONS
 from comfyui_paro.kernels.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime import evaluation as evaluation_module
 from comfyui_paro.paro_runtime import patterns as patterns_module
+from comfyui_paro.paro_runtime import plan_store as plan_store_module
 from comfyui_paro.paro_runtime.attempt import Attempt
 from comfyui_paro.paro_runtime.attention import resolve_backend
 from comfyui_paro.paro_runtime.calibration import Calibrator, Method
@@ -361,6 +363,99 @@ def test_a_damaged_plan_in_the_folder_is_named_and_replaced(tmp_path):
     assert report.plan_source == "calibrated on the way"
     assert "calibrating anew" in report.notes[0] and path.name in report.notes[0]
     load_plan(path)
+
+
+def test_a_plan_damaged_behind_its_header_is_replaced_where_sparse_steps_would_begin(tmp_path):
+    """What the header says suits, so the dense steps see nothing; the step that needs the plan calibrates."""
+    store = PlanStore([], tmp_path)
+    sample(first := Session(policy(store=store), sigmas=SIGMAS))
+    first.finish()
+    (path,) = tmp_path.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    session = Session(policy(store=store), sigmas=SIGMAS)
+    results = sample(session)
+    assert {step for (step, _), pair in results.items() if was_dense(pair)} == {0, 1, 2}
+    report = session.finish()
+    assert report.plan_source == "calibrated on the way" and report.plan.made["step"] == 2
+    assert len(report.notes) == 1 and path.name in report.notes[0] and "calibrating anew" in report.notes[0]
+    assert report.fallbacks == [] and report.sites_sparse == 3
+    assert load_plan(path).made["step"] == 2
+
+
+@pytest.mark.parametrize("ends_early", [False, True])
+def test_a_plan_is_read_beside_the_dense_steps(tmp_path, monkeypatch, ends_early):
+    store = PlanStore([], tmp_path)
+    sample(first := Session(policy(store=store), sigmas=SIGMAS))
+    first.finish()
+    read, go_on = plan_store_module.load_plan, threading.Event()
+
+    def slow(path):
+        assert go_on.wait(60)
+        return read(path)
+
+    monkeypatch.setattr(plan_store_module, "load_plan", slow)
+    session = Session(policy(store=store), sigmas=SIGMAS)
+    for step, sigma in enumerate(SIGMAS[:2]):
+        evaluation = session.begin(layout=LAYOUT, sigma=sigma)
+        for site in SITES:
+            q, k, v = tensors(site, step)
+            evaluation.attend(site, q, k, v, dense=lambda v=v: v, blocks=3)
+        evaluation.end()
+    go_on.set()
+    if ends_early:
+        report = session.finish()
+        assert sorted(report.plan.sites) == SITES and report.calls == {"sparse": 0, "dense step": 6}
+    else:
+        sample(session)
+        assert session.finish().calls["sparse"] == 9
+    assert session.finish().plan_source == "plan found" and not session.notes
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_plan_that_cannot_be_read_for_want_of_memory_is_told(tmp_path, monkeypatch, strict):
+    store = PlanStore([], tmp_path)
+    sample(first := Session(policy(store=store), sigmas=SIGMAS))
+    first.finish()
+
+    def full(path):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(plan_store_module, "load_plan", full)
+    session = Session(policy(Settings(dense_steps=2, strict=strict), store), sigmas=SIGMAS)
+    if strict:
+        with pytest.raises(MemoryError):
+            sample(session)
+        return
+    sample(session)
+    report = session.finish()
+    assert report.notes == ["plan: could not be read (MemoryError: no room); calibrating anew"]
+    assert report.plan_source == "calibrated on the way"
+
+
+def test_whatever_keeps_a_plan_from_being_saved_is_told(tmp_path, monkeypatch):
+    """It happens beside the run, where an exception would be lost."""
+
+    def full(*_):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr(plan_store_module, "save_plan", full)
+    session = Session(policy(store=PlanStore([], tmp_path)), sigmas=SIGMAS)
+    sample(session)
+    assert session.finish().notes == ["plan: could not be saved (no room)"]
+
+
+def test_plans_are_made_saved_and_found_under_inference_mode(tmp_path):
+    """As the host runs everything; threads do not inherit it."""
+    store, sources = PlanStore([], tmp_path), []
+    with torch.inference_mode():
+        for _ in range(2):
+            sample(session := Session(policy(Settings(dense_steps=2, strict=True), store), sigmas=SIGMAS))
+            report = session.finish()
+            assert not report.notes and report.sites_sparse == 3
+            sources.append(report.plan_source)
+    assert sources == ["calibrated on the way", "plan found"]
 
 
 def test_a_calibrating_run_is_dense_and_feeds_the_chosen_steps():

@@ -1,0 +1,84 @@
+"""What blocks of queries look at, as told by a few mean queries of each."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+
+from ..kernels.api import STATISTICS_PRECISION, chosen_backend, query_sums, row_logsumexp
+from ..kernels.problem import Geometry
+from ..kernels.reference import take_rows
+from ..kernels.statistics_reference import block_sizes
+from .tail import head_groups, of_key_heads, sampled_rows
+
+# Parts of a query block whose mean queries tell what it looks at.
+MEANS_PER_BLOCK = 4
+
+
+def mean_query_masses(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """Attention of MEANS_PER_BLOCK mean queries of each query block in each block of keys: float32
+    `[Hq, q_blocks, k_blocks]`, mean over the batch.
+
+    Arguments as in `observe`; tables int `[Hq, N]`; of key_bias only what keys outside the grid have is in the sums, as
+    in all block statistics. What a block of queries looks at shows in few of its means; of single rows it takes more.
+    Costs MEANS_PER_BLOCK / block_q of a dense attention.
+    """
+    g, heads = geometry, q.shape[1]
+    group = heads // k.shape[1]
+    rest = {"scale": scale, "backend": backend}
+    found = []
+    for some in head_groups(heads, group, 2 * q.shape[0] * g.length * q.shape[3] * q.element_size()):
+        keys, its = k[:, of_key_heads(some, group)], tables[some]
+        queries = mean_queries_of_blocks(q[:, some], g, its, MEANS_PER_BLOCK, backend)
+        lse = row_logsumexp(queries, keys, key_bias=key_bias, **rest)
+        found.append(query_sums(queries, keys, lse, g, its[None], MEANS_PER_BLOCK, **rest)[0])
+    sizes = block_sizes(g, torch.arange(g.q_blocks, device=q.device))
+    return torch.cat(found) * (sizes[:, None] / MEANS_PER_BLOCK)
+
+
+def mean_queries_of_blocks(
+    q: torch.Tensor, geometry: Geometry, tables: torch.Tensor, parts: int, backend: str = "auto"
+) -> torch.Tensor:
+    """Mean queries of the parts of each query block, which follow each other in the head's order: `[B, H,
+    q_blocks * parts, D]` in q's type; q `[B, H, L, D]`, tables int `[H, N]`. Of a last block of fewer rows than parts,
+    rows of it."""
+    g = geometry
+    whole = g.grid_tokens // g.block_q * g.block_q
+    rest = g.grid_tokens - whole
+    index = tables.long() + g.prefix
+    means = []
+    if whole:
+        means.append(_of_whole_blocks(q, g, tables, index[:, :whole], g.block_q // parts, backend))
+    if rest >= parts:
+        last = take_rows(q, index[:, whole:])
+        ends = [part * rest // parts for part in range(parts + 1)]
+        means += [last[:, :, a:b].mean(2, keepdim=True, dtype=torch.float32).to(q.dtype) for a, b in pairwise(ends)]
+    elif rest:
+        means.append(take_rows(q, index[:, sampled_rows(g, q.device, parts)[-1]]))
+    return torch.cat(means, 2)
+
+
+def _of_whole_blocks(q, g: Geometry, tables: torch.Tensor, index: torch.Tensor, size: int, backend: str):
+    """Means of every `size` rows of the blocks that are whole, `[B, H, n, D]`; index: their rows."""
+    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
+        return take_rows(q, index).unflatten(2, (-1, size)).mean(3, dtype=torch.float32).to(q.dtype)
+    from ..kernels.call import padded_dim
+    from ..kernels.triton_pools import launch_mean_queries
+
+    batch, heads, _, dim = q.shape
+    count = index.shape[1] // size
+    means = torch.empty(batch * heads, count, padded_dim(dim), dtype=q.dtype, device=q.device)
+    # The parts are to the kernel what stretches of query blocks are elsewhere: as many, of a block each.
+    launch_mean_queries(q, replace(g, grid=(1, 1, index.shape[1]), block_q=size), tables, None, means)
+    return means.view(batch, heads, count, -1)[..., :dim]

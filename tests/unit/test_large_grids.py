@@ -1,0 +1,258 @@
+"""What is done on large grids instead of looking at everything: sampled rows and thresholds, tables in 8 bits."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
+from comfyui_paro.kernels.api import block_statistics, query_sums, row_logsumexp
+from comfyui_paro.kernels.problem import Geometry
+from comfyui_paro.kernels.statistics_reference import BlockStatistics
+from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.paro_runtime import statistics as statistics_module
+from comfyui_paro.paro_runtime.calibration import Calibrator, Method
+from comfyui_paro.paro_runtime.orders import order_table
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.selection import (
+    HEAD_FLOOR,
+    PerHeadBudget,
+    SharedBudget,
+    estimated_mass_kept,
+    mass_kept,
+    mass_kept_scores,
+    sample_stride,
+)
+from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, sampled_sums
+from comfyui_paro.paro_runtime.sums import stored
+from comfyui_paro.paro_runtime.tables import STEPS_PER_OCTAVE, CodedTable, Worth
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+
+IDENTITY = ModelIdentity("wan", "a", "b")
+SITE = Site("block", 0)
+GRID = (7, 12, 13)
+LAYOUT = TokenLayout(TEXT, GRID)
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return make_problem(GRID, HARD, samples=(1, 2))
+
+
+def test_a_byte_keeps_a_number_to_a_few_percent():
+    table = torch.exp2(-31 * torch.rand(3, 40, 50)) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    table[:, 3] = 0
+    coded = CodedTable.of(table)
+    assert coded.nbytes == coded.numel() == table.numel() and coded.shape == table.shape
+    found = coded.float()
+    assert (found[:, 3] == 0).all() and (found[:, 4:] > 0).all()
+    torch.testing.assert_close(found, table, rtol=2 ** (0.5 / STEPS_PER_OCTAVE) - 1 + 1e-3, atol=0)
+    assert torch.equal(found.argmax(2), CodedTable.of(found).float().argmax(2))
+    assert torch.equal(coded[:, ::7].float(), found[:, ::7])
+    # Nothing at all, and less than a byte can tell from nothing.
+    assert not CodedTable.of(torch.zeros(2, 4, 4)).float().any()
+    assert CodedTable.of(torch.tensor([[1.0, 2.0**-33]])).float().tolist() == [[1.0, 0.0]]
+
+
+def test_worths_of_coded_tables_are_over_their_unit():
+    table, unit = torch.rand(3, 8, 9) + 0.1, torch.tensor([1, 2, 4])
+    found = Worth(CodedTable.of(table), unit).on("cpu")
+    torch.testing.assert_close(found, table / unit[:, None, None], rtol=0.05, atol=0)
+    half = table.bfloat16()
+    assert torch.equal(Worth(half, unit)[:, ::2].on("cpu"), half[:, ::2].float() / unit[:, None, None])
+
+
+def test_two_observations_of_coded_tables_add_up(planted, monkeypatch):
+    """Conditionings that the host runs apart; a head that changes its order starts anew."""
+    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.FULL_PRECISION_ELEMENTS", 0)
+    options = StatisticsOptions(0.25)
+    seen = [
+        statistics_module.observe(planted.q[i : i + 1], planted.k[i : i + 1], LAYOUT, 64, options, v=planted.v[:1])
+        for i in range(2)
+    ]
+    seen[1] = replace(seen[1], choice=seen[0].choice.clone())
+    seen[1].choice[4] = (seen[0].choice[4] + 1) % 6
+    sums, more = (stored(each, True, coded=True) for each in seen)
+    assert isinstance(sums.error, CodedTable)
+    sums.add(more)
+    assert sums.weight.tolist() == [2] * 4 + [1] + [2] * 7 and isinstance(sums.error, CodedTable)
+    expected = seen[0].tail.error + seen[1].tail.error
+    expected[4] = seen[1].tail.error[4]
+    largest = expected.flatten(1).amax(1)[:, None, None]
+    assert ((sums.error.float() - expected).abs() <= 0.1 * expected + 1e-8 * largest).all()
+
+
+def literal_masks(masses, density):
+    """One threshold over all values, after the best of every row and the best of every head are set aside."""
+    values, musts = [], []
+    for mass in masses:
+        must = torch.zeros(mass.shape, dtype=torch.bool)
+        must.scatter_(2, mass.float().argmax(2, keepdim=True), True)
+        count = int(density * HEAD_FLOOR * mass[0].numel())
+        for head in range(mass.shape[0]):
+            must[head].view(-1)[mass[head].float().flatten().topk(count).indices] = True
+        musts.append(must)
+        values.append(mass.float().masked_fill(must, math.inf).flatten())
+    values = torch.cat(values)
+    count = round(density * values.numel())
+    if count <= values.isinf().sum():
+        return musts
+    threshold = values.sort(descending=True).values[count - 1]
+    return [(mass.float() >= threshold) | must for mass, must in zip(masses, musts, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_of_small_tables_are_exact(dtype):
+    masses = [(torch.rand(3, 21, 23) ** 6).to(dtype), (torch.rand(2, 30, 31) ** 2).to(dtype)]
+    densities = (0.41, 0.29, 0.2, 1.0, 0.02)
+    budget = SharedBudget([Worth(mass) for mass in masses], densities)
+    for site, mass in enumerate(masses):
+        for density, mask in zip(densities, budget.masks(site), strict=True):
+            expected = literal_masks(masses, density)[site] if density < 1 else torch.ones_like(mass, dtype=torch.bool)
+            assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("coded", [False, True])
+def test_masks_by_a_sample_are_nearly_the_exact_ones(coded, monkeypatch):
+    masses = [torch.exp(spread * torch.randn(4, 96, 128)) for spread in (1, 2, 3)]
+    masses[1][2] *= 1e-4  # a head that keeps its floor and no more
+    densities = (0.4, 0.2, 0.1)
+    exact = SharedBudget([Worth(mass) for mass in masses], densities)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 60_000)
+    sampled = SharedBudget([Worth(CodedTable.of(mass) if coded else mass) for mass in masses], densities)
+    kept, wanted = [], []
+    for site, mass in enumerate(masses):
+        for found, expected in zip(sampled.masks(site), exact.masks(site), strict=True):
+            assert found.gather(2, found.float().argmax(2, keepdim=True)).all() and found.any(2).all()
+            assert (found.float().mean((1, 2)) - expected.float().mean((1, 2))).abs().max() < 0.03
+            kept.append(mass_kept(mass, found))
+            wanted.append(mass_kept(mass, expected))
+            if site == 1:
+                assert found[2].float().mean() > 0.7 * HEAD_FLOOR * found.float().mean()
+    torch.testing.assert_close(torch.cat(kept), torch.cat(wanted), rtol=0.05, atol=0.03)
+    for number, density in enumerate(densities):
+        mean = sum(sampled.masks(site)[number].float().mean() for site in range(3)) / 3
+        assert mean == pytest.approx(density, abs=0.01)
+
+
+def test_blocks_that_are_worth_nothing_are_not_kept_to_fill_a_density(monkeypatch):
+    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 2_000)
+    mass = torch.zeros(2, 64, 64)
+    mass[:, :, 5] = 1
+    mask = SharedBudget([Worth(mass)], [0.3]).masks(0)[0]
+    assert torch.equal(mask, mass > 0)
+
+
+def test_the_same_density_in_every_head_of_a_coded_table():
+    mass = torch.rand(3, 40, 41) ** 4
+    for mask in PerHeadBudget([Worth(CodedTable.of(mass))], [0.3]).masks(0)[0]:
+        assert mask.float().mean() == pytest.approx(0.3, abs=1e-3)
+
+
+def test_a_stride_comes_to_every_column():
+    for columns in (64, 96, 1182, 1):
+        for least in (0.2, 1.0, 2.4, 63.5, 64):
+            stride = sample_stride(least, columns)
+            assert least <= stride <= least + 30 and (stride == 1 or math.gcd(stride, columns) == 1)
+
+
+def test_orders_are_compared_without_ranking_every_block(monkeypatch):
+    sums = torch.rand(5, 3, 20, 64) ** torch.tensor([1.0, 3.0, 9.0, 20.0, 40.0])[:, None, None, None]
+    exact = mass_kept_scores([BlockStatistics(each) for each in sums], 0.3).T
+    for values, off in ((1 << 20, 1e-5), (400, 1e-2)):
+        monkeypatch.setattr("comfyui_paro.paro_runtime.selection.RANKED_VALUES", values)
+        torch.testing.assert_close(estimated_mass_kept(sums, 0.3), exact, rtol=off, atol=0)
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+def test_sampled_sums_are_block_statistics_of_those_rows(planted, block_q):
+    q, k = planted.q[:, :4], planted.k[:, :2]
+    g, names = geometry_of(LAYOUT, block_q), ("FHW", "HWF", "4x4x4")
+    found = sampled_sums(q, k, g, names, 5, 8)
+    lse = row_logsumexp(q, k)
+    sample = statistics_module.order_sample(g.q_blocks, 5, q.device)
+    assert sample[-1] == g.q_blocks - 1  # a short one
+    for name, sums in zip(names, found, strict=True):
+        table = order_table(name, GRID).expand(4, -1)
+        expected = block_statistics(q, k, lse, g, table, q_blocks=sample, rows_per_block=8).mass
+        torch.testing.assert_close(sums, expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("dim, dtype, per_block, own", [(64, torch.float16, 16, False), (72, torch.float32, 4, True)])
+def test_the_kernel_of_query_sums(dim, dtype, per_block, own, wide, monkeypatch):
+    """Several orders for all heads, or one for each; grouped heads, batch, views as the host gives them; both tiles."""
+    from comfyui_paro.kernels import triton_statistics
+
+    if wide:
+        tile = triton_statistics.statistics_tile((9, 0), 64, wide=False)
+        monkeypatch.setattr(triton_statistics, "tile_of", lambda q: tile)
+    g = Geometry(3, (2, 7, 23), 1)
+    k = torch.randn(2, g.length, 2, dim).to(dtype).transpose(1, 2)
+    orders = 1 if own else 3
+    queries = torch.randn(2, 4, orders * 5 * per_block, dim).to(dtype)
+    lse = row_logsumexp(queries, k, backend="reference")
+    if own:
+        tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(4)]).int()[None]
+    else:
+        tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(3)]).int()[:, None].expand(-1, 4, -1)
+    found, expected = (
+        query_sums(queries, k, lse, g, tables, per_block, backend=backend) for backend in ("triton", "reference")
+    )
+    assert found.shape == (orders, 4, 5, g.k_blocks)
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("criterion", ["mass", "error"])
+def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, monkeypatch):
+    """With the reference: mean queries or a quarter of the rows, orders from few rows, tables in 8 bits, thresholds by
+    a sample. Judged by the exact sums of every row."""
+    q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
+    kept = {}
+    for large in (False, True):
+        if large:
+            for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.FULL_PRECISION_ELEMENTS"):
+                monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
+            monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.SHARED_TOKENS", 0)
+            monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 2000)
+        options = MaskOptions(0.3, "mass", "shared", 64, 0.0, "falling")
+        calibrator = Calibrator(IDENTITY, options, method=Method(criterion=criterion))
+        calibrator.observe(SITE, LAYOUT, q, k, v)
+        table = calibrator._sums[SITE].mass if criterion == "mass" else calibrator._sums[SITE].error
+        assert isinstance(table, CodedTable) == large
+        plan = calibrator.plan({})
+        entry = plan.sites[SITE]
+        assert plan.density == pytest.approx(0.3, abs=0.02) and plan.made["criterion"] == criterion
+        tables = torch.stack([order_table(name, GRID) for name in entry.orders])
+        mass = block_statistics(q, k, row_logsumexp(q, k), geometry_of(LAYOUT, 64), tables).mass
+        kept[large] = torch.stack([mass_kept(mass, entry.mask(group=group)).mean() for group in range(3)])
+    assert (kept[True] > kept[False] - (0.045 if criterion == "mass" else 0.03)).all(), kept
+
+
+def test_no_errors_of_blocks_are_measured_where_masses_decide(planted, monkeypatch):
+    for name in ("SHARED_TOKENS", "SHARED_ROWS"):
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.statistics.{name}", 0)
+    q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
+    seen = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3, by_mass=True), v=v)
+    assert seen.tail.error is None and seen.tail.energy is None and seen.tail.curves.isfinite().all()
+    assert seen.mass.sum((1, 2)).max() <= LAYOUT.grid_tokens * 1.01
+    both = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3), v=v)
+    assert torch.equal(both.mass, both.tail.mass) and both.tail.energy is not None
+    # Without values, or a tail, nothing but masses is there to decide.
+    for more in ({}, {"v": v}):
+        none = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3, pool=None), **more)
+        assert none.tail is None and torch.equal(none.mass, seen.mass)
+
+
+def test_masks_that_serve_from_the_first_step_on_have_every_block(planted, monkeypatch):
+    """By mass although errors could be known: the mass of some query blocks would not do."""
+    for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "calibration.SHARED_TOKENS"):
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", 5)
+    calibrator = Calibrator(IDENTITY, MaskOptions(0.3, "mass", "shared", 64, 0.0, "steep"))
+    calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+    plan = calibrator.plan({})
+    blocks = geometry_of(LAYOUT, 64).q_blocks
+    assert plan.made["criterion"] == "mass" and plan.sites[SITE].shape == (12, blocks, blocks)
