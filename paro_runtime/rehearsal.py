@@ -11,19 +11,19 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 
 from ..kernels import gluon_launch
-from ..kernels.api import add_corrections, block_statistics, query_corrections, row_logsumexp
+from ..kernels.api import add_corrections, query_corrections
 from ..kernels.call import KEY_SAMPLE_FROM
 from ..kernels.compile_only import Launches
 from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, SparsePattern
 from . import statistics
 from .attention import dense_pattern, run_kernel
 from .correction import rows_per_mean_query
+from .mean_queries import mean_query_masses
 from .orders import AXIS_ORDERS
 from .recipes import COMPARED_DENSITY, query_block
-from .second_look import mean_query_masses
 from .self_check import errors_of
-from .statistics import SHARED_TOKENS, StatisticsOptions, geometry_of, order_scores
-from .tail import observe_bias, observe_tail
+from .statistics import StatisticsOptions, geometry_of, observe
+from .tail import observe_bias
 from .tokens import TokenLayout
 
 # Grids that stand for all larger ones, of a video and of an image.
@@ -100,10 +100,9 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
     check = {"block_q": block_q, "pool": job.pool}
     errors_of(q.device, dtype, job.head_dim, precision, "triton", **check)
     looks = {"key_bias": bias, "backend": "triton"}
-    order_scores(q, k, g, StatisticsOptions(COMPARED_DENSITY, job.order, job.pool), **looks)
-    if tail is None or g.grid_tokens <= SHARED_TOKENS:
-        lse = row_logsumexp(q, k, **looks)
-        block_statistics(q, k, lse, g, of_heads, backend="triton")
+    for by_mass in (False, True):
+        options = StatisticsOptions(COMPARED_DENSITY, job.order, job.pool, by_mass=by_mass)
+        observe(q, k, layout, block_q, options, v=v, **looks)
     if tail is not None:
         _rehearse_tail(job, g, q, k, v, of_heads, mask, pattern, looks)
     # The kernel of one GPU generation and rotated queries: the general kernel and plain queries stand in for them.
@@ -119,7 +118,6 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
 
 def _rehearse_tail(job: Job, g, q, k, v, of_heads, mask, pattern: SparsePattern, looks: dict) -> None:
     expansions, q_heads, rest = pattern.expansions, q.shape[1], looks
-    observe_tail(q, k, v, g, of_heads, density=COMPARED_DENSITY, pool=job.pool, expansions=expansions, **looks)
     rows, out, flag = rows_per_mean_query(g), torch.empty_like(q), torch.zeros(4, dtype=torch.int32)
     observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, share=0.01, **rest)
     mean_query_masses(q, k, g, of_heads, **rest)
