@@ -28,6 +28,7 @@ from .gluon_ring import (
     next_place,
     produce,
 )
+from .settled import settle
 from .triton_common import MAGIC as _MAGIC
 from .triton_common import MAGIC_BITS as _MAGIC_BITS
 
@@ -561,3 +562,6 @@ def gluon_forward(
         [4, 1],
         [240, 24],
     )  # fmt: skip
+
+
+settle(globals())

@@ -9,6 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .settled import settle
+
 # Keys of a block, keys of a step.
 BLOCK = gl.constexpr(64)
 PAIR = gl.constexpr(128)
@@ -126,3 +128,6 @@ def produce(
                 else:
                     _load_pair(pooled_v, first, second, values, v_place[0], bar(bars, V_FULL, v_place[0]))
                 v_place = next_place(v_place, STAGES)
+
+
+settle(globals())

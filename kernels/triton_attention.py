@@ -8,6 +8,7 @@ scatters the result to the rows where the tokens came from. K and V come reorder
 import triton
 import triton.language as tl
 
+from .settled import settle
 from .triton_common import MAGIC, for_packed_keys, quantized_queries, source_rows
 from .triton_steps import BLOCK, one_block, pooled_tail, two_blocks
 
@@ -211,3 +212,6 @@ def attention_forward(
         # Zero, or NaN where a channel is NaN or infinite. Row by row: one answer for the tile would cost registers.
         broken = tl.sum(result.to(tl.float32) * 0.0, 1) != 0.0
         tl.store(nonfinite + tl.zeros([ROWS], tl.int32), 1, broken)
+
+
+settle(globals())

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from .settled import settle
+
 # 1.5 * 2^23: adding it to a float of magnitude below 2^22 leaves the nearest integer in the low mantissa bits, so
 # that int -> float is an integer add and float -> int a float add, both off the slow conversion unit.
 MAGIC = tl.constexpr(12582912.0)
@@ -83,3 +85,6 @@ def quantized_queries(Q, rows, stride_l, stride_d, rotation, scale_log2, D, PADD
         quantized = round_to_int8(wide * (LEVELS / largest)[:, None])
         factor = largest * (scale_log2 / LEVELS)
     return quantized, factor
+
+
+settle(globals())

@@ -19,6 +19,7 @@ from .configs import generation
 from .correction_reference import query_groups
 from .pools import stretches_of
 from .problem import SparsePattern
+from .settled import settle
 from .triton_pools import launch_expanded_pools, launch_mean_queries
 from .triton_rows import LOG2E, bias_of, load_rows, processors, tokens_of, valid_keys
 from .triton_statistics import balanced
@@ -310,3 +311,6 @@ def launch_add_corrections(
         D=dim, PADDED_D=padded_dim(dim), ROWS=ADD_ROWS, num_warps=4,
     )  # fmt: skip
     return out
+
+
+settle(globals())

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .block_list import LIST_PADDING, context_blocks
 from .problem import Geometry
+from .settled import settle
 
 # Blocks that a program looks at together. One warp: places are found by shuffles alone, without a barrier.
 COLUMNS = 256
@@ -52,3 +53,6 @@ def write_lists(kept_words: torch.Tensor, geometry: Geometry, blocks: torch.Tens
         g.k_blocks + context_blocks(g.context_tokens, g.block_k), blocks.shape[2],
         COLUMNS=COLUMNS, PADDING=LIST_PADDING, num_warps=WARPS,
     )  # fmt: skip
+
+
+settle(globals())

@@ -19,6 +19,7 @@ import triton.language as tl
 from .call import capability_of, padded_dim
 from .pools import stretches_of
 from .problem import Geometry
+from .settled import settle
 from .tail_reference import RowMoments
 from .triton_pools import launch_expanded_pools, launch_mean_queries
 from .triton_rows import (
@@ -304,3 +305,6 @@ def launch_row_moments(
                 PER_BLOCK=g.block_k // pool, WIDE=wide, num_warps=MOMENT_WARPS, num_stages=2,
             )  # fmt: skip
     return RowMoments(*result)
+
+
+settle(globals())

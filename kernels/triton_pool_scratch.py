@@ -7,6 +7,7 @@ Import only where a launch is wanted: this module needs Triton.
 import triton
 import triton.language as tl
 
+from .settled import settle
 from .triton_common import packed, power_of_two_at_least, round_to_int8
 from .triton_pools import SETS, block_of_keys, load_means, pools_around
 
@@ -116,3 +117,6 @@ def store_pools(
             tl.store(pool_bias + row, tl.full([BLOCK], float("-inf"), tl.float32), gone)
             tl.store(pooled_k + row[:, None] * K_ROW + tl.arange(0, K_ROW)[None, :], no_keys, gone[:, None])
             tl.store(pooled_v + row[:, None] * PADDED_D + channels[None, :], no_values, gone[:, None])
+
+
+settle(globals())

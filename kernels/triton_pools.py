@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .pools import MEAN_ROWS
 from .problem import MOST_EXPANSIONS, Geometry
+from .settled import settle
 from .triton_rows import LOG2E, bias_of, load_rows
 
 # Rows of the product with the keys: as few as the tensor cores take, and as many as there may be stretches.
@@ -214,3 +215,6 @@ def launch_expanded_pools(
         D=k.shape[3], PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=key_bias is not None,
         num_warps=expand_warps(k.dtype, padded),
     )  # fmt: skip
+
+
+settle(globals())

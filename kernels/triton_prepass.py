@@ -8,6 +8,7 @@ keys are two values a byte, `[..., D / 2]`, in units of a sixteenth (see `triton
 import triton
 import triton.language as tl
 
+from .settled import settle
 from .triton_common import packed, power_of_two_at_least, round_to_int8, source_rows
 
 BLOCK = tl.constexpr(64)
@@ -204,3 +205,6 @@ def prepare_keys_values(
         else:
             v_quantized = round_to_int8(tl.clamp(v, -V_LEVELS, V_LEVELS))
         tl.store(v_out + block_base + transposed, tl.trans(v_quantized))
+
+
+settle(globals())

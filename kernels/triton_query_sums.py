@@ -13,6 +13,7 @@ import triton.language as tl
 
 from . import triton_statistics
 from .problem import Geometry
+from .settled import settle
 from .triton_rows import LOG2E, load_rows
 
 
@@ -93,3 +94,6 @@ def launch_query_sums(
             enable_fp_fusion=True,
         )  # fmt: skip
     return mass
+
+
+settle(globals())

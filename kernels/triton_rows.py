@@ -14,6 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .settled import settle
+
 LOG2E = math.log2(math.e)
 # Weights are multiplied by 2^15 before they are rounded: of 75,600 equal ones each would be subnormal in fp16.
 SHIFT = tl.constexpr(15.0)
@@ -81,3 +83,6 @@ def units_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor 
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; the interpreter stands in for a small one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 8
+
+
+settle(globals())

@@ -15,6 +15,7 @@ import triton.language as tl
 from .call import capability_of
 from .problem import BLOCK_K, Geometry
 from .reference import pool_rows
+from .settled import settle
 from .statistics_reference import BlockStatistics, block_positions, block_sizes
 
 # Bytes of reordered queries and keys at a time; heads are done in groups that fit (at least one head).
@@ -298,3 +299,6 @@ def launch_block_statistics(
         per_block = g.block_k // pool
         pooled = torch.nn.functional.pad(pool_mass, (0, -pools % per_block)).unflatten(2, (-1, per_block)).sum(3)
     return BlockStatistics(mass, maximum, small, pooled)
+
+
+settle(globals())

@@ -6,6 +6,7 @@ Names as in `triton_attention`.
 import triton
 import triton.language as tl
 
+from .settled import settle
 from .triton_common import MAGIC, MAGIC_BITS, halves, round_to_int8
 
 BLOCK = tl.constexpr(64)
@@ -278,3 +279,6 @@ def pooled_tail(
         maximum = highest
         word = next_word
     return accumulator, total
+
+
+settle(globals())

@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .call import padded_dim
 from .problem import Geometry
+from .settled import settle
 from .tail_reference import BlockCosts
 from .triton_pools import launch_expanded_pools, launch_mean_queries
 from .triton_rows import (
@@ -311,3 +312,6 @@ def launch_block_costs(
             )  # fmt: skip
             energy[start : start + count] += energies[:count].sum(1) / batch
     return BlockCosts(*costs, energy)
+
+
+settle(globals())

@@ -72,7 +72,8 @@ def _compile_all(launches: dict[Key, Callable], late: set[Key], markers: list[Pa
         if part is not None and part not in children.values():
             markers[part].touch()
     for marker in markers:
-        marker.touch()
+        if not marker.exists():  # there was nothing of its kind
+            marker.touch()
     return good
 
 
@@ -102,8 +103,6 @@ def main() -> int:
         print(f"rehearsal: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
         good = False
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if os.environ.get("PARO_DUMP"):
-        Path(os.environ["PARO_DUMP"]).write_text(json.dumps([[*k, k in launches.late] for k in launches.compile]))
     rehearsed = time.process_time()
     count = min(MOST_WORKERS, max(1, cores - 1))
     good &= _compile_all(launches.compile, launches.late, [Path(m) for m in task["markers"]], count)

@@ -12,7 +12,6 @@ import torch
 
 from ..kernels import gluon_launch
 from ..kernels.api import add_corrections, query_corrections
-from ..kernels.call import KEY_SAMPLE_FROM
 from ..kernels.compile_only import Launches
 from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, SparsePattern
 from . import statistics
@@ -26,7 +25,8 @@ from .statistics import StatisticsOptions, geometry_of, observe
 from .tail import observe_bias
 from .tokens import TokenLayout
 
-# Grids that stand for all larger ones, of a video and of an image.
+# Grids of more tokens are all alike to every kernel; those that stand for them, of a video and of an image.
+LARGEST_ITSELF = 16384
 LARGE = ((5, 58, 58), (1, 130, 130))
 
 
@@ -55,7 +55,7 @@ class Job:
         """The job that stands for all of this one's kind: equal ones need the same kernels."""
         tokens = TokenLayout(0, self.grid).grid_tokens
         grid = self.grid
-        if tokens + self.prefix + self.suffix >= KEY_SAMPLE_FROM:
+        if tokens > LARGEST_ITSELF:
             grid = LARGE[self.grid[0] == 1]
         context = (min(1, self.prefix) * 5, min(1, self.suffix) * 3)
         return Job(**{**asdict(self), "grid": grid, "prefix": context[0], "suffix": context[1]})

@@ -1,0 +1,149 @@
+"""Compiling ahead: another process compiles what a run launches, under the names that the run looks for."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+from comfyui_paro.paro_runtime import ahead, ahead_worker
+from comfyui_paro.paro_runtime.rehearsal import Job
+
+pytest.importorskip("triton")
+ROOT = Path(__file__).resolve().parent.parent.parent
+MODULES = ("triton_attention", "triton_prepass", "triton_tail", "triton_moments", "triton_pools", "triton_pool_scratch")
+JOB = Job((9, 0), "bfloat16", 128, 1, 1, 0, (21, 30, 52), 0, False, "fp8", "mass", 64)
+# What a run of a session launches on a grid, against what a rehearsal of the grid's kind does; both only collect.
+COMPARE = """
+import importlib, json, sys, types
+package = types.ModuleType("pack"); package.__path__ = [sys.argv[1]]; sys.modules["pack"] = package
+import torch
+of = lambda name: importlib.import_module("pack." + name)
+rehearsal, session = of("paro_runtime.rehearsal"), of("paro_runtime.session")
+Settings = of("paro_runtime.settings").Settings
+Site, Identity = of("paro_runtime.plan").Site, of("paro_runtime.plan").ModelIdentity
+recipe, layouts = of("paro_runtime.recipes").recipe_for("wan"), of("paro_runtime.tokens")
+values = json.loads(sys.argv[2])
+job, dense_steps, heads = rehearsal.Job.from_dict(values["job"]), values["dense_steps"], values["heads"]
+launches = of("kernels.compile_only").pretend(job.capability)
+with torch.inference_mode():
+    rehearsal.rehearse(job.small(), launches)
+    known = set(launches.compile)
+    launches.compile.clear()
+    layout = layouts.TokenLayout(job.prefix, job.grid, job.suffix)
+    q, k, v = (torch.zeros(job.batch, layout.length, n, job.head_dim, dtype=torch.bfloat16).transpose(1, 2)
+               for n in (heads * job.group, heads, heads))
+    settings = Settings(preset="custom", density=0.3, backend="triton", precision=job.precision, strict=True,
+                        dense_steps=dense_steps, dense_attention="paro")
+    sigmas = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+    run = session.Session(session.Policy(Identity("wan", "a", "w"), recipe, settings), sigmas=sigmas)
+    # Nothing is computed: results are what memory held, and every head is to be corrected all the same.
+    of("paro_runtime.readiness").self_check = lambda *args, **sizes: None
+    of("paro_runtime.correction").best_shares = lambda sums: torch.ones(sums.shape[1])
+    for sigma in sigmas[:-1]:
+        evaluation = run.begin(layout=layout, sigma=sigma)
+        evaluation.attend(Site("double", 0), q, k, v, dense=lambda: torch.zeros_like(q))
+    report = run.finish()
+print(json.dumps({"missing": sorted(set(launches.compile) - known), "sparse": report.calls.get("sparse"),
+                  "launched": len(launches.compile)}))
+"""
+
+
+def without_interpreter() -> dict[str, str]:
+    return {**os.environ, **ahead.WITHOUT_GPU}
+
+
+def names_of_kernels(modules) -> str:
+    """What Triton calls every function of these modules, imported in this order by a process of its own."""
+    code = (
+        "import importlib, sys, types\n"
+        "package = types.ModuleType('pack'); package.__path__ = [sys.argv[1]]; sys.modules['pack'] = package\n"
+        "found = {}\n"
+        "for name in sys.argv[2].split(','):\n"
+        "    for key, value in vars(importlib.import_module('pack.kernels.' + name)).items():\n"
+        "        if hasattr(value, 'cache_key'): found[key] = value.cache_key\n"
+        "print(sorted(found.items()))\n"
+    )
+    command = [sys.executable, "-c", code, str(ROOT), ",".join(modules)]
+    return subprocess.run(command, env=without_interpreter(), capture_output=True, text=True, check=True).stdout
+
+
+def test_names_do_not_depend_on_what_a_process_launches_first():
+    assert len(names_of_kernels(MODULES)) > 1000
+    assert names_of_kernels(MODULES) == names_of_kernels(MODULES[::-1])
+
+
+@pytest.mark.parametrize(
+    "changes, dense_steps",
+    [
+        ({}, 1),
+        ({"batch": 2}, 2),
+        ({"grid": (1, 128, 128), "prefix": 512, "batch": 1}, 1),
+        ({"grid": (6, 24, 32), "head_dim": 64, "suffix": 40, "precision": "int8"}, 2),
+    ],
+)
+def test_a_rehearsal_launches_all_that_a_run_does(changes, dense_steps):
+    job = Job(**{**asdict(JOB), **changes})
+    task = json.dumps({"job": asdict(job), "dense_steps": dense_steps, "heads": 3})
+    command = [sys.executable, "-c", COMPARE, str(ROOT), task]
+    done = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["missing"] == []
+    assert found["sparse"] == 5 - dense_steps and found["launched"] > 10
+
+
+def test_work_is_shared_out_by_how_long_it_takes():
+    keys = [("gluon_forward", "a"), *(("small", str(n)) for n in range(8)), ("_block_costs", "b")]
+    found = ahead_worker.shares(keys, 3)
+    assert sorted(key for share in found for key in share) == sorted(keys)
+    assert found[0] == [("gluon_forward", "a")] and len(found) == 3
+    assert ahead_worker.shares(keys[:1], 3) == [keys[:1]] and ahead_worker.shares([], 3) == []
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "_known", {})
+    monkeypatch.setattr(ahead, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def worker(tmp_path, monkeypatch, code: str) -> None:
+    """Let a stand-in do the compiling."""
+    path = tmp_path / "worker.py"
+    path.write_text("import json, pathlib, sys, time\ntask = json.loads(sys.argv[1])\n" + code)
+    monkeypatch.setattr(ahead, "WORKER", path)
+
+
+def test_each_part_is_ready_when_its_marker_is_there(tmp_path, monkeypatch, folder):
+    go = tmp_path / "go"
+    code = (
+        "first, second = map(pathlib.Path, task['markers'])\n"
+        "first.touch()\n"
+        f"while not pathlib.Path({str(go)!r}).exists(): time.sleep(0.01)\n"
+        "second.touch()\n"
+    )
+    worker(tmp_path, monkeypatch, code)
+    found = ahead.ahead_of(JOB)
+    assert found.wait(60) and not found.late_ready() and not found.wait(0.0, late=True)
+    assert ahead.ahead_of(Job(**{**asdict(JOB), "grid": (21, 45, 80)})) is found  # the same kernels
+    go.touch()
+    assert found.wait(60, late=True)
+    ahead._known.clear()
+    monkeypatch.setattr(ahead, "WORKER", tmp_path / "not there")
+    again = ahead.ahead_of(JOB)
+    assert again.ready() and again.late_ready()
+
+
+def test_a_worker_that_fails_holds_nobody_up_and_is_told(tmp_path, monkeypatch, folder, caplog):
+    worker(tmp_path, monkeypatch, "sys.exit('no compiler here')\n")
+    found = ahead.ahead_of(JOB)
+    assert found.wait(60) and found.late_ready()
+    assert "no compiler here" in caplog.text
+
+
+def test_another_kind_of_run_is_compiled_by_itself(tmp_path, monkeypatch, folder):
+    worker(tmp_path, monkeypatch, "")
+    assert ahead.ahead_of(JOB) is not ahead.ahead_of(Job(**{**asdict(JOB), "head_dim": 64}))
