@@ -29,8 +29,16 @@ HOOKS = {
         f"{PACK}.correction:QueryCorrection.apply",
         f"{PACK}.evaluation:masks_anew",
     ),
-    "loading_plan": (f"{PACK}.plan_store:PlanStore.find", f"{PACK}.patterns:PatternCache.get"),
-    "compiling": ("?triton.runtime.jit:JITFunction._do_compile",),
+    "loading_plan": (
+        f"{PACK}.plan_store:PlanStore.find",
+        f"{PACK}.session:Session._receive_plan",
+        f"{PACK}.patterns:PatternCache.get",
+    ),
+    # With what is waited for and with the self-check, which loads what was compiled.
+    "compiling": (
+        f"{PACK}.readiness:Readiness._decide",
+        "?triton.runtime.jit:JITFunction._do_compile",
+    ),
     "sparse_attention": (f"{PACK}.evaluation:run_kernel", "?comfy_kitchen:sol_attn", "?comfy_kitchen:sol_attn_chunked"),
     # The host's own attention is timed in its override slot, see `attentions.watch`.
     "dense_attention": (),
