@@ -39,11 +39,21 @@ def _compile(launches: dict[Key, Callable], keys: Iterable[Key]) -> bool:
     good = True
     for key in keys:
         try:
-            launches[key]()
+            _prepare_launch(launches[key]())
         except Exception as error:  # the run itself finds out, and has another kernel for it
             print(f"{key[0]}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
             good = False
     return good
+
+
+def _prepare_launch(kernel) -> None:
+    """Build the little C module that launches a compiled kernel, which some versions of Triton do when it first runs."""
+    try:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(kernel.src, kernel.metadata)
+    except Exception as error:  # where it is another way, or no C compiler: the run does it, or fails with the reason
+        print(f"launcher: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
 
 
 def _compile_all(launches: dict[Key, Callable], late: set[Key], markers: list[Path], count: int) -> bool:
