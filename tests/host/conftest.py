@@ -6,6 +6,7 @@ It is booted on a GPU where there is one. What needs it on the CPU, where result
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,6 +70,14 @@ def host_path() -> Path:
     if tuple(int(n) for n in host_version(path).split(".")[:3]) < FLOOR:
         pytest.fail(f"ComfyUI {host_version(path)} is older than {'.'.join(map(str, FLOOR))}, the oldest supported")
     return path
+
+
+@pytest.fixture(autouse=True)
+def models_are_gone():
+    """On a GPU the host keeps a list of loaded models, and fails when one of them dies while it goes through it."""
+    yield
+    if DEVICE == "cuda":
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

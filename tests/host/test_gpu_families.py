@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_paro.paro_runtime.plan_store import PlanStore
-from comfyui_paro.tests.host.cases import BACKEND, DEVICE, check, describe, relative_error
+from comfyui_paro.tests.host.cases import BACKEND, DEVICE, check, describe, relative_error, repeats
 from comfyui_paro.tests.host.cases_image import CASES as IMAGE_CASES
 from comfyui_paro.tests.host.cases_video import CASES as VIDEO_CASES
 
@@ -44,8 +44,6 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
     plans = []
     for number, run in enumerate(tiny.runs(case)):
         size = {"steps": STEPS, "batch": run.batch}
-        # The first sampling of a process is not always repeated to the bit by the host itself.
-        tiny.sample(model, case, run, **size)
         dense = tiny.sample(model, case, run, **size)
         finite = torch.isfinite(dense).all()
         assert finite
@@ -77,5 +75,5 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
             report = comfy.report(moved)
             assert describe(report) == run.layout and "moved from the grid" in report.notes[0]
             assert report.sites_sparse == report.sites and not report.passed and not report.fallbacks, report.text()
-        untouched = [torch.equal(tiny.sample(m, case, run, **size), dense) for m in (remove(sparse), model)]
-        assert all(untouched)
+        for unpatched in (remove(sparse), model):
+            assert repeats(lambda m=unpatched: tiny.sample(m, case, run, **size), dense)
