@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from ..paro_runtime import ahead
 from .calibrate import PAROCalibrate
 from .demo import PARODemoConditioning, PARODemoDecode
 from .patch_model import PAROPatchModel
@@ -18,4 +19,5 @@ class PAROExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         # Here and not in `on_load`, which older hosts do not call; the schemas need the folders.
         register_folders()
+        ahead.at_start()
         return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PARODemoConditioning, PARODemoDecode]

@@ -19,12 +19,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from .rehearsal import Job
+from .rehearsal import LARGE, Job
 
 log = logging.getLogger("paro")
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = Path(__file__).with_name("ahead_worker.py")
 POLL_SECONDS = 0.02
+# This environment variable at 0: each kernel is compiled when it is first called, and the run waits for it.
+SWITCH = "PARO_COMPILE_AHEAD"
 # What the worker must not have: a GPU, whose context would take memory, and Triton's interpreter.
 WITHOUT_GPU = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
 
@@ -115,6 +117,43 @@ class Ahead:
                 return False
             time.sleep(POLL_SECONDS)
         return True
+
+
+def at_start() -> threading.Thread:
+    """Compile what most runs need while the host starts, in the background, if this machine has not done so yet.
+
+    Returns the thread that sees to it. Without an NVIDIA GPU that the kernels serve it does nothing.
+    """
+    thread = threading.Thread(target=_compile_usual, name="paro-compile-at-start", daemon=True)
+    thread.start()
+    return thread
+
+
+def _compile_usual() -> None:
+    try:
+        job = usual_job()
+        if job is not None:
+            ahead_of(job)
+    except Exception as error:  # a convenience: the first run does it otherwise
+        log.warning("PARO: kernels are not compiled at the start (%s: %s)", type(error).__name__, error)
+
+
+def usual_job() -> Job | None:
+    """What a video model with 128 channels a head needs in bfloat16 on this machine's GPU; None without a fit one."""
+    import torch
+
+    from ..kernels.api import capability_of_gpu
+    from ..kernels.problem import BLOCK_K, PRECISIONS
+    from ..kernels.support import triton_reason
+    from .attention import resolve_precision
+
+    device = torch.device("cuda")
+    if not torch.cuda.is_available() or os.environ.get(SWITCH) == "0":
+        return None
+    capability, precision = capability_of_gpu(device), resolve_precision("auto", "auto", device)
+    if capability is None or triton_reason(device, torch.bfloat16, 128, PRECISIONS[precision]) is not None:
+        return None
+    return Job(capability, "bfloat16", 128, 1, 1, 0, LARGE[0], 0, False, precision, "mass", BLOCK_K)
 
 
 _known: dict[tuple[Job, Path], Ahead] = {}

@@ -47,7 +47,7 @@ def _compile(launches: dict[Key, Callable], keys: Iterable[Key]) -> bool:
 
 
 def _prepare_launch(kernel) -> None:
-    """Build the little C module that launches a compiled kernel, which some versions of Triton do when it first runs."""
+    """Build the little C module that launches a compiled kernel, as some versions of Triton do when it first runs."""
     try:
         from triton.backends.nvidia.driver import CudaLauncher
 

@@ -15,15 +15,13 @@ import torch
 
 from ..kernels import gluon_launch
 from ..kernels.api import capability_of_gpu
-from .ahead import Ahead, ahead_of
+from .ahead import SWITCH, Ahead, ahead_of
 from .recipes import MaskOptions, query_block
 from .rehearsal import Job
 from .self_check import self_check
 from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
-# This environment variable at 0: each kernel is compiled when it is first called, and the run waits for it.
-SWITCH = "PARO_COMPILE_AHEAD"
 COMPILING = "kernels are being compiled, once on this machine"
 # A sparse step saves about half of a dense one: so long a run may wait in all.
 PATIENCE = 0.5

@@ -76,4 +76,4 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
             assert describe(report) == run.layout and "moved from the grid" in report.notes[0]
             assert report.sites_sparse == report.sites and not report.passed and not report.fallbacks, report.text()
         for unpatched in (remove(sparse), model):
-            assert repeats(lambda m=unpatched: tiny.sample(m, case, run, **size), dense)
+            assert repeats(lambda m=unpatched, run=run, size=size: tiny.sample(m, case, run, **size), dense)

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch
 from comfyui_paro.paro_runtime import ahead, ahead_worker
 from comfyui_paro.paro_runtime.rehearsal import Job
 
@@ -142,6 +143,30 @@ def test_a_worker_that_fails_holds_nobody_up_and_is_told(tmp_path, monkeypatch, 
     found = ahead.ahead_of(JOB)
     assert found.wait(60) and found.late_ready()
     assert "no compiler here" in caplog.text
+
+
+def test_what_most_runs_need_is_compiled_at_the_start(tmp_path, monkeypatch, folder):
+    worker(tmp_path, monkeypatch, "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    ahead.at_start().join()
+    assert not ahead._known
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    ahead.at_start().join()
+    assert [kind for kind, _ in ahead._known] == [JOB.small()]
+    ahead._known.clear()
+    monkeypatch.setenv(ahead.SWITCH, "0")
+    ahead.at_start().join()
+    assert not ahead._known
+
+
+def test_trouble_at_the_start_is_a_line_in_the_log(monkeypatch, caplog):
+    def fail():
+        raise RuntimeError("driver too old")
+
+    monkeypatch.setattr(ahead, "usual_job", fail)
+    ahead.at_start().join()
+    assert "driver too old" in caplog.text
 
 
 def test_another_kind_of_run_is_compiled_by_itself(tmp_path, monkeypatch, folder):
