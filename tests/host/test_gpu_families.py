@@ -44,6 +44,8 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
     plans = []
     for number, run in enumerate(tiny.runs(case)):
         size = {"steps": STEPS, "batch": run.batch}
+        # The first sampling of a model is not always repeated to the bit by the host itself.
+        tiny.sample(model, case, run, **size)
         dense = tiny.sample(model, case, run, **size)
         finite = torch.isfinite(dense).all()
         assert finite
