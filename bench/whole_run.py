@@ -44,6 +44,7 @@ from comfyui_paro.paro_runtime.settings import Settings  # noqa: E402
 WHATS = ("dense", "int8", "sol_attn", "sage", "paro")
 """Also `sol_attn_tau`, the node's own default method, which keeps far fewer blocks than `sol_attn`."""
 PARO_RUNS = ("first_ever", "first", "second")
+COMPILING_SECONDS = 120
 UNFINISHED = "did not finish"
 
 
@@ -128,6 +129,7 @@ class CaseRunner:
         return good
 
     def _measure(self, row: dict[str, Any], plans: Path) -> dict[str, Any]:
+        from comfyui_paro.paro_runtime.ahead import wait_for_all
         from comfyui_paro.paro_runtime.host.patching import last_report, patch_model
         from comfyui_paro.paro_runtime.plan_store import PlanStore
 
@@ -137,6 +139,8 @@ class CaseRunner:
         if row["run"] is None:
             models = [_host_attention(row["attention"], patcher, parts) for patcher in self.loaded.patchers]
         else:
+            if row["run"] != "first_ever" and not wait_for_all(COMPILING_SECONDS):
+                raise RuntimeError(f"kernels were not compiled within {COMPILING_SECONDS} s")
             # The second run finds the plans of the first.
             store = PlanStore([], plans / ("ever" if row["run"] == "first_ever" else "first"))
             models = [attentions.watch(patch_model(p, self.settings, store=store), parts) for p in self.loaded.patchers]

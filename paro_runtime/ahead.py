@@ -119,6 +119,14 @@ class Ahead:
         return True
 
 
+def wait_for_all(seconds: float) -> bool:
+    """Whether everything that was begun is compiled, waited for at most so long."""
+    with _lock:
+        known = list(_known.values())
+    deadline = time.perf_counter() + seconds
+    return all(found.wait(deadline - time.perf_counter(), late=True) for found in known)
+
+
 def at_start() -> threading.Thread:
     """Compile what most runs need while the host starts, in the background, if this machine has not done so yet.
 

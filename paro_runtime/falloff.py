@@ -19,8 +19,8 @@ from .tokens import TokenLayout
 # The distances, in tokens, at which bins begin.
 EDGES = (0, 1, 2, 3, 4, 5, 7, 9, 12, 16, 22, 30, 42, 60, 85, 120, 170, 240, 340, 480)
 ROWS = 256
-# Bytes of attention rows that may be held at a time.
-GROUP_BYTES = 1 << 29
+# Bytes of attention rows that may be held at a time, beside a model's activations.
+GROUP_BYTES = 1 << 26
 # Fewer rows where an axis is so long that its table of bins would hold more numbers than this.
 ONE_HOT_ELEMENTS = 1 << 24
 # Bytes are logarithms: of the weight in steps of a tenth below the largest, of what a block draws in twentieths.

@@ -97,7 +97,9 @@ def _tensors(values) -> list[torch.Tensor]:
 
 def _place() -> list[str]:
     """The innermost lines of the pack, tests included; none where PARO is not at work, but the model alone."""
-    frames = [f for f in traceback.extract_stack() if f.filename.startswith(PACK) and f.name not in _OWN]
+    # The checkout may hold the environment that the tests run in.
+    own = [f for f in traceback.extract_stack() if f.filename.startswith(PACK) and "site-packages" not in f.filename]
+    frames = [f for f in own if f.name not in _OWN]
     if all("/tests/" in f.filename.removeprefix(PACK) for f in frames):
         return []
     return [f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames[-3:])]

@@ -130,8 +130,9 @@ def test_each_part_is_ready_when_its_marker_is_there(tmp_path, monkeypatch, fold
     found = ahead.ahead_of(JOB)
     assert found.wait(60) and not found.late_ready() and not found.wait(0.0, late=True)
     assert ahead.ahead_of(Job(**{**asdict(JOB), "grid": (21, 45, 80)})) is found  # the same kernels
+    assert not ahead.wait_for_all(0.0)
     go.touch()
-    assert found.wait(60, late=True)
+    assert found.wait(60, late=True) and ahead.wait_for_all(0.0)
     ahead._known.clear()
     monkeypatch.setattr(ahead, "WORKER", tmp_path / "not there")
     again = ahead.ahead_of(JOB)
