@@ -30,9 +30,9 @@ from .tokens import TokenLayout
 # Up to SHARED_TOKENS grid tokens the same rows are looked at under all orders in one go (`sums_under_orders`): all, or
 # SHARED_ROWS of them. Samples of 512 rows took orders that cost 1 to 3 dB on the tiny model.
 SHARED_TOKENS, SHARED_ROWS = 8192, 4096
-# On larger grids, rows of so many query blocks, evenly spread: what a choice can go wrong by depends on how many rows
-# were seen, not on their share.
-ORDER_BLOCKS, ORDER_ROWS = 24, 16
+# On larger grids, rows of so many query blocks, evenly spread: what a choice can go wrong by depends on how many blocks
+# and rows were seen, not on their share.
+ORDER_BLOCKS, ORDER_ROWS = 48, 16
 # Query blocks for the paper's metric, every row of them. Fewer where there are few, for the cost's sake.
 PAPER_BLOCKS, PAPER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
 # On large grids: rows of each block for the tail's errors, and of all for the falloff.

@@ -1,0 +1,75 @@
+"""What a run sees of a large grid stays on the GPU, and nothing waits for it before the plan is made."""
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime import sums as sums_module
+from comfyui_paro.paro_runtime.calibration import Calibrator, Method
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.statistics import SHARED_TOKENS
+from comfyui_paro.paro_runtime.tables import CodedTable
+from comfyui_paro.paro_runtime.tokens import TokenLayout
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: where sums are kept is not tested"),
+]
+LAYOUT = TokenLayout(5, (9, 30, 32), 3)
+SITES = [Site("double", index) for index in range(3)]
+
+
+def observed(criterion: str, waits: str = "default") -> Calibrator:
+    """Three sites of six heads, three of them key heads; `waits`: what torch does about the last two's."""
+    options = MaskOptions(0.3, "mass", "shared", 64, 0.0, "falling")
+    calibrator = Calibrator(ModelIdentity("wan", "a", "b"), options, method=Method(criterion=criterion))
+    generator = torch.Generator("cuda").manual_seed(0)
+    with torch.inference_mode():
+        for number, site in enumerate(SITES):
+            q, k, v = (
+                torch.randn(2, LAYOUT.length, heads, 64, device="cuda", generator=generator).bfloat16().transpose(1, 2)
+                for heads in (6, 3, 3)
+            )
+            torch.cuda.set_sync_debug_mode(waits if number else "default")
+            try:
+                calibrator.observe(site, LAYOUT, q, k, v)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    return calibrator
+
+
+@pytest.mark.parametrize("criterion", ["mass", "error"])
+def test_observing_waits_for_nothing(criterion, monkeypatch):
+    assert LAYOUT.grid_tokens > SHARED_TOKENS
+    monkeypatch.setattr(sums_module, "FULL_PRECISION_ELEMENTS", 0)
+    calibrator = observed(criterion, "error")
+    for sums in calibrator._sums.values():
+        assert all(tensor.is_cuda for tensor in sums.tensors().values())
+        assert isinstance(sums.mass if criterion == "mass" else sums.error, CodedTable)
+
+
+@pytest.mark.parametrize("criterion", ["mass", "error"])
+def test_tables_without_room_give_the_same_plan(criterion, monkeypatch):
+    monkeypatch.setattr(sums_module, "FULL_PRECISION_ELEMENTS", 0)
+    roomy = observed(criterion).plan({})
+    monkeypatch.setattr(sums_module, "DEVICE_SHARE", 0)
+    tight = observed(criterion)
+    assert all(sums.mass.device.type == "cpu" for sums in tight._sums.values())
+    tight = tight.plan({})
+    for site in SITES:
+        assert torch.equal(roomy.sites[site].packed, tight.sites[site].packed)
+        assert torch.equal(roomy.sites[site].falloff, tight.sites[site].falloff)
+
+
+def test_the_plan_is_the_one_a_cpu_makes_of_the_same_sums(monkeypatch):
+    """Thresholds from a sample, tables in 8 bits: rounding may move a block at the threshold, no more."""
+    monkeypatch.setattr(sums_module, "FULL_PRECISION_ELEMENTS", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 20_000)
+    calibrator = observed("error")
+    there = calibrator.plan({})
+    calibrator._device = torch.device("cpu")
+    here = calibrator.plan({})
+    for site in SITES:
+        a, b = there.sites[site], here.sites[site]
+        for group in range(3):
+            assert (a.mask(group=group) != b.mask(group=group)).float().mean() < 1e-2
+        torch.testing.assert_close(a.mass_kept, b.mass_kept, atol=1e-2, rtol=0)
