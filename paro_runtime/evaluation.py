@@ -180,7 +180,8 @@ class Evaluation:
             return wanted == "paro"
         if too_short is not None:
             return dense_pays_when_short(q.device)
-        return dense_is_faster(q, self.session.precision)
+        # 8-bit products in the first steps cost fidelity (docs/method.md), which this preset is about.
+        return self.session.settings.preset != "quality" and dense_is_faster(q, self.session.precision)
 
     def _dense(self, q, k, v, scale, key_bias, dense, wanted: bool | None = None) -> torch.Tensor:
         """A call that keeps every block, by PARO's kernel at density 1 or the host's attention."""

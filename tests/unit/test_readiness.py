@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import readiness
+from comfyui_paro.paro_runtime import evaluation, readiness
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.readiness import COMPILING
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
@@ -38,7 +38,7 @@ def run(monkeypatch, ready_after: int, **settings):
     monkeypatch.setattr(readiness, "self_check", lambda *args, **sizes: None)
     monkeypatch.setattr(Session, "_find_unsuitable", lambda self, *key: None)
     monkeypatch.setattr(Session, "too_short_to_drop", lambda self, tokens: None)
-    chosen = Settings(preset="custom", density=0.4, dense_steps=2, **settings)
+    chosen = Settings(**{"preset": "custom", "density": 0.4, "dense_steps": 2, **settings})
     session = Session(Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), chosen), sigmas=SIGMAS)
     session.backend, session.precision = "triton", "int8"
     answered = []
@@ -77,6 +77,13 @@ def test_a_run_waits_once_for_half_a_dense_step(monkeypatch):
     monkeypatch.setattr(Session, "step_seconds", property(lambda self: {"dense": 3.0}))
     _, _, ahead = run(monkeypatch, 9)
     assert ahead.waited == [0.0, 0.0, 1.5, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("preset, ours", [("balanced", True), ("fast", True), ("quality", False)])
+def test_dense_steps_are_the_hosts_with_the_preset_quality(monkeypatch, preset, ours):
+    monkeypatch.setattr(evaluation, "dense_is_faster", lambda q, precision: True)
+    answered, _, _ = run(monkeypatch, 0, preset=preset)
+    assert answered == ["ours" if ours else "host"] * 2 + ["ours"] * 3
 
 
 def test_strict_runs_compile_as_they_go(monkeypatch):
