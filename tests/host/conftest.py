@@ -73,6 +73,12 @@ def host_path() -> Path:
 
 
 @pytest.fixture(autouse=True)
+def kernels_compile_in_line(monkeypatch):
+    """Steps that stay on the host's attention until kernels are compiled would be another test."""
+    monkeypatch.setenv("PARO_COMPILE_AHEAD", "0")
+
+
+@pytest.fixture(autouse=True)
 def models_are_gone():
     """On a GPU the host keeps a list of loaded models, and fails when one of them dies while it goes through it."""
     yield
@@ -85,8 +91,6 @@ def comfy(host_path: Path):
     """The booted host: the module `tests/host/tiny.py`, which builds, loads, samples and patches."""
     from comfyui_paro.scripts.comfy_boot import boot
 
-    # Steps that wait for a compiler on the host's attention would be another test.
-    os.environ["PARO_COMPILE_AHEAD"] = "0"
     boot(host_path, DEVICE)
     from comfyui_paro.tests.host import tiny
 

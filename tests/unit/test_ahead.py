@@ -106,6 +106,7 @@ def test_work_is_shared_out_by_how_long_it_takes():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
+    monkeypatch.delenv(ahead.SWITCH, raising=False)
     monkeypatch.setattr(ahead, "_known", {})
     monkeypatch.setattr(ahead, "cache_folder", lambda: tmp_path / "cache")
     return tmp_path / "cache"

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import evaluation, readiness
+from comfyui_paro.paro_runtime import ahead, evaluation, readiness
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.readiness import COMPILING
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
@@ -12,6 +12,11 @@ from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 LAYOUT = TokenLayout(0, (4, 8, 10))
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+
+
+@pytest.fixture(autouse=True)
+def compiling_ahead(monkeypatch):
+    monkeypatch.delenv(ahead.SWITCH, raising=False)
 
 
 class StandIn:
@@ -32,9 +37,9 @@ class StandIn:
 
 def run(monkeypatch, ready_after: int, **settings):
     """Calls by step: `host`, or `ours` where PARO answered; the session and the stand-in."""
-    ahead = StandIn(ready_after)
+    stand_in = StandIn(ready_after)
     monkeypatch.setattr(readiness, "capability_of_gpu", lambda device: (9, 0))
-    monkeypatch.setattr(readiness, "ahead_of", lambda job: ahead)
+    monkeypatch.setattr(readiness, "ahead_of", lambda job: stand_in)
     monkeypatch.setattr(readiness, "self_check", lambda *args, **sizes: None)
     monkeypatch.setattr(Session, "_find_unsuitable", lambda self, *key: None)
     monkeypatch.setattr(Session, "too_short_to_drop", lambda self, tokens: None)
@@ -55,7 +60,7 @@ def run(monkeypatch, ready_after: int, **settings):
         for number in range(2):
             evaluation.attend(Site("double", number), q, k, v, dense=dense)
         answered.append("host" if len(host) == 2 else "ours" if not host else "both")
-    return answered, session, ahead
+    return answered, session, stand_in
 
 
 @pytest.mark.parametrize("ready_after, sparse", [(0, 3), (1, 3), (2, 2), (3, 1), (9, 0)])
@@ -75,8 +80,8 @@ def test_a_plan_is_made_of_the_first_step_that_finds_them(monkeypatch):
 
 def test_a_run_waits_once_for_half_a_dense_step(monkeypatch):
     monkeypatch.setattr(Session, "step_seconds", property(lambda self: {"dense": 3.0}))
-    _, _, ahead = run(monkeypatch, 9)
-    assert ahead.waited == [0.0, 0.0, 1.5, 0.0, 0.0]
+    _, _, stand_in = run(monkeypatch, 9)
+    assert stand_in.waited == [0.0, 0.0, 1.5, 0.0, 0.0]
 
 
 @pytest.mark.parametrize("preset, ours", [("balanced", True), ("fast", True), ("quality", False)])
@@ -88,8 +93,8 @@ def test_dense_steps_are_the_hosts_with_the_preset_quality(monkeypatch, preset, 
 
 def test_strict_runs_compile_as_they_go(monkeypatch):
     monkeypatch.setattr(readiness, "ahead_of", lambda job: pytest.fail("started a process"))
-    answered, _, ahead = run(monkeypatch, 9, strict=True, dense_attention="host")
-    assert answered == ["host"] * 2 + ["ours"] * 3 and not ahead.waited
+    answered, _, stand_in = run(monkeypatch, 9, strict=True, dense_attention="host")
+    assert answered == ["host"] * 2 + ["ours"] * 3 and not stand_in.waited
 
 
 def test_without_a_process_kernels_are_compiled_as_they_come(monkeypatch):
