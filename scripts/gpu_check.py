@@ -95,7 +95,8 @@ def run(folder: str, host: Path, options: list[str], jobs: int, deadline: float)
             command += ["-n", str(jobs), "--dist", "worksteal"]
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         environment = {**os.environ, "COMFYUI_PATH": str(host), "OMP_NUM_THREADS": threads}
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True)
+        options = {"env": environment, "start_new_session": True, "preexec_fn": _listen_to_interrupts}
+        process = subprocess.Popen(command, cwd=ROOT, **options)
         stopped = False
         try:
             code = process.wait(max(0.0, deadline - time.monotonic()))
@@ -115,6 +116,11 @@ def run(folder: str, host: Path, options: list[str], jobs: int, deadline: float)
         elif code not in (*WENT_WELL, NOTHING_CHOSEN) or (code == 1 and all(t.outcome != "failed" for t in tests)):
             tests.append(Result(folder, "failed", f"pytest ended with code {code}"))
         return tests
+
+
+def _listen_to_interrupts() -> None:
+    """In the child: a shell that runs this in the background has it ignore Ctrl-C, and would have pytest do so too."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _end(process: subprocess.Popen) -> None:
