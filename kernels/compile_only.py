@@ -18,12 +18,14 @@ from . import call, support
 class Launches:
     """What has been launched, once each: (kernel's name, specialisation) -> a function that compiles it.
 
-    late: those that were launched for the first time while `late_from_now` was set.
+    late: those that were launched for the first time while `late_from_now` was set. begin: called with the name and
+    that function as soon as there is one.
     """
 
     compile: dict[tuple[str, str], Callable[[], Any]] = field(default_factory=dict)
     late: set[tuple[str, str]] = field(default_factory=set)
     late_from_now: bool = False
+    begin: Callable[[str, Callable[[], Any]], None] | None = None
 
     def add(self, name: str, specialisation: str, compile_it: Callable[[], Any]) -> None:
         key = (name, specialisation)
@@ -31,6 +33,8 @@ class Launches:
             self.compile[key] = compile_it
             if self.late_from_now:
                 self.late.add(key)
+            if self.begin is not None:
+                self.begin(name, compile_it)
 
 
 class _Driver:
@@ -52,16 +56,17 @@ class _Driver:
         return GPUTarget("cuda", 10 * major + minor, 32)
 
 
-def pretend(capability: tuple[int, int]) -> Launches:
+def pretend(capability: tuple[int, int], begin: Callable[[str, Callable[[], Any]], None] | None = None) -> Launches:
     """From now on this process has a GPU of this compute capability as far as kernels are concerned; returns where its
-    launches are collected. Raises whatever a Triton that works otherwise inside raises."""
+    launches are collected, and tells `begin` of them (`Launches`). Raises whatever a Triton that works otherwise inside
+    raises."""
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
     support.compile_for(capability)
     call.capability_of.cache_clear()
     driver.set_active(_Driver(capability))
-    launches, run = Launches(), JITFunction.run
+    launches, run = Launches(begin=begin), JITFunction.run
 
     def collect(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         binder = self.device_caches[0][-1]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import json
 import logging
 import os
@@ -16,10 +17,14 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from .recipes import query_block
 from .rehearsal import LARGE, Job
+from .self_check import problem
+from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 ROOT = Path(__file__).resolve().parent.parent
@@ -127,6 +132,37 @@ def wait_for_all(seconds: float) -> bool:
     return all(found.wait(deadline - time.perf_counter(), late=True) for found in known)
 
 
+def load_early(job: Job) -> None:
+    """What the first calls of a process load beside the kernels, half a dense step's worth of time together: modules,
+    Triton's driver and its digest of itself, and what the self-check compares with. Raises what these raise."""
+    import torch
+
+    if torch.cuda.is_available():
+        from triton.runtime.driver import driver
+
+        for name in sorted(path.stem for path in (ROOT / "kernels").glob("*.py") if path.stem != "__init__"):
+            # Some need a newer Triton than there is; whoever calls them says so.
+            with suppress(ImportError, AttributeError):
+                importlib.import_module(f"..kernels.{name}", __package__)
+        driver.active.get_current_target()
+        for place in ("triton.runtime.cache", "triton.compiler.compiler"):  # since and before Triton 3.5
+            digest = getattr(importlib.import_module(place), "triton_key", None)
+            if digest is not None:
+                digest()
+                break
+    problem(getattr(torch, job.dtype), job.head_dim, query_block(TokenLayout(0, job.grid).grid_tokens), job.pool)
+
+
+def _load_beside(job: Job) -> None:
+    def load() -> None:
+        try:
+            load_early(job)
+        except Exception as error:  # whoever needs it meets it again, and says so
+            log.debug("PARO: nothing is loaded early (%s: %s)", type(error).__name__, error)
+
+    threading.Thread(target=load, name="paro-load-early", daemon=True).start()
+
+
 def at_start() -> threading.Thread:
     """Compile what most runs need while the host starts, in the background, if this machine has not done so yet.
 
@@ -175,4 +211,5 @@ def ahead_of(job: Job) -> Ahead:
     with _lock:
         if key not in _known:
             _known[key] = Ahead(*key)
+            _load_beside(key[0])
         return _known[key]

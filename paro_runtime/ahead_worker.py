@@ -13,37 +13,83 @@ import os
 import sys
 import time
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 PACKAGE = "paro_ahead"
-# Rough seconds of compiling, for sharing the work; others take about one.
-SECONDS = {"gluon_forward": 8, "_block_costs": 2, "_row_sums": 2, "attention_forward": 2}
-MOST_WORKERS = 12
-Key = tuple[str, str]
+# Rough seconds of compiling, by which the longest are begun first; others take about one.
+SECONDS = {"gluon_forward": 6, "attention_forward": 3, "_block_costs": 2, "_row_sums": 2}
+MOST_AT_ONCE = 16
 
 
-def shares(keys: Iterable[Key], count: int) -> list[list[Key]]:
-    """Launches for each of at most `count` workers, the longest ones first."""
-    bins: list[list[Key]] = [[] for _ in range(max(1, count))]
+class Compilers:
+    """Compiles functions side by side: each in a process forked from this one, which shares what is loaded by then.
 
-    def seconds(key: Key) -> float:
-        return SECONDS.get(key[0], 1)
+    Where the system does not fork, or for one at a time, they wait for `finish` and run in this process.
+    """
 
-    for key in sorted(keys, key=seconds, reverse=True):
-        min(bins, key=lambda b: sum(map(seconds, b))).append(key)
-    return [b for b in bins if b]
+    def __init__(self, at_once: int) -> None:
+        self._at_once = at_once if hasattr(os, "fork") else 0
+        self._waiting: list[tuple[float, Callable[[], bool], str]] = []
+        self._running: dict[int, str] = {}
+        self.good = True
+
+    def add(self, name: str, compile_it: Callable[[], bool], part: str) -> None:
+        """Compile this, now or later; `compile_it` says whether it went well, and prints why not."""
+        self._waiting.append((SECONDS.get(name, 1), compile_it, part))
+        self._collect(block=False)
+        self._begin()
+
+    def finish(self, over: Callable[[str], None], parts: tuple[str, ...]) -> bool:
+        """Wait for all that was added; over: called with the name of each part when nothing of it is left. Returns
+        whether all went well."""
+        open_parts = list(parts)
+        while True:
+            left = {*self._running.values(), *(part for *_, part in self._waiting)}
+            for part in [part for part in open_parts if part not in left]:
+                open_parts.remove(part)
+                over(part)
+            if not left:
+                return self.good
+            if self._running:
+                self._collect(block=True)
+                self._begin()
+            else:  # the first part first
+                self._waiting.sort(key=lambda waiting: parts.index(waiting[2]))
+                self.good &= self._waiting.pop(0)[1]()
+
+    def _begin(self) -> None:
+        self._waiting.sort(key=lambda waiting: -waiting[0])
+        while self._waiting and len(self._running) < self._at_once:
+            _, compile_it, part = self._waiting.pop(0)
+            child = os.fork()
+            if child == 0:
+                status = 1
+                try:
+                    status = 0 if compile_it() else 1
+                finally:
+                    os._exit(status)
+            self._running[child] = part
+
+    def _collect(self, block: bool) -> None:
+        """Take note of children that have ended; block: wait for one."""
+        while self._running:
+            child, status = os.waitpid(-1, 0 if block else os.WNOHANG)
+            if child == 0:
+                return
+            self.good &= status == 0
+            self._running.pop(child, None)
+            block = False
 
 
-def _compile(launches: dict[Key, Callable], keys: Iterable[Key]) -> bool:
-    good = True
-    for key in keys:
-        try:
-            _prepare_launch(launches[key]())
-        except Exception as error:  # the run itself finds out, and has another kernel for it
-            print(f"{key[0]}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
-            good = False
-    return good
+def _compile(name: str, compile_it: Callable) -> bool:
+    try:
+        kernel = compile_it()
+    except Exception as error:  # the run itself finds out, and has another kernel for it
+        print(f"{name}: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
+        return False
+    _prepare_launch(kernel)
+    return True
 
 
 def _prepare_launch(kernel) -> None:
@@ -54,37 +100,6 @@ def _prepare_launch(kernel) -> None:
         CudaLauncher(kernel.src, kernel.metadata)
     except Exception as error:  # where it is another way, or no C compiler: the run does it, or fails with the reason
         print(f"launcher: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
-
-
-def _compile_all(launches: dict[Key, Callable], late: set[Key], markers: list[Path], count: int) -> bool:
-    """By processes where the system forks them, which share what is loaded by now; otherwise one after the other."""
-    parts = [[key for key in launches if key not in late], [key for key in launches if key in late]]
-    if not hasattr(os, "fork") or count < 2:
-        good = True
-        for keys, marker in zip(parts, markers, strict=True):
-            good &= _compile(launches, keys)
-            marker.touch()
-        return good
-    # What is late takes longest and is begun first, by a quarter of the workers.
-    for_late = -(-count // 4)
-    children: dict[int, int] = {}
-    for part, workers in ((1, for_late), (0, count - for_late)):
-        for keys in shares(parts[part], workers):
-            child = os.fork()
-            if child == 0:
-                os._exit(0 if _compile(launches, keys) else 1)
-            children[child] = part
-    good = True
-    while children:
-        child, status = os.wait()
-        good &= status == 0
-        part = children.pop(child, None)
-        if part is not None and part not in children.values():
-            markers[part].touch()
-    for marker in markers:
-        if not marker.exists():  # there was nothing of its kind
-            marker.touch()
-    return good
 
 
 def main() -> int:
@@ -104,19 +119,24 @@ def main() -> int:
     statistics = importlib.import_module(f"{PACKAGE}.paro_runtime.statistics")
     statistics.observe_falloff = statistics.logit_errors = lambda *args, **kwargs: None
     job = rehearsal.Job.from_dict(task["job"])
-    launches = compile_only.pretend(job.capability)
-    good = True
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    # One core is left to whoever waits for this.
+    compilers = Compilers(min(MOST_AT_ONCE, cores - 1))
+    markers = dict(zip(("first", "late"), map(Path, task["markers"]), strict=True))
+
+    def begin(name: str, compile_it: Callable) -> None:
+        compilers.add(name, lambda: _compile(name, compile_it), "late" if launches.late_from_now else "first")
+
+    launches = compile_only.pretend(job.capability, begin)
     try:
         with torch.inference_mode():
             rehearsal.rehearse(job, launches)
     except Exception as error:  # what was launched until then is compiled all the same
         print(f"rehearsal: {type(error).__name__}: {str(error)[:300]}", file=sys.stderr, flush=True)
-        good = False
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        compilers.good = False
     rehearsed = time.process_time()
-    count = min(MOST_WORKERS, max(1, cores - 1))
-    good &= _compile_all(launches.compile, launches.late, [Path(m) for m in task["markers"]], count)
-    print(f"{len(launches.compile)} kernels, {rehearsed:.1f} s before the first, {count} workers", file=sys.stderr)
+    good = compilers.finish(lambda part: markers[part].touch(), tuple(markers))
+    print(f"{len(launches.compile)} kernels, rehearsed in {rehearsed:.1f} s", file=sys.stderr)
     return 0 if good else 1
 
 

@@ -1,7 +1,7 @@
 """Whether the kernels that a run needs are compiled and right, asked at the first call of every step.
 
 On a machine that has not compiled them yet, a run begins on the host's attention and goes over to PARO's at the first
-step that finds them ready (`ahead`). It waits for them once, for as long as one sparse step would save.
+step that finds them ready (`ahead`).
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 COMPILING = "kernels are being compiled, once on this machine"
-# A sparse step saves about half of a dense one: so long a run may wait in all.
-PATIENCE = 0.5
 
 
 @dataclass
@@ -46,7 +44,6 @@ class Readiness:
         self._options = options
         self._compile_ahead = compile_ahead
         self._kinds: dict[tuple, _Kind] = {}
-        self._waited = False
         self._lock = threading.Lock()
 
     def reason(
@@ -59,12 +56,10 @@ class Readiness:
         biased: bool,
         precision: str,
         backend: str,
-        dense_seconds: float | None,
     ) -> str | None:
         """Why calls like this cannot be PARO's in this step, or None: COMPILING, or what the self-check found.
 
-        q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`. biased: with a bias per key. dense_seconds: what a dense step takes, None
-        where none is to be saved or it is not known: then nothing waits.
+        q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`. biased: with a bias per key.
         """
         key = (layout, q.shape, k.shape[1], q.dtype, q.device, biased, precision, backend)
         with self._lock:
@@ -74,7 +69,7 @@ class Readiness:
             if kind.step != step:
                 kind.step = step
                 if not kind.checked or not kind.checked_special:
-                    kind.reason = self._decide(kind, q, layout, precision, backend, dense_seconds)
+                    kind.reason = self._decide(kind, q, layout, precision, backend)
             return kind.reason
 
     @property
@@ -98,12 +93,9 @@ class Readiness:
             log.warning("PARO: kernels are not compiled ahead (%s: %s)", type(error).__name__, error)
             return None
 
-    def _decide(self, kind: _Kind, q, layout, precision, backend, dense_seconds) -> str | None:
-        if kind.ahead is not None:
-            patience = 0.0 if self._waited or dense_seconds is None else PATIENCE * dense_seconds
-            self._waited |= patience > 0
-            if not kind.ahead.wait(patience):
-                return COMPILING
+    def _decide(self, kind: _Kind, q, layout, precision, backend) -> str | None:
+        if kind.ahead is not None and not kind.ahead.ready():
+            return COMPILING
         sizes = {"block_q": query_block(layout.grid_tokens), "pool": self._options.pool}
         call = (q.device, q.dtype, q.shape[3], precision, backend)
         found = self_check(*call, **sizes)

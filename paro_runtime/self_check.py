@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from ..kernels import gluon_launch
-from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, Precision
+from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, Precision, SparsePattern
 from .attention import build_pattern, run_kernel
 from .tokens import TokenLayout
 
@@ -88,7 +89,36 @@ def errors_of(
     special: bool = False,
 ) -> list[float]:
     """Relative L2 errors of a call with a mask and of one without; arguments as `self_check`."""
-    # On the CPU: the values must not depend on the device's generator.
+    known = problem(dtype, head_dim, block_q, pool)
+    q, k, v = (x.to(device) for x in (known.q, known.k, known.v))
+    errors = []
+    for masked, exact in zip((True, False), known.exact, strict=True):
+        pattern = _pattern(known, masked, block_q, pool, device)
+        if special and not gluon_launch.takes(q, pattern, precision):
+            continue
+        with gluon_launch.set_aside(not special):
+            flag = torch.zeros(4, dtype=torch.int32, device=device)
+            out = run_kernel(q, k, v, pattern, precision, nonfinite=flag, backend=backend).cpu().float()
+        errors.append(((out - exact).norm() / exact.norm()).item())
+    return errors
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A call and its results on the CPU: q, k, v `[1, 2, L, D]`, mask bool `[2, q_blocks, k_blocks]`; exact: float32
+    results with the mask and without one."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    mask: torch.Tensor
+    exact: tuple[torch.Tensor, ...] = ()
+
+
+@lru_cache(maxsize=4)
+def problem(dtype: torch.dtype, head_dim: int, block_q: int, pool: int | None) -> Problem:
+    """The call to check with. On the CPU: its values must not depend on a device's generator, nor its results on the
+    device that is checked; and it can be had ahead of the run (`ahead.load_early`)."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -97,22 +127,19 @@ def errors_of(
     q, k, v = (draw(1, len(ORDERS), LAYOUT.length, head_dim) for _ in range(3))
     # Queries with a mean: pools around it differ from plain ones.
     q = (q + draw(1, len(ORDERS), 1, head_dim)) * QUERY_SCALE
-    q, k, v = (x.to(device, dtype) for x in (q, k, v))
     blocks = (-(-LAYOUT.grid_tokens // block_q), -(-LAYOUT.grid_tokens // 64))
     mask = torch.rand(len(ORDERS), *blocks, generator=generator) < DENSITY
-    bias = None if pool is None else torch.tensor([0.5, -0.5])
+    asked = Problem(*(x.to(dtype) for x in (q, k, v)), mask)
+    rows = [x.float() for x in (asked.q, asked.k, asked.v)]
+    rest = {"precision": PRECISIONS["16bit"], "backend": "reference"}
+    patterns = [_pattern(asked, masked, block_q, pool, torch.device("cpu")) for masked in (True, False)]
+    return replace(asked, exact=tuple(run_kernel(*rows, pattern, **rest) for pattern in patterns))
+
+
+def _pattern(known: Problem, masked: bool, block_q: int, pool: int | None, device: torch.device) -> SparsePattern:
     sizes = {"block_q": block_q, "pool": pool or 64, "expansions": 0 if pool is None else MOST_EXPANSIONS}
-    errors = []
-    for form in (mask, None):
-        pattern = build_pattern(LAYOUT, ORDERS, form, None if form is None else bias, device=device, **sizes)
-        if special and not gluon_launch.takes(q, pattern, precision):
-            continue
-        with gluon_launch.set_aside(not special):
-            flag = torch.zeros(4, dtype=torch.int32, device=device)
-            out = run_kernel(q, k, v, pattern, precision, nonfinite=flag, backend=backend)
-        exact = run_kernel(q.float(), k.float(), v.float(), pattern, PRECISIONS["16bit"], backend="reference")
-        errors.append(((out.float() - exact).norm() / exact.norm()).item())
-    return errors
+    bias = torch.tensor([0.5, -0.5]) if masked and pool is not None else None
+    return build_pattern(LAYOUT, ORDERS, known.mask if masked else None, bias, device=device, **sizes)
 
 
 def site_precision(name: str, rotate: bool, q: torch.Tensor, backend: str, block_q: int, pool: int | None) -> Precision:

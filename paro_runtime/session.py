@@ -357,8 +357,7 @@ class Session:
 
     def not_ready_reason(self, q, k, layout: TokenLayout, step: int, biased: bool) -> str | None:
         """Why the kernels cannot serve calls like this in this step, or None; see `Readiness.reason`."""
-        seconds = None if self.schedule.is_dense_step(step) else self.step_seconds.get("dense")
-        call = {"precision": self.precision, "backend": self.backend, "dense_seconds": seconds}
+        call = {"precision": self.precision, "backend": self.backend}
         return self.readiness.reason(q, k, layout, step, biased=biased, **call)
 
     def count(self, kind: str, reason: str) -> None:

@@ -10,13 +10,15 @@ import torch
 from .statistics import Observation
 from .tables import CodedTable, Offload, Table, to_cpu
 
-# Larger tables of blocks are kept in 16 bits where many observations are added up, and in 8 where a run has one or two:
-# 40 sites of a 720p model would not fit the memory otherwise. bfloat16, since errors span many powers of ten.
+# Larger tables of blocks are kept in 16 bits where many observations are added up: 40 sites of a 720p model would not
+# fit the memory otherwise. bfloat16, since errors span many powers of ten.
 FULL_PRECISION_ELEMENTS = 1 << 22
+# Where a run has one or two observations, larger tables than this are kept in 8 bits: it has them all on its GPU.
+UNCODED_ELEMENTS = 1 << 18
 # Query blocks whose mass is kept where blocks are not chosen by it.
 MASS_BLOCKS = 128
-# Tables of a run stay on its GPU up to this share of its memory, the others wait on the CPU.
-DEVICE_SHARE = 1 / 128
+# Tables of a run stay on its GPU up to this share of its memory and so many bytes, the others wait on the CPU.
+DEVICE_SHARE, DEVICE_BYTES = 1 / 128, 640 << 20
 TABLES = ("mass", "pooled", "error")
 
 
@@ -92,7 +94,7 @@ class SiteSums:
 def stored(seen: Observation, with_error: bool, coded: bool) -> SiteSums:
     """One observation as sums of one, where it was made; the errors of single blocks are large and kept only where they
     are wanted. coded: large tables in 8 bits rather than in 16."""
-    large = seen.mass.numel() > FULL_PRECISION_ELEMENTS
+    large = seen.mass.numel() > (UNCODED_ELEMENTS if coded else FULL_PRECISION_ELEMENTS)
 
     def table(x: torch.Tensor | None) -> Table | None:
         if x is None or not large:
@@ -134,7 +136,7 @@ class Room:
             table = getattr(sums, name)
             if table is None or table.device.type != "cuda":
                 continue
-            most = torch.cuda.get_device_properties(table.device).total_memory * DEVICE_SHARE
+            most = min(torch.cuda.get_device_properties(table.device).total_memory * DEVICE_SHARE, DEVICE_BYTES)
             if self._taken + table.nbytes <= most:
                 self._taken += table.nbytes
             elif isinstance(table, CodedTable):

@@ -40,7 +40,7 @@ def observed(criterion: str, waits: str = "default") -> Calibrator:
 @pytest.mark.parametrize("criterion", ["mass", "error"])
 def test_observing_waits_for_nothing(criterion, monkeypatch):
     assert LAYOUT.grid_tokens > SHARED_TOKENS
-    monkeypatch.setattr(sums_module, "FULL_PRECISION_ELEMENTS", 0)
+    monkeypatch.setattr(sums_module, "UNCODED_ELEMENTS", 0)
     calibrator = observed(criterion, "error")
     for sums in calibrator._sums.values():
         assert all(tensor.is_cuda for tensor in sums.tensors().values())
@@ -49,7 +49,7 @@ def test_observing_waits_for_nothing(criterion, monkeypatch):
 
 @pytest.mark.parametrize("criterion", ["mass", "error"])
 def test_tables_without_room_give_the_same_plan(criterion, monkeypatch):
-    monkeypatch.setattr(sums_module, "FULL_PRECISION_ELEMENTS", 0)
+    monkeypatch.setattr(sums_module, "UNCODED_ELEMENTS", 0)
     roomy = observed(criterion).plan({})
     monkeypatch.setattr(sums_module, "DEVICE_SHARE", 0)
     tight = observed(criterion)
@@ -62,7 +62,7 @@ def test_tables_without_room_give_the_same_plan(criterion, monkeypatch):
 
 def test_the_plan_is_the_one_a_cpu_makes_of_the_same_sums(monkeypatch):
     """Thresholds from a sample, tables in 8 bits: rounding may move a block at the threshold, no more."""
-    monkeypatch.setattr(sums_module, "FULL_PRECISION_ELEMENTS", 0)
+    monkeypatch.setattr(sums_module, "UNCODED_ELEMENTS", 0)
     monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 20_000)
     calibrator = observed("error")
     there = calibrator.plan({})

@@ -56,12 +56,6 @@ class Case:
     device: str = "cpu"
 
 
-def repeats(sampled: Callable[[], torch.Tensor], expected: torch.Tensor, tries: int = 4) -> bool:
-    """Whether a sampling gives the same to the bit. On a GPU the host itself does not in every run (cuBLAS and cuDNN
-    may choose anew), so it has some tries; what PARO left behind would be there in all of them."""
-    return any(torch.equal(sampled(), expected) for _ in range(tries))
-
-
 def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
     """L2 norm of the difference over that of what is expected."""
     return float((out.float() - expected.float()).norm() / expected.float().norm())

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -96,12 +98,44 @@ def test_a_rehearsal_launches_all_that_a_run_does(changes, dense_steps):
     assert found["sparse"] == 5 - dense_steps and found["launched"] > 10
 
 
-def test_work_is_shared_out_by_how_long_it_takes():
-    keys = [("gluon_forward", "a"), *(("small", str(n)) for n in range(8)), ("_block_costs", "b")]
-    found = ahead_worker.shares(keys, 3)
-    assert sorted(key for share in found for key in share) == sorted(keys)
-    assert found[0] == [("gluon_forward", "a")] and len(found) == 3
-    assert ahead_worker.shares(keys[:1], 3) == [keys[:1]] and ahead_worker.shares([], 3) == []
+@pytest.mark.parametrize("at_once", [0, 1, 3])
+def test_all_is_compiled_the_longest_first(tmp_path, at_once):
+    """Each leaves a file with the number of those that had begun and were not over."""
+    begun, over = tmp_path / "begun", tmp_path / "over"
+    begun.mkdir(), over.mkdir()
+    compilers = ahead_worker.Compilers(at_once)
+
+    def work(name: str, good: bool = True):
+        def compile_it() -> bool:
+            (begun / name).write_text(str(len(list(begun.iterdir())) - len(list(over.iterdir()))))
+            time.sleep(0.05)
+            (over / name).touch()
+            return good
+
+        return compile_it
+
+    names = [("small", "a"), ("small", "b"), ("attention_forward", "c"), ("gluon_forward", "d"), ("small", "e")]
+    for kind, name in names:
+        compilers.add(kind, work(name), "late" if name == "d" else "first")
+    told = []
+    assert compilers.finish(lambda part: told.append((part, len(list(over.iterdir())))), ("first", "late", "none"))
+    assert sorted(path.name for path in over.iterdir()) == list("abcde")
+    assert {part for part, _ in told} == {"first", "late", "none"} and dict(told)["first"] >= 4
+    assert max(int(path.read_text()) for path in begun.iterdir()) < max(1, at_once)
+    if at_once == 1:  # the first was begun when it came
+        began = sorted(begun.iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        assert [path.name for path in began] == list("adcbe")
+    if at_once == 0:  # nobody waits longer than necessary for what a run needs
+        assert told[0] == ("none", 0) and told[1] == ("first", 4)
+
+
+@pytest.mark.parametrize("at_once", [0, 2])
+def test_one_that_fails_is_told_and_stops_no_other(tmp_path, at_once):
+    compilers = ahead_worker.Compilers(at_once)
+    compilers.add("bad", lambda: False, "first")
+    compilers.add("good", lambda: bool((tmp_path / "there").write_text("x")), "first")
+    assert not compilers.finish(lambda part: None, ("first",))
+    assert (tmp_path / "there").exists()
 
 
 @pytest.fixture
@@ -113,7 +147,8 @@ def folder(tmp_path, monkeypatch):
 
 
 def worker(tmp_path, monkeypatch, code: str) -> None:
-    """Let a stand-in do the compiling."""
+    """Let a stand-in do the compiling; nothing is loaded early."""
+    monkeypatch.setattr(ahead, "_load_beside", lambda job: None)
     path = tmp_path / "worker.py"
     path.write_text("import json, pathlib, sys, time\ntask = json.loads(sys.argv[1])\n" + code)
     monkeypatch.setattr(ahead, "WORKER", path)
@@ -169,6 +204,31 @@ def test_trouble_at_the_start_is_a_line_in_the_log(monkeypatch, caplog):
     monkeypatch.setattr(ahead, "usual_job", fail)
     ahead.at_start().join()
     assert "driver too old" in caplog.text
+
+
+def test_what_first_calls_need_is_loaded_early(tmp_path, monkeypatch, folder, caplog):
+    load = ahead._load_beside
+    worker(tmp_path, monkeypatch, "")
+    asked = []
+    monkeypatch.setattr(ahead, "_load_beside", load)
+    monkeypatch.setattr(ahead, "problem", lambda *what: asked.append(what))
+    for _ in range(2):
+        ahead.ahead_of(JOB)
+        _join("paro-load-early")
+    assert asked == [(torch.bfloat16, 128, 128, 64)]
+    # Trouble there is nobody's business: whoever needs it meets it again.
+    ahead._known.clear()
+    monkeypatch.setattr(ahead, "load_early", lambda job: 1 / 0)
+    with caplog.at_level("DEBUG", logger="paro"):
+        ahead.ahead_of(JOB)
+        _join("paro-load-early")
+    assert "ZeroDivisionError" in caplog.text
+
+
+def _join(name: str) -> None:
+    for thread in threading.enumerate():
+        if thread.name == name:
+            thread.join()
 
 
 def test_another_kind_of_run_is_compiled_by_itself(tmp_path, monkeypatch, folder):

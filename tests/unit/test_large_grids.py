@@ -65,7 +65,7 @@ def test_worths_of_coded_tables_are_over_their_unit():
 
 def test_two_observations_of_coded_tables_add_up(planted, monkeypatch):
     """Conditionings that the host runs apart; a head that changes its order starts anew."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.FULL_PRECISION_ELEMENTS", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.UNCODED_ELEMENTS", 0)
     options = StatisticsOptions(0.25)
     seen = [
         statistics_module.observe(planted.q[i : i + 1], planted.k[i : i + 1], LAYOUT, 64, options, v=planted.v[:1])
@@ -213,7 +213,7 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
     kept = {}
     for large in (False, True):
         if large:
-            for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.FULL_PRECISION_ELEMENTS"):
+            for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.UNCODED_ELEMENTS"):
                 monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
             monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.SHARED_TOKENS", 0)
             monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 2000)

@@ -20,14 +20,14 @@ def compiling_ahead(monkeypatch):
 
 
 class StandIn:
-    """What `ahead_of` gives: kernels that are ready from a certain question on; waits are noted."""
+    """What `ahead_of` gives: kernels that are ready from a certain question on."""
 
     def __init__(self, ready_after: int) -> None:
         self.left = ready_after
-        self.waited: list[float] = []
+        self.asked = 0
 
-    def wait(self, seconds: float, late: bool = False) -> bool:
-        self.waited.append(seconds)
+    def ready(self) -> bool:
+        self.asked += 1
         self.left -= 1
         return self.left < 0
 
@@ -81,12 +81,6 @@ def test_a_plan_is_made_of_the_first_step_that_finds_them(monkeypatch):
     assert session.finish().plan.made["step"] == 3
 
 
-def test_a_run_waits_once_for_half_a_dense_step(monkeypatch):
-    monkeypatch.setattr(Session, "step_seconds", property(lambda self: {"dense": 3.0}))
-    _, _, stand_in = run(monkeypatch, 9)
-    assert stand_in.waited == [0.0, 0.0, 1.5, 0.0, 0.0]
-
-
 @pytest.mark.parametrize("preset, ours", [("balanced", True), ("fast", True), ("quality", False)])
 def test_dense_steps_are_the_hosts_with_the_preset_quality(monkeypatch, preset, ours):
     monkeypatch.setattr(evaluation, "dense_is_faster", lambda q, precision: True)
@@ -98,7 +92,7 @@ def test_dense_steps_are_the_hosts_with_the_preset_quality(monkeypatch, preset, 
 def test_strict_runs_compile_as_they_go(monkeypatch):
     monkeypatch.setattr(readiness, "ahead_of", lambda job: pytest.fail("started a process"))
     answered, _, stand_in = run(monkeypatch, 9, strict=True, dense_attention="host")
-    assert answered == ["host"] * 2 + ["ours"] * 3 and not stand_in.waited
+    assert answered == ["host"] * 2 + ["ours"] * 3 and not stand_in.asked
 
 
 def test_without_a_process_kernels_are_compiled_as_they_come(monkeypatch):
@@ -110,7 +104,7 @@ def test_without_a_process_kernels_are_compiled_as_they_come(monkeypatch):
     monkeypatch.setattr(readiness, "ahead_of", refuse)
     ready = readiness.Readiness(MaskOptions(0.3, "mass", "shared", 64), compile_ahead=True)
     q = torch.zeros(1, 2, LAYOUT.length, 64)
-    call = {"biased": False, "precision": "int8", "backend": "triton", "dense_seconds": None}
+    call = {"biased": False, "precision": "int8", "backend": "triton"}
     assert ready.reason(q, q, LAYOUT, 0, **call) is None
 
 
