@@ -143,7 +143,7 @@ class CaseRunner:
                 raise RuntimeError(f"kernels were not compiled within {COMPILING_SECONDS} s")
             # The second run finds the plans of the first.
             store = PlanStore([], plans / ("ever" if row["run"] == "first_ever" else "first"))
-            models = [attentions.watch(patch_model(p, self.settings, store=store), parts) for p in self.loaded.patchers]
+            models = [patch_model(p, self.settings, store=store) for p in self.loaded.patchers]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         with hooked(timeline) if self.args.parts else nullcontext(), HostMemory() as memory:

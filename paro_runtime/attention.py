@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 
-from ..kernels.api import capability_of_gpu
 from ..kernels.api import sparse_attention as run_kernel
 from ..kernels.kept_words import words_of_bits
 from ..kernels.problem import PRECISIONS, Precision, SparsePattern
 from ..kernels.support import triton_reason
-from .orders import ORIGINAL, order_number, order_tables
+from .orders import order_number, order_tables
 from .plan import SitePlan
 from .statistics import geometry_of
 from .tokens import TokenLayout
@@ -127,15 +125,6 @@ def resolve_precision(name: str, recipe_precision: str, device: torch.device) ->
     return "fp8" if torch.cuda.get_device_capability(device)[0] in (9, 10) else "int8_pv8"
 
 
-def dense_pays_when_short(device: torch.device) -> bool:
-    """Whether PARO's kernel is worth using on sequences too short to drop blocks from.
-
-    Not on Hopper: one step of Flux 1 at 1024 took 197 ms with it and 183 with cuDNN (H100, `docs/benchmarks.md`). Other
-    GPUs are not measured; there 8-bit products have a larger lead over the host's 16-bit attention.
-    """
-    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9
-
-
 def resolve_backend(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision
 ) -> tuple[str, str | None]:
@@ -147,25 +136,3 @@ def resolve_backend(
     if name == "reference" or (name == "auto" and device.type == "cpu"):
         return "reference", None
     return "triton", triton_reason(device, dtype, head_dim, precision)
-
-
-# Tokens from which PARO's dense kernel is faster than the host's attention, by GPU generation and precision.
-# Measured on an H200 with bf16, ms of cuDNN and of PARO in FP8: 75,600 tokens x 40 heads 207, 157; 32,760 x 40 38.5,
-# 29.5;
-# 32,760 x 12 with two conditionings 21.7, 17.9; 16,896 x 24 5.05, 5.28. In INT8 208, 172 at 75,600 x 40 (H100). Other
-# GPUs are not measured.
-DENSE_FASTER_FROM = {(9, "fp8"): 24_000, (9, "int8"): 60_000}
-
-
-def dense_is_faster(q: torch.Tensor, precision: str) -> bool:
-    """Whether PARO's kernel was measured to be faster than the host's attention on calls like q `[B, H, L, D]` that
-    keep every block."""
-    capability = capability_of_gpu(q.device)
-    least = None if capability is None else DENSE_FASTER_FROM.get((capability[0], precision))
-    return least is not None and q.shape[3] == 128 and q.shape[2] >= least
-
-
-@lru_cache(maxsize=8)
-def dense_pattern(layout: TokenLayout, heads: int, kv_heads: int, device: torch.device) -> SparsePattern:
-    """Every block, the model's own order. Kept: making it copies a table to the device and waits for that."""
-    return build_pattern(layout, (ORIGINAL,) * heads, None, None, kv_heads=kv_heads, device=device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,8 @@ import torch
 from ..kernels.problem import empty_output
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
 from .attempt import Attempt, not_finite
-from .attention import dense_is_faster, dense_pattern, dense_pays_when_short, run_kernel
+from .attention import run_kernel
+from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
 from .plan import Site
 from .readiness import COMPILING
 from .refresh import sparing_of
@@ -52,12 +54,14 @@ class Evaluation:
         scale: float | None = None,
         key_bias: torch.Tensor | None = None,
         dense: Callable[[], torch.Tensor],
+        plain: bool = False,
         blocks: int | None = None,
     ) -> torch.Tensor:
         """Attention of one site: sparse where the plan and the schedule say so, else `dense()`.
 
         q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]` -> `[B, Hq, L, D]` in q's dtype. key_bias additive `[B, L]`.
-        dense runs the host's own function. blocks: how many transformer blocks there are, for negative block numbers.
+        dense runs the host's own function; plain: that is torch's attention and nothing else. blocks: how many
+        transformer blocks there are, for negative block numbers.
         Trouble of PARO's own never ends the run (unless `strict`): the call is answered by `dense()`.
         """
         session, grid, attempt = self.session, self._grid, self._attempt
@@ -66,6 +70,8 @@ class Evaluation:
             attempt.count("passed", reason)
             return dense()
         session.device = str(q.device)
+        if plain and key_bias is None and session.settings.dense_attention == "auto":
+            dense = partial(in_16_bits, q, k, v, scale, dense)
         watched = session.calibrator is not None
         too_short = None if watched else session.too_short_to_drop(self.layout.grid_tokens)
         if too_short is not None and not self._wants_dense(q, too_short):
@@ -179,9 +185,10 @@ class Evaluation:
         if wanted != "auto":
             return wanted == "paro"
         if too_short is not None:
-            return dense_pays_when_short(q.device)
-        # 8-bit products in the first steps cost fidelity (docs/method.md), which this preset is about.
-        return self.session.settings.preset != "quality" and dense_is_faster(q, self.session.precision)
+            return paro_pays_when_short(q.device)
+        # 8-bit products cost nothing in a first step of pure noise, and fidelity in later ones (docs/method.md).
+        cheap = self.step == 0 and self.session.from_noise and self.session.settings.preset != "quality"
+        return cheap and paro_is_faster(q, self.session.precision)
 
     def _dense(self, q, k, v, scale, key_bias, dense, wanted: bool | None = None) -> torch.Tensor:
         """A call that keeps every block, by PARO's kernel at density 1 or the host's attention."""

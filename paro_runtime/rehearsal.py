@@ -15,8 +15,9 @@ from ..kernels.api import add_corrections, query_corrections
 from ..kernels.compile_only import Launches
 from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, SparsePattern
 from . import statistics
-from .attention import dense_pattern, run_kernel
+from .attention import run_kernel
 from .correction import rows_per_mean_query
+from .dense import dense_pattern
 from .mean_queries import mean_query_masses
 from .orders import AXIS_ORDERS
 from .recipes import COMPARED_DENSITY, query_block

@@ -304,11 +304,15 @@ class Session:
                 grid.calibrator = self._calibrator(step)
                 grid.source = IN_PASSING
 
+    @property
+    def from_noise(self) -> bool:
+        """Whether the run begins with nothing but noise; one from a picture (denoise below 1) has something to see in
+        its first step."""
+        return self.highest_noise is None or self.sigmas[0] >= PURE_NOISE * self.highest_noise
+
     def _calibrator(self, step: int) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
-        first = max(step, self.schedule.dense_steps - 1) == 0
-        # A run that starts from a picture (denoise below 1) has something to see in its first step.
-        pure_noise = first and (self.highest_noise is None or self.sigmas[0] >= PURE_NOISE * self.highest_noise)
+        pure_noise = max(step, self.schedule.dense_steps - 1) == 0 and self.from_noise
         return Calibrator(self.policy.identity, self.options, method=self.method.in_passing(pure_noise))
 
     def _close_calibration(self, grid: Grid) -> None:

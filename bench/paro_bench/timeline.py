@@ -40,8 +40,8 @@ HOOKS = {
         "?triton.runtime.jit:JITFunction._do_compile",
     ),
     "sparse_attention": (f"{PACK}.evaluation:run_kernel", "?comfy_kitchen:sol_attn", "?comfy_kitchen:sol_attn_chunked"),
-    # The host's own attention is timed in its override slot, see `attentions.watch`.
-    "dense_attention": (),
+    # In runs without PARO the host's attention is timed in its override slot, see `attentions.watch`.
+    "dense_attention": (f"{PACK}.host.override:run_host", f"{PACK}.dense:cudnn_attention"),
 }
 PARTS = ("dense_attention", "sparse_attention", REST, "observing", "planning", "bias_and_corrections")
 PARTS += ("compiling", "loading_plan")

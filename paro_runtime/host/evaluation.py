@@ -85,8 +85,9 @@ class HostEvaluation:
             return None
         return Claim(site, bias, stream)
 
-    def attend(self, call: AttentionCall, claim: Claim, dense: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """`[B, H, queries, D]` in q's dtype. `dense` runs what would have run without PARO."""
+    def attend(self, call: AttentionCall, claim: Claim, dense: Callable[[], torch.Tensor], plain: bool) -> torch.Tensor:
+        """`[B, H, queries, D]` in q's dtype. `dense` runs what would have run without PARO; plain: torch's own
+        attention and nothing else."""
         first = self._first_queries[claim.stream]
 
         def outside() -> torch.Tensor:
@@ -105,6 +106,7 @@ class HostEvaluation:
             scale=call.scale,
             key_bias=claim.key_bias,
             dense=outside,
+            plain=plain,
             blocks=call.options.get("total_blocks", self._counts and self._counts[claim.stream]),
         )
         return out[:, :, first:]

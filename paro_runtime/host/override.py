@@ -16,6 +16,8 @@ from .calls import AttentionCall, options_of, read_call
 from .evaluation import OPTIONS_KEY, Claim, HostEvaluation
 
 SLOT = "optimized_attention_override"
+# The host's function that runs torch's attention; its others are chosen by users, for what they are.
+HOST_SDPA = "attention_pytorch"
 
 Attention = Callable[..., torch.Tensor]
 
@@ -25,10 +27,13 @@ def make_override(previous: Attention | None) -> Attention:
 
     def paro_attention(func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
         def dense() -> torch.Tensor:
-            return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
+            return run_host(func, previous, args, kwargs)
 
         ours = _ours(args, kwargs)
-        return dense() if ours is None else _attend(ours, dense)
+        if ours is None:
+            return dense()
+        plain = without_paro(previous) is None and getattr(func, "__name__", "") == HOST_SDPA
+        return _attend(ours, dense, plain)
 
     # Step-dependent choices inside a compiled graph would be frozen at trace time: the host's compile node drops every
     # guard on transformer_options.
@@ -38,6 +43,11 @@ def make_override(previous: Attention | None) -> Attention:
     if container_function is not None:
         override.container_function = _container_function(container_function)
     return override
+
+
+def run_host(func: Attention, previous: Attention | None, args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """What would have run without PARO."""
+    return func(*args, **kwargs) if previous is None else previous(func, *args, **kwargs)
 
 
 def _container_function(previous: Attention) -> Attention:
@@ -55,7 +65,7 @@ def _container_function(previous: Attention) -> Attention:
             containers = [kind(tensor) for kind, tensor in zip(kinds, tensors, strict=True)]
             return previous(*containers, *args[3:], **kwargs)
 
-        return _attend(ours, dense)
+        return _attend(ours, dense, plain=False)
 
     return torch.compiler.disable(paro_container_attention)
 
@@ -82,6 +92,6 @@ def _ours(args: tuple, kwargs: dict[str, Any]) -> tuple[HostEvaluation, Attentio
     return None if claim is None else (evaluation, call, claim)
 
 
-def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention) -> torch.Tensor:
+def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention, plain: bool) -> torch.Tensor:
     evaluation, call, claim = ours
-    return call.to_caller(evaluation.attend(call, claim, lambda: call.from_caller(dense())))
+    return call.to_caller(evaluation.attend(call, claim, lambda: call.from_caller(dense()), plain))

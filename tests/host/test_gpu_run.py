@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfyui_paro.kernels import cudnn
 from comfyui_paro.kernels.problem import PRECISIONS
 from comfyui_paro.kernels.support import triton_reason
+from comfyui_paro.paro_runtime import dense
 from comfyui_paro.tests.host.cases import BACKEND, DEVICE, relative_error
 from comfyui_paro.tests.tiny_wan import data
 
@@ -164,3 +166,30 @@ def test_dense_steps_on_paros_kernel(comfy, model, sample, store):
     error = relative_error(sample(patched), sample(model))
     assert error < NEAR
     check(comfy.report(patched), 2, IN_PASSING)
+
+
+@pytest.mark.host_on_gpu
+@pytest.mark.parametrize("batch, cfg", [(1, 1.0), (2, 3.0)])
+def test_dense_steps_by_cudnn_where_it_is_faster(comfy, model, dtype, sample, monkeypatch, batch, cfg):
+    """The same to rounding as the host's own; where it does not serve, or another attention was chosen, the host's."""
+    asked = []
+
+    def counted(*call, **rest):
+        asked.append(call[0].shape)
+        return cudnn.cudnn_attention(*call, **rest)
+
+    monkeypatch.setattr(dense, "cudnn_attention", counted)
+    monkeypatch.setattr(dense, "CUDNN_FASTER_FROM", {(major, 128): 1 for major in range(20)})
+    size = {"batch": batch, "cfg": cfg}
+    settings = {**COMMON, "density": 0.4, "dense_steps": STEPS}
+    out = sample(comfy.patched(model, **settings), **size)
+    q = torch.zeros(1, 2, 256, 128, dtype=dtype, device=DEVICE)
+    if not cudnn.cudnn_serves(q, q, q):
+        pytest.skip("torch has no cuDNN attention for this GPU")
+    assert len(asked) >= STEPS * LAYERS
+    expected = sample(model, **size)
+    error = relative_error(out, expected)
+    assert error < rounding(dtype, cfg)
+    asked.clear()
+    assert torch.equal(sample(comfy.patched(model, **{**settings, "dense_attention": "host"}), **size), expected)
+    assert not asked

@@ -32,7 +32,7 @@ class Stream:
         self.sites: list[str] = []
         self.abandoned: list[str] = []
 
-    def attend(self, site, q, k, v, *, scale, key_bias, dense, blocks=None):
+    def attend(self, site, q, k, v, *, scale, key_bias, dense, plain, blocks=None):
         self.sites.append(site.name)
         mask = None if key_bias is None else key_bias[:, None, None].to(q.dtype)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])

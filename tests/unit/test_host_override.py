@@ -55,13 +55,14 @@ class Recorder:
 
     def __init__(self, layout=LAYOUT, ask_host=False):
         self.layout, self.ask_host = layout, ask_host
-        self.sites, self.reasons, self.blocks = [], [], []
+        self.sites, self.reasons, self.blocks, self.plain = [], [], [], []
 
     def decline(self, reason):
         self.reasons.append(reason)
 
-    def attend(self, site, q, k, v, *, scale, key_bias, dense, blocks=None):
+    def attend(self, site, q, k, v, *, scale, key_bias, dense, plain, blocks=None):
         self.sites.append(site)
+        self.plain.append(plain)
         self.blocks.append(blocks)
         assert q.shape[2] == k.shape[2] == v.shape[2] == self.layout.length
         if self.ask_host:
@@ -229,6 +230,27 @@ def test_chaining_both_ways():
     assert log == ["later", "earlier"] and len(recorder.sites) == 1
     assert is_override(inner) and not is_override(later)
     assert without_paro(make_override(inner)) is earlier and without_paro(None) is None
+
+
+def attention_pytorch(*args, **kwargs):
+    """By its name torch's attention, as the host's."""
+    return host_attention(*args, **kwargs)
+
+
+def test_it_is_told_whether_the_host_would_run_torchs_attention():
+    """Not where another function was chosen, or another node's override would have the call."""
+
+    def other(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    found = []
+    for func in (attention_pytorch, host_attention):
+        for override in (make_override(None), make_override(make_override(None)), make_override(other)):
+            recorder = Recorder(ask_host=True)
+            kwargs = {"_inside_attn_wrapper": True, "transformer_options": options(recorder)}
+            override(func, flat(), flat(), flat(), H, **kwargs)
+            found += recorder.plain
+    assert found == [True, True, False, False, False, False]
 
 
 @pytest.mark.parametrize("ask_host", [False, True])

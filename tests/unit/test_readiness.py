@@ -82,11 +82,17 @@ def test_a_plan_is_made_of_the_first_step_that_finds_them(monkeypatch):
 
 
 @pytest.mark.parametrize("preset, ours", [("balanced", True), ("fast", True), ("quality", False)])
-def test_dense_steps_are_the_hosts_with_the_preset_quality(monkeypatch, preset, ours):
-    monkeypatch.setattr(evaluation, "dense_is_faster", lambda q, precision: True)
+def test_a_first_step_is_in_8_bits_but_with_the_preset_quality(monkeypatch, preset, ours):
+    monkeypatch.setattr(evaluation, "paro_is_faster", lambda q, precision: True)
     policy = Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), Settings(preset=preset))
-    first = Session(policy, sigmas=SIGMAS).begin(layout=LAYOUT, sigma=1.0)
-    assert first._wants_dense(torch.zeros(1, 2, LAYOUT.length, 64)) is ours
+    q = torch.zeros(1, 2, LAYOUT.length, 64)
+
+    def wants(sigma: float, **changes) -> bool:
+        return Session(policy, sigmas=SIGMAS, **changes).begin(layout=LAYOUT, sigma=sigma)._wants_dense(q)
+
+    assert wants(1.0) is ours
+    # 8 bits in nothing but noise: not in later steps, and not in a run that begins with a picture.
+    assert not wants(0.8) and not wants(1.0, highest_noise=1.5)
 
 
 def test_strict_runs_compile_as_they_go(monkeypatch):

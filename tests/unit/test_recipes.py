@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.attention import dense_pays_when_short
+from comfyui_paro.paro_runtime.dense import paro_pays_when_short
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import FOLDER, all_recipes, recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
@@ -84,7 +84,7 @@ def test_every_family_has_a_row_in_the_docs(family):
 
 @pytest.mark.parametrize("choice, ours", [("auto", False), ("host", False), ("paro", True)])
 def test_short_sequences_stay_with_the_host_where_its_dense_attention_is_faster(monkeypatch, choice, ours):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.evaluation.dense_pays_when_short", lambda device: False)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.evaluation.paro_pays_when_short", lambda device: False)
     settings = Settings(backend="reference", dense_attention=choice)
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.0])
     session.too_short_to_drop = lambda tokens: "every block kept"
@@ -102,6 +102,6 @@ def test_short_sequences_stay_with_the_host_where_its_dense_attention_is_faster(
 
 def test_hopper_is_where_the_hosts_is_faster(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    assert not dense_pays_when_short(torch.device("cuda"))
+    assert not paro_pays_when_short(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    assert dense_pays_when_short(torch.device("cuda")) and dense_pays_when_short(torch.device("cpu"))
+    assert paro_pays_when_short(torch.device("cuda")) and paro_pays_when_short(torch.device("cpu"))

@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench import timeline
-from comfyui_paro.paro_runtime.attention import build_pattern, dense_pattern
+from comfyui_paro.paro_runtime.attention import build_pattern
+from comfyui_paro.paro_runtime.dense import dense_pattern
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 from bench import report, whole_run
