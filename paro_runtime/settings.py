@@ -34,8 +34,8 @@ class Settings:
     order           how a head's order is chosen: by mass kept, by the paper's metric, or always the original.
     budget          one threshold over all heads and sites, or the same density for every head.
     dense_attention what computes dense steps: the host's attention, or PARO's kernel at density 1. `auto` takes what
-                    was measured to be faster on this GPU at this length: cuDNN in place of torch's attention, and PARO's
-                    kernel in a first step of pure noise but with the preset quality; the host's where nothing was.
+                    was measured to be faster on this GPU at this length: cuDNN in place of torch's attention, and
+                    PARO's kernel in a first step of pure noise but with the preset quality; else the host's.
     backend         Triton kernels, the PyTorch reference, or whichever fits the device.
     min_tokens      shorter sequences run on the host's attention; None takes the recipe's.
     calibrate       calibrate on the way when no plan fits; False passes through instead.
