@@ -1,6 +1,6 @@
 """Set up what the tests need and run them: `python scripts/test.py [pytest arguments]`.
 
-With a ComfyUI checkout at hand (COMFYUI_PATH, ../ComfyUI, ~/ComfyUI) the host tests run too; without one they are
+Tests run side by side, one process for each of up to four cores. With a ComfyUI checkout at hand (COMFYUI_PATH, ../ComfyUI, ~/ComfyUI) the host tests run too; without one they are
 skipped, loudly. REQUIRE_COMFYUI=1 makes a missing host an error.
 """
 
@@ -13,6 +13,7 @@ from _environment import TEST_MODULES, ensure
 from _host import find_host, host_version
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_JOBS = 4  # each boots the host
 
 
 def main() -> int:
@@ -27,8 +28,12 @@ def main() -> int:
     for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
         if subprocess.run([sys.executable, "-m", *check], cwd=ROOT).returncode:
             return 1
-    arguments = sys.argv[1:] or ["tests"]
-    environment = dict(os.environ) if host is None else {**os.environ, "COMFYUI_PATH": str(host)}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    jobs = min(MOST_JOBS, cores)
+    arguments = sys.argv[1:] or ["tests", "-n", str(jobs), "--dist", "worksteal"]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // jobs))}
+    if host is not None:
+        environment["COMFYUI_PATH"] = str(host)
     return subprocess.run([sys.executable, "-m", "pytest", *arguments], cwd=ROOT, env=environment).returncode
 
 
