@@ -1,7 +1,8 @@
 """Set up what the tests need and run them: `python scripts/test.py [pytest arguments]`.
 
-Tests run side by side, one process for each of up to four cores. With a ComfyUI checkout at hand (COMFYUI_PATH, ../ComfyUI, ~/ComfyUI) the host tests run too; without one they are
-skipped, loudly. REQUIRE_COMFYUI=1 makes a missing host an error.
+Tests run side by side, one process for each of up to four cores. With a ComfyUI checkout at hand (COMFYUI_PATH,
+../ComfyUI, ~/ComfyUI) the host tests run too; without one they are skipped, loudly. REQUIRE_COMFYUI=1 makes a missing
+host an error.
 """
 
 import os
