@@ -98,7 +98,7 @@ class PAROSettings(io.ComfyNode):
                     "dense_attention",
                     DENSE_NAMES,
                     "What computes steps and blocks that keep everything: the host's attention (or another attention "
-                    "node before this one), PARO's own kernel, or (auto) whichever was measured to be faster.",
+                    "node before this one), PARO's own kernel, or (auto) what was measured to be fastest on this GPU.",
                     rare=True,
                 ),
                 _combo(

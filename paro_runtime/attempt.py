@@ -4,13 +4,15 @@ The kernels raise a flag over a result that is not finite. Asking for it at once
 in every call, so the flags come to the host by themselves and are looked at together when the evaluation is over. If
 one was raised the evaluation is made again, without the sites at fault, and nothing that this attempt counted stays.
 
-What is measured for later steps would remember what is not finite: before anything is measured, the results so far are
-looked at. That waits for the attention before this one, not for what the model has launched since.
+What is measured for later steps would remember what is not finite: before the first such call of an attempt what is
+known is saved, and put back if the attempt fails. Observations, which are large, are made only once the results so far
+have been looked at; that waits for the attention before this one, not for what the model has launched since.
 """
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -76,6 +78,7 @@ class Attempt:
         self._results: list[_Result] = []
         self._at_fault: list[Site | None] = []
         self._flags: dict[torch.device, list[Flag]] = {}
+        self._restore: Callable[[], None] | None = None
 
     def count(self, kind: str, reason: str) -> None:
         """As `Session.count`; taken back if the attempt fails."""
@@ -116,6 +119,11 @@ class Attempt:
         self._results.append(_Result(site, flag.on_host, there))
         return True
 
+    def remembers(self) -> None:
+        """A call is about to measure something for later ones; nothing of it stays if the attempt fails."""
+        if self.can_redo and self._restore is None:
+            self._restore = self.session.saved()
+
     def sound(self) -> bool:
         """Whether every result so far is finite; waits for those that nobody has looked at."""
         results, self._results = self._results, []
@@ -140,6 +148,8 @@ class Attempt:
         reasons = {site: not_finite(site) for site in (at_fault if number else at_fault[:1])}
         if session.settings.strict:
             raise FloatingPointError(next(iter(reasons.values())))
+        if self._restore is not None:
+            self._restore()
         with session.lock:
             session.counts.take_back(self.counts)
             session.sparse_sites -= self._new_sparse_sites

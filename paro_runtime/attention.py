@@ -27,6 +27,15 @@ def sent(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
         return x.to(device)
 
 
+def pinned_like(x: torch.Tensor) -> torch.Tensor:
+    """An uninitialised tensor like x on the CPU, pinned where the system allows more of that; a copy to it waits
+    otherwise."""
+    try:
+        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    except RuntimeError:
+        return torch.empty(x.shape, dtype=x.dtype)
+
+
 def build_pattern(
     layout: TokenLayout,
     orders: Sequence[str],

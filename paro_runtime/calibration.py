@@ -248,12 +248,15 @@ class Calibrator:
         device = masks[0].device
         orders = [total.candidates[i] for i in total.choice.tolist()]
         density = [mask.float().mean((1, 2)) for mask in masks]
-        kept, biases, mass, mass_of = [], [], None, None
-        for s, mask, its_density in zip(of_groups, masks, density, strict=True):
+        kept, mass, mass_of = [], None, None
+        for s, mask in zip(of_groups, masks, strict=True):
             if s is not mass_of:
                 mass_of, mass = s, s.mass.to(device).float()
             kept.append(mass_kept(mass, s.mask_of_mass(mask)))
-            biases.append(self._bias(s, mask, its_density))
+        if all(s is total for s in of_groups) and self._bias_by_error(total) and self.options.pool is not None:
+            biases = bias_at(total.curves.to(device), torch.stack(density)).unbind()
+        else:
+            biases = [self._bias(s, *its) for s, *its in zip(of_groups, masks, density, strict=True)]
         rotate = total.logit_errors is not None and rotates(total.logit_errors, total.weight)
         falloff = pack_falloff(total.falloff.to(device), total.received.to(device), orders, self.layout.grid)
         packed = [pack_bits(mask) for mask in masks]

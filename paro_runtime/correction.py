@@ -13,8 +13,9 @@ added in the others as they were then, which on the tiny model is worth as much 
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -22,8 +23,9 @@ from ..kernels.api import add_corrections, correction_backend, query_corrections
 from ..kernels.correction_reference import POOL
 from ..kernels.problem import Geometry, SparsePattern
 from ..kernels.reference import take_rows
+from .attention import pinned_like, sent
 from .patterns import cache_bytes
-from .refresh import ROWS_SHARE
+from .refresh import ROWS_SHARE, restoring
 from .tail import share_of_positions
 
 # A head that gets rid of less than this share of its squared error is not worth the time.
@@ -50,20 +52,41 @@ class _Fit:
     sums: torch.Tensor
 
 
-@dataclass
 class _Shares:
-    """Share per query head, float32 `[Hq]`, and the heads that have one, int32 `[n]`."""
+    """Share per query head, float32 `[Hq]`, and the heads that have one."""
 
-    shares: torch.Tensor
-    heads: torch.Tensor
+    def __init__(self, shares: torch.Tensor) -> None:
+        self.shares = shares
+        self._on_host, self._there, self._heads = shares, None, None
+        if shares.is_cuda:
+            # Which heads they are decides later launches: nothing waits for it in the step that measures.
+            self._on_host = pinned_like(shares).copy_(shares, non_blocking=True)
+            self._there = torch.cuda.current_stream(shares.device).record_event()
+
+    def heads(self) -> torch.Tensor:
+        """int32 `[n]`, on the CPU; waits until the shares are known."""
+        if self._heads is None:
+            if self._there is not None:
+                self._there.synchronize()
+            self._heads = self._on_host.nonzero()[:, 0].int()
+        return self._heads
 
 
 @dataclass
 class _Carried:
-    """Corrections `[B, n, groups, D]` of the heads `heads` int32 `[n]`, in the dtype of what they are added to."""
+    """Corrections `[B, n, groups, D]` of the heads `heads` int32 `[n]`, in the dtype of what they are added to: of all
+    heads, or of those that have a share of the shares `of`."""
 
     corrections: torch.Tensor
     heads: torch.Tensor
+    of: _Shares | None = None
+
+    def reduced(self, shares: _Shares) -> _Carried:
+        """The same of those heads only that have a share."""
+        if self.of is shares:
+            return self
+        heads = sent(shares.heads(), self.heads.device)
+        return _Carried(self.corrections.index_select(1, heads.long()), heads, shares)
 
 
 def exact_rows(
@@ -99,7 +122,7 @@ class QueryCorrection:
         """Heads that are corrected at present, and heads that were looked at."""
         with self._lock:
             found = list(self._shares.values())
-        return sum(one.heads.numel() for one in found), sum(one.shares.numel() for one in found)
+        return sum(one.heads().numel() for one in found), sum(one.shares.numel() for one in found)
 
     def suits(self, q: torch.Tensor, pattern: SparsePattern, backend: str) -> bool:
         """Whether a call can be corrected, and by the kernel where the attention is: its reference takes too long."""
@@ -110,8 +133,16 @@ class QueryCorrection:
     def forget(self) -> None:
         """The masks are others now: nothing holds any more."""
         with self._lock:
-            for known in (self._fits, self._shares, self._carried):
+            for known in self._all():
                 known.clear()
+
+    def _all(self) -> tuple[dict, ...]:
+        return self._fits, self._shares, self._carried
+
+    def saved(self) -> Callable[[], None]:
+        """What puts everything back to how it is now."""
+        with self._lock:
+            return restoring(self._lock, self._all())
 
     def apply(
         self,
@@ -138,29 +169,37 @@ class QueryCorrection:
         """
         rows = rows_per_mean_query(pattern.geometry)
         rest = {"rows": rows, "scale": scale, "key_bias": key_bias, "backend": backend}
-        corrections = None
+        where = (key, call)
         if due:
-            every_head = torch.arange(q.shape[1], dtype=torch.int32, device=q.device)
+            every_head = _every_head(q.shape[1], q.device)
             corrections = query_corrections(q, k, v, pattern, every_head, **rest)
             self._measure(key, step, q, k, v, out, pattern, corrections, scale, key_bias)
+            carried = _Carried(corrections.to(out.dtype), every_head)
         with self._lock:
-            its, carried = self._shares.get(key), self._carried.get((key, call))
-        if its is None or not its.heads.numel():
+            its = self._shares.get(key)
+            carried = carried if due else self._carried.get(where)
+        if its is None or carried is None or carried.corrections.shape[0] != out.shape[0]:
             return
         if due:
-            carried = _Carried(corrections[:, its.heads.long()].to(out.dtype), its.heads)
-            self._carry((key, call), carried)
-        elif carried is None or carried.corrections.shape[0] != out.shape[0]:
-            return
+            # Where there is no room for all heads, those that have a share are waited for.
+            if not self._carry(where, carried):
+                self._carry(where, carried.reduced(its))
+        else:
+            carried = carried.reduced(its)
+            self._carry(where, carried)
+            if not carried.heads.numel():
+                return
         rest = {"rows": rows, "nonfinite": nonfinite, "backend": backend}
         add_corrections(out, carried.corrections, its.shares, pattern, carried.heads, **rest)
 
-    def _carry(self, where: tuple[Hashable, Hashable], carried: _Carried) -> None:
-        """Keep corrections for the steps to come. Where there is no room for them those go without."""
+    def _carry(self, where: tuple[Hashable, Hashable], carried: _Carried) -> bool:
+        """Keep corrections for the steps to come, if there is room for them; else those go without."""
         with self._lock:
             self._carried.pop(where, None)
-            if sum(map(_bytes, self._carried.values())) + _bytes(carried) <= cache_bytes(carried.corrections.device):
+            fits = sum(map(_bytes, self._carried.values())) + _bytes(carried) <= cache_bytes(carried.corrections.device)
+            if fits:
                 self._carried[where] = carried
+            return fits
 
     def _measure(self, key, step, q, k, v, out, pattern, corrections, scale, key_bias) -> None:
         g, group = pattern.geometry, q.shape[1] // pattern.kv_heads
@@ -177,11 +216,13 @@ class QueryCorrection:
             if before is not None and before.step == step:
                 sums = sums + before.sums
             self._fits[key] = _Fit(step, sums)
-        shares = best_shares(sums)
-        # The number of heads decides the launch, so the host waits here: in few steps only.
-        heads = shares.nonzero()[:, 0].int()
         with self._lock:
-            self._shares[key] = _Shares(shares, heads)
+            self._shares[key] = _Shares(best_shares(sums))
+
+
+@lru_cache(maxsize=8)
+def _every_head(heads: int, device: torch.device) -> torch.Tensor:
+    return torch.arange(heads, dtype=torch.int32, device=device)
 
 
 def _bytes(carried: _Carried) -> int:

@@ -18,9 +18,11 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 
-# Tokens from which cuDNN is faster than what the host's own function takes of torch's kernels, by GPU generation and
-# head dimension. Other GPUs are not measured.
-CUDNN_FASTER_FROM = {(9, 128): 4_096, (9, 64): 4_096}
+# Tokens from which cuDNN is faster than FlashAttention, which the host's own function has torch take, by GPU generation
+# and head dimension. Measured on an H200 with bf16, ms of FlashAttention and of cuDNN: 1,024 tokens x 24 heads of 128
+# 0.070, 0.074; 2,048 x 24 0.170, 0.097; 4,608 x 24 0.79, 0.40; 16,896 x 24 10.1, 5.65; 32,760 x 40 61.1, 38.2; 75,600 x
+# 40 331, 209; heads of 64: 4,992 x 32 0.70, 0.44; 8,192 x 24 1.36, 0.86. Other GPUs are not measured.
+CUDNN_FASTER_FROM = {(9, 128): 2_048, (9, 64): 4_096}
 # Tokens from which PARO's dense kernel is faster than cuDNN, by GPU generation and precision. Measured on an H200 with
 # bf16, ms of cuDNN and of PARO in FP8: 75,600 tokens x 40 heads 207, 157; 32,760 x 40 38.5, 29.5; 32,760 x 12 with two
 # conditionings 21.7, 17.9; 16,896 x 24 5.05, 5.28. In INT8 208, 172 at 75,600 x 40 (H100). Other GPUs are not measured.

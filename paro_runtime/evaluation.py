@@ -110,9 +110,9 @@ class Evaluation:
         why_not = session.off_sites.get(site)
         if why_not is None and site not in grid.plan.sites:
             why_not = f"{site.name} is not in the plan"
-        if why_not is None and self._remembers(site, q) and not attempt.sound():
-            return dense()
         if why_not is None:
+            if self._remembers(site, q):
+                attempt.remembers()
             out = self._sparse(site, q, k, v, scale, key_bias)
             if out is not None:
                 return out

@@ -12,7 +12,8 @@ each group only, and short ones once in a run.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -31,6 +32,19 @@ def sparing_of(q: torch.Tensor) -> int:
         return FULL
     batch, heads, length, dim = q.shape
     return OF_GROUPS if 2 * batch * heads * length * length * dim >= LEAST_WORK else ONCE
+
+
+def restoring(lock: AbstractContextManager, known: Sequence[dict]) -> Callable[[], None]:
+    """What puts these dicts, which the lock guards, back to how they are now; their values are never changed."""
+    copies = [dict(one) for one in known]
+
+    def restore() -> None:
+        with lock:
+            for one, copy in zip(known, copies, strict=True):
+                one.clear()
+                one.update(copy)
+
+    return restore
 
 
 class BiasRefresh:
@@ -99,8 +113,16 @@ class BiasRefresh:
     def forget(self) -> None:
         """The masks are others now: everything is due again."""
         with self._lock:
-            for known in (self._first, self._groups, self._errors, self._biases):
+            for known in self._all():
                 known.clear()
+
+    def _all(self) -> tuple[dict, ...]:
+        return self._first, self._groups, self._errors, self._biases
+
+    def saved(self) -> Callable[[], None]:
+        """What puts everything back to how it is now."""
+        with self._lock:
+            return restoring(self._lock, self._all())
 
     def bias(self, key: Hashable) -> torch.Tensor | None:
         """float32 `[Hq]`, or None if the site was never measured."""

@@ -9,15 +9,19 @@ goes on with another's picture looks in its first.
 from __future__ import annotations
 
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 import torch
 
+from ..kernels.kept_words import pack_bits
 from ..kernels.problem import SparsePattern
+from .attention import pinned_like, sent
 from .mean_queries import mean_query_masses
-from .plan import PER_GROUP, SitePlan
+from .plan import SitePlan
+from .refresh import restoring
 from .selection import masks_of_counts
+from .tables import PINNED_BYTES, to_cpu
 
 
 class SecondLook:
@@ -62,6 +66,11 @@ class SecondLook:
             self._first.clear()
             self._looked.clear()
 
+    def saved(self) -> Callable[[], None]:
+        """What puts everything back to how it is now."""
+        with self._lock:
+            return restoring(self._lock, (self._first, self._looked))
+
 
 def masks_anew(
     entry: SitePlan,
@@ -80,12 +89,14 @@ def masks_anew(
     rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
     masses = mean_query_masses(q, k, pattern.geometry, pattern.tables_of_heads(q.shape[1]), **rest)
     counts = (entry.density[group:] * masses[0].numel()).round().long()
-    parts = [replace(entry, **{name: _group(entry, name, before) for name in PER_GROUP}) for before in range(group)]
-    for later, mask in enumerate(masks_of_counts(masses, counts.to(masses.device)), group):
-        bias, kept = (_group(entry, name, later)[0] for name in ("tail_bias", "mass_kept"))
-        parts.append(SitePlan.create(entry.orders, mask, bias, kept))
-    return replace(SitePlan.joined(parts), falloff=entry.falloff, rotate=entry.rotate)
+    masks = masks_of_counts(masses, sent(counts, masses.device))
+    fresh = torch.stack([pack_bits(mask) for mask in masks])
+    return replace(entry, packed=torch.cat([entry.packed[:group], _on_host(fresh)]))
 
 
-def _group(entry: SitePlan, name: str, group: int) -> torch.Tensor:
-    return getattr(entry, name)[group : group + 1]
+def _on_host(bits: torch.Tensor) -> torch.Tensor:
+    """bits on the CPU. Small ones of a GPU arrive by themselves, in pinned memory: what is sent back to the GPU behind
+    them finds them there, and whoever reads them on the CPU has waited for a later step by then."""
+    if not bits.is_cuda or bits.nbytes >= PINNED_BYTES:
+        return to_cpu(bits)
+    return pinned_like(bits).copy_(bits, non_blocking=True)

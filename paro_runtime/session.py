@@ -221,6 +221,22 @@ class Session:
         """Median seconds of a dense, calibrating and sparse step, of those there were."""
         return self.clock.medians()
 
+    def saved(self) -> Callable[[], None]:
+        """What puts back everything that sparse calls measure for later ones to how it is now."""
+        with self.lock:
+            parts = [known.saved() for known in (self.refresh, self.correction, self.second_look) if known is not None]
+            plans = [(grid, grid.plan) for grid in self._grids.values()]
+
+        def restore() -> None:
+            for part in parts:
+                part()
+            with self.lock:
+                for grid, plan in plans:
+                    grid.plan = plan
+            self.patterns.clear()
+
+        return restore
+
     # Below: used by Evaluation.
 
     def _open_grid(self, layout: TokenLayout, step: int) -> Grid:

@@ -238,14 +238,15 @@ def best_bias(errors: torch.Tensor) -> torch.Tensor:
 
 
 def bias_at(curves: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
-    """Bias per head for the density its mask came to: curves `[H, len(MASK_DENSITIES), len(BIASES)]`, density `[H]`.
+    """Bias per head for the density its mask came to: curves `[H, len(MASK_DENSITIES), len(BIASES)]`, density `[H]`, or
+    `[n, H]` of several masks; float32 like density.
 
     Between two densities the errors are mixed in proportion to the logarithm of the density.
     """
     points = torch.tensor(MASK_DENSITIES, device=curves.device).log()
     place = density.clamp(MASK_DENSITIES[0], MASK_DENSITIES[-1]).log()
     upper = torch.searchsorted(points, place.contiguous()).clamp(1, len(MASK_DENSITIES) - 1)
-    part = ((place - points[upper - 1]) / (points[upper] - points[upper - 1]))[:, None]
+    part = ((place - points[upper - 1]) / (points[upper] - points[upper - 1]))[..., None]
     rows = torch.arange(curves.shape[0], device=curves.device)
     return best_bias(curves[rows, upper - 1] * (1 - part) + curves[rows, upper] * part)
 
