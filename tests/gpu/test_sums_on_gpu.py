@@ -3,9 +3,12 @@
 import pytest
 import torch
 from comfyui_paro.paro_runtime import sums as sums_module
+from comfyui_paro.paro_runtime.attempt import Attempt
 from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.session import Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.statistics import SHARED_TOKENS
 from comfyui_paro.paro_runtime.tables import CodedTable
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -73,3 +76,30 @@ def test_the_plan_is_the_one_a_cpu_makes_of_the_same_sums(monkeypatch):
         for group in range(3):
             assert (a.mask(group=group) != b.mask(group=group)).float().mean() < 1e-2
         torch.testing.assert_close(a.mass_kept, b.mass_kept, atol=1e-2, rtol=0)
+
+
+def test_steps_that_measure_wait_for_nothing():
+    """Masks, biases and corrections measured anew: every site is launched without looking at the one before."""
+    settings = Settings(preset="custom", density=0.3, dense_steps=1, min_tokens=0, strict=True, dense_attention="host")
+    generator = torch.Generator("cuda").manual_seed(0)
+    calls = [
+        [torch.randn(1, LAYOUT.length, 4, 64, device="cuda", generator=generator).bfloat16().transpose(1, 2)] * 3
+        for _ in SITES
+    ]
+    sigmas = [1.0, 0.8, 0.6, 0.4, 0.0]
+    with torch.inference_mode():
+        for waits in ("default", "error"):  # what is made once is made in the first run
+            policy = Policy(ModelIdentity("wan", "a", "b"), recipe_for("wan"), settings)
+            session = Session(policy, sigmas=sigmas)
+            for step, sigma in enumerate(sigmas[:-1]):
+                attempt = Attempt(session, can_redo=True)
+                evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt)
+                torch.cuda.set_sync_debug_mode(waits if step else "default")
+                try:
+                    for site, (q, k, v) in zip(SITES, calls, strict=True):
+                        evaluation.attend(site, q, k, v, dense=lambda q=q: q)
+                finally:
+                    torch.cuda.set_sync_debug_mode("default")
+                assert not evaluation.end()
+            report = session.finish()
+            assert report.sites_sparse == report.sites_looked_at_again == len(SITES) and not report.fallbacks
