@@ -17,7 +17,6 @@ from .attention import run_kernel
 from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
 from .plan import Site
 from .readiness import COMPILING
-from .refresh import sparing_of
 from .second_look import masks_anew
 from .self_check import site_precision
 from .tokens import TokenLayout
@@ -111,7 +110,7 @@ class Evaluation:
         if why_not is None and site not in grid.plan.sites:
             why_not = f"{site.name} is not in the plan"
         if why_not is None:
-            if self._remembers(site, q):
+            if self._remembers(site):
                 attempt.remembers()
             out = self._sparse(site, q, k, v, scale, key_bias)
             if out is not None:
@@ -203,19 +202,23 @@ class Evaluation:
             self._attempt.count_sparse(site)
         return out
 
-    def _remembers(self, site: Site, q: torch.Tensor) -> bool:
+    def _remembers(self, site: Site) -> bool:
         """Whether this call measures something for later ones."""
         session, key = self.session, (site, self.layout.grid)
         look = session.second_look
         looks = look is not None and session.of_pure_noise(self._grid.plan) and look.ready(key, self.step)
-        return looks or self._looked_again(site) or self._measures(site, q)
+        return looks or self._looked_again(site) or self._measures(site)
 
-    def _measures(self, site: Site, q: torch.Tensor) -> bool:
+    def _measures(self, site: Site) -> bool:
         """Whether the tail of this site is due to be measured anew in this step. Asked at least once in every call."""
-        session = self.session
+        session, key = self.session, (site, self.layout.grid)
         if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
             return False
-        return session.refresh.due((site, self.layout.grid), self.step, self._group, sparing_of(q))
+        look = session.second_look
+        pending = look is not None and session.of_pure_noise(self._grid.plan) and look.pending(key)
+        if pending and self.step + 1 < session.steps:
+            return False  # the next step has other masks, and measures under them: before that it gains nothing
+        return session.refresh.due(key, self.step, self._group)
 
     def _look_again(self, site: Site, q, k, scale, key_bias) -> None:
         """Measure the site's masks anew if its plan was made of pure noise and this is the time for it. Trouble leaves
@@ -318,7 +321,7 @@ class Evaluation:
             pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
         else:
             self._look_again(site, q, k, scale, key_bias)
-            measures = self._measures(site, q) or self._looked_again(site)
+            measures = self._measures(site) or self._looked_again(site)
             bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
             where = (self._group, self.layout, k.shape[1], q.device)
             pattern = session.patterns.get(site, self._grid.plan, *where, bias)

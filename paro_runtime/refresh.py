@@ -1,12 +1,8 @@
 """The tail's bias, measured again while sampling.
 
 A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure it
-on the very queries and keys at hand: done in the first sparse step, and then ever more rarely (after 1, 3, 7, 15 ...
-steps), because the bias drifts with the noise level. It belongs to the mask it was measured under: the first step of
-each group of steps measures it anew, and that is all that the later groups need.
-
-Measuring takes a GPU some thirty launches, whatever the size. So on one, large calls are measured at the beginning of
-each group only, and short ones once in a run.
+on the very queries and keys at hand. It belongs to the mask it was measured under, and hardly drifts beside: the first
+step of each group of steps measures it anew, and more often gains nothing (`docs/method.md`).
 """
 
 from __future__ import annotations
@@ -21,17 +17,6 @@ from ..kernels.problem import SparsePattern
 from .tail import best_bias, observe_bias
 
 ROWS_SHARE = 0.01
-# Multiply-adds of a call's dense attention from which measuring it costs less than a tenth of it: 10 ms on an H100.
-LEAST_WORK = 3e12
-FULL, OF_GROUPS, ONCE = range(3)
-
-
-def sparing_of(q: torch.Tensor) -> int:
-    """How often calls on q `[B, H, L, D]` are measured: FULL, OF_GROUPS or ONCE."""
-    if not q.is_cuda:
-        return FULL
-    batch, heads, length, dim = q.shape
-    return OF_GROUPS if 2 * batch * heads * length * length * dim >= LEAST_WORK else ONCE
 
 
 def restoring(lock: AbstractContextManager, known: Sequence[dict]) -> Callable[[], None]:
@@ -51,24 +36,20 @@ class BiasRefresh:
     """Biases of one run by site. Safe to call from several threads."""
 
     def __init__(self) -> None:
-        self._first: dict[Hashable, int] = {}
         self._groups: dict[Hashable, tuple[int, int]] = {}  # the present group, and the step it began in
         self._errors: dict[Hashable, tuple[int, torch.Tensor]] = {}
         self._biases: dict[Hashable, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def due(self, key: Hashable, step: int, group: int, sparing: int = FULL) -> bool:
+    def due(self, key: Hashable, step: int, group: int) -> bool:
         """Whether the bias of this site should be measured in this step, which is one of this group of steps."""
         with self._lock:
-            first = self._first.setdefault(key, step)
             if self._groups.get(key, (None, 0))[0] != group:
                 # What is carried over a change of masks is no longer measured under them.
-                self._groups[key] = (group, step if sparing != ONCE else first)
+                self._groups[key] = (group, step)
                 self._errors.pop(key, None)
                 self._biases.pop(key, None)
-            begins = self._groups[key][1] == step
-            age = step - first + 1
-        return begins or (sparing == FULL and group == 0 and age > 0 and age & (age - 1) == 0)
+            return self._groups[key][1] == step
 
     def begins(self, key: Hashable, step: int) -> bool:
         """Whether the group of steps that `due` was last asked about begins with this one."""
@@ -117,7 +98,7 @@ class BiasRefresh:
                 known.clear()
 
     def _all(self) -> tuple[dict, ...]:
-        return self._first, self._groups, self._errors, self._biases
+        return self._groups, self._errors, self._biases
 
     def saved(self) -> Callable[[], None]:
         """What puts everything back to how it is now."""

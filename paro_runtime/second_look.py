@@ -50,6 +50,11 @@ class SecondLook:
         with self._lock:
             return key not in self._looked and self._first.get(key, step) != step
 
+    def pending(self, key: Hashable) -> bool:
+        """Whether the site's masks are still to be measured anew."""
+        with self._lock:
+            return key not in self._looked
+
     def looks(self, key: Hashable, step: int) -> bool:
         """Whether the site's masks were measured anew in this step."""
         with self._lock:

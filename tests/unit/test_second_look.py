@@ -204,7 +204,7 @@ def test_calls_of_one_step_share_the_masks():
 
 
 def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
-    """The site's second sparse step is its third here, in which neither bias nor corrections would be due."""
+    """And not before, in the first sparse step. The site's second one is its third here, where no group begins."""
     biases, corrections = [], []
     measure, apply = BiasRefresh.measure, QueryCorrection.apply
 
@@ -220,12 +220,24 @@ def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
     monkeypatch.setattr(QueryCorrection, "apply", watched_apply)
     # Fifteen sparse steps, five in each group, of which the second is left out.
     session = run(sigmas=[1 - step / 16 for step in range(17)], skip=(2,))
-    assert [step for step, _ in biases if step < 6] == [1, 3, 4]
+    assert [step for step, _ in biases] == [3, 6, 11]
     due = {step: due for step, due, _ in corrections}
-    assert [step for step in due if due[step]] == [1, 3, 6, 11]
+    assert [step for step in due if due[step]] == [3, 6, 11]
     new = session.finish().plan.sites[SITE].mask()
-    assert all(torch.equal(mask, new) == (step > 1) for step, mask in biases if step < 6)
+    assert all(torch.equal(mask, new) for step, mask in biases if step < 6)
     assert all(torch.equal(mask, new) == (step > 1) for step, _, mask in corrections if step < 6)
+
+
+def test_a_run_with_one_sparse_step_measures_in_that(monkeypatch):
+    """No second look will come that would do it."""
+    steps = []
+
+    def watched(self, key, step, *rest, measure=BiasRefresh.measure, **more):
+        steps.append(step)
+        return measure(self, key, step, *rest, **more)
+
+    monkeypatch.setattr(BiasRefresh, "measure", watched)
+    assert run(sigmas=[1.0, 0.5, 0.0]).finish().sites_looked_at_again == 0 and steps == [1]
 
 
 def test_other_sites_keep_their_patterns():
