@@ -1,8 +1,8 @@
 """The tail's bias, measured again while sampling.
 
-A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure it
-on the very queries and keys at hand. It belongs to the mask it was measured under, and hardly drifts beside: the first
-step of each group of steps measures it anew, and more often gains nothing (`docs/method.md`).
+A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure
+it on the very queries and keys at hand: once in a run, in the first sparse step, or with the masks where those are
+measured anew. More often gains next to nothing (`docs/method.md`).
 """
 
 from __future__ import annotations
@@ -36,25 +36,15 @@ class BiasRefresh:
     """Biases of one run by site. Safe to call from several threads."""
 
     def __init__(self) -> None:
-        self._groups: dict[Hashable, tuple[int, int]] = {}  # the present group, and the step it began in
+        self._steps: dict[Hashable, int] = {}
         self._errors: dict[Hashable, tuple[int, torch.Tensor]] = {}
         self._biases: dict[Hashable, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def due(self, key: Hashable, step: int, group: int) -> bool:
-        """Whether the bias of this site should be measured in this step, which is one of this group of steps."""
+    def due(self, key: Hashable, step: int) -> bool:
+        """Whether this step is the one in which the bias of this site is measured: the first that is asked about."""
         with self._lock:
-            if self._groups.get(key, (None, 0))[0] != group:
-                # What is carried over a change of masks is no longer measured under them.
-                self._groups[key] = (group, step)
-                self._errors.pop(key, None)
-                self._biases.pop(key, None)
-            return self._groups[key][1] == step
-
-    def begins(self, key: Hashable, step: int) -> bool:
-        """Whether the group of steps that `due` was last asked about begins with this one."""
-        with self._lock:
-            return key in self._groups and self._groups[key][1] == step
+            return self._steps.setdefault(key, step) == step
 
     def measure(
         self,
@@ -98,7 +88,7 @@ class BiasRefresh:
                 known.clear()
 
     def _all(self) -> tuple[dict, ...]:
-        return self._groups, self._errors, self._biases
+        return self._steps, self._errors, self._biases
 
     def saved(self) -> Callable[[], None]:
         """What puts everything back to how it is now."""

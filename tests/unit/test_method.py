@@ -178,15 +178,14 @@ def test_sampled_errors_stand_for_all_rows(planted, masked):
     assert torch.corrcoef(torch.stack([few.flatten(), every.flatten()]))[0, 1] > 0.9
 
 
-def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, masked):
+def test_refresh_comes_once_and_adds_up_within_a_step(planted, masked):
     entry, _ = masked
     refresh = BiasRefresh()
-    assert [step for step in range(3, 20) if refresh.due("site", step, 0)] == [3]
-    # A group of steps has a mask of its own: its first step measures, in every one of its evaluations.
-    assert [step for step in range(3, 20) if refresh.due("other", step, step // 7)] == [3, 7, 14]
-    assert refresh.due("other", 14, 1) and refresh.due("other", 14, 2) and refresh.due("other", 14, 2)
+    # In every evaluation of its step.
+    assert [step for step in (3, 3, 4, 5, 9) if refresh.due("site", step)] == [3, 3]
+    assert refresh.due("other", 4)
     refresh.forget()
-    assert refresh.due("site", 19, 0)
+    assert refresh.due("site", 19)
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     assert refresh.bias("site") is None
