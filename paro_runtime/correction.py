@@ -7,7 +7,7 @@ whose exact output is known (least squares, 0 to 1), and heads that gain little 
 
 What is missed hardly changes from step to step: corrections are made in the first step of each group of steps, and
 added in the others as they were then, which on the tiny model is worth as much as making them in every step
-(`docs/method.md`). On a GPU that takes some fifty launches a call, whatever its size: short calls make them once.
+(`docs/method.md`).
 """
 
 from __future__ import annotations
@@ -30,16 +30,8 @@ from .tail import share_of_positions
 
 # A head that gets rid of less than this share of its squared error is not worth the time.
 LEAST_GAIN = 0.2
-# Multiply-adds of a call's dense attention below which a call is short on a GPU: 10 ms on an H100.
-LEAST_WORK = 3e12
 # A mean query stands for so many rows on grids of up to so many tokens, on larger ones for a whole query block.
 FINE_ROWS = ((2048, 8), (8192, 16))
-
-
-def is_short(q: torch.Tensor) -> bool:
-    """Whether making corrections would take longer than they are worth in more than one step; q `[B, H, L, D]`."""
-    batch, heads, length, dim = q.shape
-    return q.is_cuda and 2 * batch * heads * length * length * dim < LEAST_WORK
 
 
 def rows_per_mean_query(g: Geometry) -> int:
@@ -120,7 +112,6 @@ class QueryCorrection:
     """Shares of one run by site, corrections by site and call. Safe to call from several threads."""
 
     def __init__(self) -> None:
-        self._groups: dict[Hashable, tuple[int, int]] = {}  # the present group, and the step to make them in
         self._fits: dict[Hashable, _Fit] = {}
         self._shares: dict[Hashable, _Shares] = {}
         self._carried: dict[tuple[Hashable, Hashable], _Carried] = {}
@@ -146,16 +137,7 @@ class QueryCorrection:
                 known.clear()
 
     def _all(self) -> tuple[dict, ...]:
-        return self._groups, self._fits, self._shares, self._carried
-
-    def due(self, key: Hashable, step: int, group: int, once: bool) -> bool:
-        """Whether the corrections of this site are made in this step, which is one of this group of steps: in its first
-        that is asked about, or, once, in that of the first group alone."""
-        with self._lock:
-            present = self._groups.get(key)
-            if present is None or (present[0] != group and not once):
-                self._groups[key] = (group, step)
-            return self._groups[key][1] == step
+        return self._fits, self._shares, self._carried
 
     def saved(self) -> Callable[[], None]:
         """What puts everything back to how it is now."""

@@ -14,10 +14,10 @@ from ..kernels.problem import empty_output
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
 from .attempt import Attempt, not_finite
 from .attention import run_kernel
-from .correction import is_short
 from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
 from .plan import Site
 from .readiness import COMPILING
+from .refresh import is_short
 from .second_look import masks_anew
 from .self_check import site_precision
 from .tokens import TokenLayout
@@ -208,27 +208,18 @@ class Evaluation:
         session, key = self.session, (site, self.layout.grid)
         look = session.second_look
         looks = look is not None and session.of_pure_noise(self._grid.plan) and look.ready(key, self.step)
-        return looks or self._looked_again(site) or self._measures(site) or self._corrects(site, q)
+        return looks or self._looked_again(site) or self._measures(site, q)
 
-    def _too_early(self, site: Site) -> bool:
-        """Whether a later step has other masks and measures under them: before that measuring gains nothing."""
-        session, look = self.session, self.session.second_look
-        pending = look is not None and session.of_pure_noise(self._grid.plan) and look.pending((site, self.layout.grid))
-        return self._grid.plan.sites[site].tail_bias is None or (pending and self.step + 1 < session.steps)
-
-    def _measures(self, site: Site) -> bool:
-        """Whether the bias of this site's tail is measured anew in this step."""
-        refresh = self.session.refresh
-        return refresh is not None and not self._too_early(site) and refresh.due((site, self.layout.grid), self.step)
-
-    def _corrects(self, site: Site, q: torch.Tensor) -> bool:
-        """Whether the corrections of this site are made in this step."""
-        correction = self.session.correction
-        return (
-            correction is not None
-            and not self._too_early(site)
-            and correction.due((site, self.layout.grid), self.step, self._group, is_short(q))
-        )
+    def _measures(self, site: Site, q: torch.Tensor) -> bool:
+        """Whether the tail of this site is due to be measured anew in this step. Asked at least once in every call."""
+        session, key = self.session, (site, self.layout.grid)
+        if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
+            return False
+        look = session.second_look
+        pending = look is not None and session.of_pure_noise(self._grid.plan) and look.pending(key)
+        if pending and self.step + 1 < session.steps:
+            return False  # the next step has other masks, and measures under them: before that it gains nothing
+        return session.refresh.due(key, self.step, self._group, is_short(q))
 
     def _look_again(self, site: Site, q, k, scale, key_bias) -> None:
         """Measure the site's masks anew if its plan was made of pure noise and this is the time for it. Trouble leaves
@@ -283,7 +274,7 @@ class Evaluation:
             return
         began = time.perf_counter()
         key = (site, self.layout.grid)
-        due = self._corrects(site, q) or self._looked_again(site)
+        due = session.refresh.begins(key, self.step) or self._looked_again(site)
         call = (key, self.call, self.step, due, q, k, v, out, pattern)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
         try:
@@ -331,7 +322,7 @@ class Evaluation:
             pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
         else:
             self._look_again(site, q, k, scale, key_bias)
-            measures = self._measures(site) or self._looked_again(site)
+            measures = self._measures(site, q) or self._looked_again(site)
             bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
             where = (self._group, self.layout, k.shape[1], q.device)
             pattern = session.patterns.get(site, self._grid.plan, *where, bias)

@@ -1,8 +1,11 @@
 """The tail's bias, measured again while sampling.
 
 A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure
-it on the very queries and keys at hand: once in a run, in the first sparse step, or with the masks where those are
-measured anew. More often gains next to nothing (`docs/method.md`).
+it on the very queries and keys at hand. It belongs to the mask it was measured under, and hardly drifts beside: the
+first step of each group of steps measures it anew, and more often gains nothing (`docs/method.md`).
+
+On a GPU measuring takes a hundred launches a call, with corrections (`correction`), whatever its size: short calls are
+measured once in a run.
 """
 
 from __future__ import annotations
@@ -17,6 +20,14 @@ from ..kernels.problem import SparsePattern
 from .tail import best_bias, observe_bias
 
 ROWS_SHARE = 0.01
+# Multiply-adds of a call's dense attention below which a call is short on a GPU: 10 ms on an H100.
+LEAST_WORK = 3e12
+
+
+def is_short(q: torch.Tensor) -> bool:
+    """Whether measuring in more than one step would take longer than it is worth; q `[B, H, L, D]`."""
+    batch, heads, length, dim = q.shape
+    return q.is_cuda and 2 * batch * heads * length * length * dim < LEAST_WORK
 
 
 def restoring(lock: AbstractContextManager, known: Sequence[dict]) -> Callable[[], None]:
@@ -36,15 +47,27 @@ class BiasRefresh:
     """Biases of one run by site. Safe to call from several threads."""
 
     def __init__(self) -> None:
-        self._steps: dict[Hashable, int] = {}
+        self._groups: dict[Hashable, tuple[int, int]] = {}  # the present group, and the step it is measured in
         self._errors: dict[Hashable, tuple[int, torch.Tensor]] = {}
         self._biases: dict[Hashable, torch.Tensor] = {}
         self._lock = threading.Lock()
 
-    def due(self, key: Hashable, step: int) -> bool:
-        """Whether this step is the one in which the bias of this site is measured: the first that is asked about."""
+    def due(self, key: Hashable, step: int, group: int, once: bool) -> bool:
+        """Whether this site is measured in this step, which is one of this group of steps: in the group's first that is
+        asked about, or, once, in that of the first group alone."""
         with self._lock:
-            return self._steps.setdefault(key, step) == step
+            present = self._groups.get(key)
+            if present is None or (present[0] != group and not once):
+                # What is carried over a change of masks is no longer measured under them.
+                self._groups[key] = (group, step)
+                self._errors.pop(key, None)
+                self._biases.pop(key, None)
+            return self._groups[key][1] == step
+
+    def begins(self, key: Hashable, step: int) -> bool:
+        """What `due` said last of this step."""
+        with self._lock:
+            return key in self._groups and self._groups[key][1] == step
 
     def measure(
         self,
@@ -88,7 +111,7 @@ class BiasRefresh:
                 known.clear()
 
     def _all(self) -> tuple[dict, ...]:
-        return self._steps, self._errors, self._biases
+        return self._groups, self._errors, self._biases
 
     def saved(self) -> Callable[[], None]:
         """What puts everything back to how it is now."""

@@ -16,12 +16,12 @@ import torch
 
 from ..kernels.kept_words import pack_bits
 from ..kernels.problem import SparsePattern
-from .attention import pinned_like, sent
+from .attention import sent
 from .mean_queries import mean_query_masses
 from .plan import SitePlan
 from .refresh import restoring
 from .selection import masks_of_counts
-from .tables import PINNED_BYTES, to_cpu
+from .tables import to_cpu
 
 
 class SecondLook:
@@ -96,12 +96,4 @@ def masks_anew(
     counts = (entry.density[group:] * masses[0].numel()).round().long()
     masks = masks_of_counts(masses, sent(counts, masses.device))
     fresh = torch.stack([pack_bits(mask) for mask in masks])
-    return replace(entry, packed=torch.cat([entry.packed[:group], _on_host(fresh)]))
-
-
-def _on_host(bits: torch.Tensor) -> torch.Tensor:
-    """bits on the CPU. Small ones of a GPU arrive by themselves, in pinned memory: what is sent back to the GPU behind
-    them finds them there, and whoever reads them on the CPU has waited for a later step by then."""
-    if not bits.is_cuda or bits.nbytes >= PINNED_BYTES:
-        return to_cpu(bits)
-    return pinned_like(bits).copy_(bits, non_blocking=True)
+    return replace(entry, packed=torch.cat([entry.packed[:group], to_cpu(fresh)]))

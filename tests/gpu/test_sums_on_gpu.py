@@ -78,8 +78,9 @@ def test_the_plan_is_the_one_a_cpu_makes_of_the_same_sums(monkeypatch):
         torch.testing.assert_close(a.mass_kept, b.mass_kept, atol=1e-2, rtol=0)
 
 
-def test_steps_that_measure_wait_for_nothing():
-    """Masks, biases and corrections measured anew: every site is launched without looking at the one before."""
+def test_steps_that_measure_biases_and_corrections_wait_for_nothing(monkeypatch):
+    """Every site is launched without looking at the one before; but masks measured anew, in step 2, are waited for."""
+    monkeypatch.setattr("comfyui_paro.paro_runtime.refresh.LEAST_WORK", 0)
     settings = Settings(preset="custom", density=0.3, dense_steps=1, min_tokens=0, strict=True, dense_attention="host")
     generator = torch.Generator("cuda").manual_seed(0)
     calls = [
@@ -94,7 +95,7 @@ def test_steps_that_measure_wait_for_nothing():
             for step, sigma in enumerate(sigmas[:-1]):
                 attempt = Attempt(session, can_redo=True)
                 evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt)
-                torch.cuda.set_sync_debug_mode(waits if step else "default")
+                torch.cuda.set_sync_debug_mode(waits if step in (1, 3) else "default")
                 try:
                     for site, (q, k, v) in zip(SITES, calls, strict=True):
                         evaluation.attend(site, q, k, v, dense=lambda q=q: q)

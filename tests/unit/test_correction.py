@@ -210,15 +210,6 @@ def test_a_run_is_corrected(dense_steps, correct):
         assert errors == without
 
 
-@pytest.mark.parametrize("once, due", [(False, [3, 7, 14]), (True, [3])])
-def test_corrections_are_due_in_the_first_step_of_each_group_or_once(once, due):
-    correction = QueryCorrection()
-    assert [step for step in range(3, 20) if correction.due("site", step, step // 7, once)] == due
-    assert correction.due("other", 14, 2, once) and correction.due("other", 14, 2, once)
-    correction.forget()
-    assert correction.due("site", 19, 2, once)
-
-
 def test_evaluations_of_a_step_are_told_apart_by_their_conditionings_and_their_turn():
     policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), Settings(preset="custom", density=0.3))
     session = Session(policy, sigmas=SIGMAS)

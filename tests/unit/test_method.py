@@ -178,14 +178,15 @@ def test_sampled_errors_stand_for_all_rows(planted, masked):
     assert torch.corrcoef(torch.stack([few.flatten(), every.flatten()]))[0, 1] > 0.9
 
 
-def test_refresh_comes_once_and_adds_up_within_a_step(planted, masked):
+def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, masked):
     entry, _ = masked
     refresh = BiasRefresh()
-    # In every evaluation of its step.
-    assert [step for step in (3, 3, 4, 5, 9) if refresh.due("site", step)] == [3, 3]
-    assert refresh.due("other", 4)
+    # A group of steps has a mask of its own: its first step measures, in every one of its evaluations.
+    assert [step for step in range(3, 20) if refresh.due("site", step, step // 7, False)] == [3, 7, 14]
+    assert refresh.due("site", 14, 2, False) and refresh.due("site", 14, 2, False) and refresh.begins("site", 14)
+    assert [step for step in range(3, 20) if refresh.due("short", step, step // 7, True)] == [3]
     refresh.forget()
-    assert refresh.due("site", 19)
+    assert refresh.due("site", 19, 0, False) and not refresh.begins("site", 18)
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     assert refresh.bias("site") is None
