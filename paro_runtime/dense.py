@@ -57,13 +57,14 @@ def in_16_bits(
     """`host()`, or the same to within rounding by cuDNN where that was measured to be faster.
 
     q `[B, H, Lq, D]`, k and v `[B, H, L, D]`; host: runs torch's attention on them as the host does. The first call of
-    a shape in a process runs both: where cuDNN fails or differs, the host's attention does that shape from then on.
+    a shape (and strides, which cuDNN has other kernels for) in a process runs both: where cuDNN fails or differs, the
+    host's attention does that shape from then on.
     """
     capability = capability_of_gpu(q.device)
     least = None if capability is None else CUDNN_FASTER_FROM.get((capability[0], q.shape[3]))
     if least is None or k.shape[2] < least or not cudnn_serves(q, k, v):
         return host()
-    key = (q.device, q.dtype, q.shape, k.shape)
+    key = (q.device, q.dtype, q.shape, k.shape, q.stride(), k.stride(), v.stride())
     with _lock:
         proven = _proven.get(key)
     if proven is False:

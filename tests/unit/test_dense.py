@@ -70,6 +70,12 @@ def test_what_is_not_finite_anyway_says_nothing(calls):
     assert not torch.isfinite(dense.in_16_bits(Q, Q, Q, None, calls.cudnn)).any() and not dense._proven
 
 
+def test_other_strides_are_tried_by_themselves(calls):
+    for q in (Q, Q.transpose(1, 2).contiguous().transpose(1, 2), Q):
+        assert torch.equal(ask(calls, q), calls.cudnn())
+    assert calls == ["cudnn", "host", "cudnn", "host", "cudnn"]
+
+
 @pytest.mark.parametrize("case", ["short", "other head", "not served", "other GPU"])
 def test_elsewhere_the_host_is_asked(calls, monkeypatch, case):
     q = Q
