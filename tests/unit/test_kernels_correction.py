@@ -118,9 +118,9 @@ def test_kernel(name):
     heads, rest = torch.arange(q.shape[1]).int().flip(0), {"rows": rows, "key_bias": bias, "scale": 0.2}
     found, expected = (query_corrections(q, k, v, pattern, heads, backend=b, **rest) for b in ("triton", "reference"))
     assert found.shape == expected.shape
-    # Values of about one are rounded, however small the correction.
-    worst = ((found - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
-    assert worst < 3e-3, f"{worst:.2e} (seed {seed})"
+    # The difference of two weighted means, however small; the weights of each are off by half a unit of 16 bits.
+    worst = ((found - expected).abs().max() / v.abs().max()).item()
+    assert worst < torch.finfo(v.dtype).eps, f"{worst:.2e} (seed {seed})"
     shares, out = torch.rand(q.shape[1]), torch.randn_like(q.transpose(1, 2)).transpose(1, 2)
     some = heads[:1]
     flag = torch.zeros(4, dtype=torch.int32)
