@@ -7,6 +7,13 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HEAD_DIMS = (64, 128)
+# All of them, in this order: the choice holds for the process, and another thread's attention must find a kernel too.
+PRIORITY = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def cudnn_serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
@@ -24,6 +31,7 @@ def cudnn_serves(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
 
 def cudnn_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, scale: float | None = None) -> torch.Tensor:
     """softmax(q k^T * scale) v for q `[B, H, Lq, D]`, k and v `[B, H, L, D]`, fp16 or bf16; scale defaults to
-    1/sqrt(D). Returns `[B, H, Lq, D]`. Raises RuntimeError where cuDNN does not serve the call."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    1/sqrt(D). Returns `[B, H, Lq, D]`. Where `cudnn_serves` says so it is cuDNN that
+    computes it; raises TypeError before torch 2.6, which knows no order of kernels."""
+    with sdpa_kernel(PRIORITY, set_priority=True):
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -4,7 +4,7 @@ The kernels raise a flag over a result that is not finite. Asking for it at once
 in every call, so the flags come to the host by themselves and are looked at together when the evaluation is over. If
 one was raised the evaluation is made again, without the sites at fault, and nothing that this attempt counted stays.
 
-What is measured for later steps would remember what is not finite: before the first such call of an attempt what is
+What is measured for later steps would remember what is not finite: before the first sparse call of an attempt what is
 known is saved, and put back if the attempt fails. Observations, which are large, are made only once the results so far
 have been looked at; that waits for the attention before this one, not for what the model has launched since.
 """
@@ -119,8 +119,8 @@ class Attempt:
         self._results.append(_Result(site, flag.on_host, there))
         return True
 
-    def remembers(self) -> None:
-        """A call is about to measure something for later ones; nothing of it stays if the attempt fails."""
+    def save_once(self) -> None:
+        """Sparse calls may measure something for later ones: nothing of it stays if the attempt fails."""
         if self.can_redo and self._restore is None:
             self._restore = self.session.saved()
 

@@ -82,8 +82,9 @@ class _Carried:
     of: _Shares | None = None
 
     def reduced(self, shares: _Shares) -> _Carried:
-        """The same of those heads only that have a share."""
-        if self.of is shares:
+        """The same of those heads only that have a share. Done once: a head that loses its share later gets nothing of
+        it, one that gains one has no correction in it."""
+        if self.of is not None:
             return self
         heads = sent(shares.heads(), self.heads.device)
         return _Carried(self.corrections.index_select(1, heads.long()), heads, shares)
@@ -174,13 +175,16 @@ class QueryCorrection:
             every_head = _every_head(q.shape[1], q.device)
             corrections = query_corrections(q, k, v, pattern, every_head, **rest)
             self._measure(key, step, q, k, v, out, pattern, corrections, scale, key_bias)
-            carried = _Carried(corrections.to(out.dtype), every_head)
         with self._lock:
             its = self._shares.get(key)
-            carried = carried if due else self._carried.get(where)
-        if its is None or carried is None or carried.corrections.shape[0] != out.shape[0]:
+            carried = self._carried.get(where)
+        if its is None or (not due and (carried is None or carried.corrections.shape[0] != out.shape[0])):
             return
+        shares = its.shares.to(out.device)
         if due:
+            # Of all heads, since nobody has waited for the shares: what has none may be anything.
+            none = (shares == 0)[:, None, None]
+            carried = _Carried(corrections.masked_fill(none, 0).to(out.dtype), every_head)
             # Where there is no room for all heads, those that have a share are waited for.
             if not self._carry(where, carried):
                 self._carry(where, carried.reduced(its))
@@ -190,7 +194,7 @@ class QueryCorrection:
             if not carried.heads.numel():
                 return
         rest = {"rows": rows, "nonfinite": nonfinite, "backend": backend}
-        add_corrections(out, carried.corrections, its.shares, pattern, carried.heads, **rest)
+        add_corrections(out, carried.corrections, shares, pattern, carried.heads, **rest)
 
     def _carry(self, where: tuple[Hashable, Hashable], carried: _Carried) -> bool:
         """Keep corrections for the steps to come, if there is room for them; else those go without."""
@@ -214,7 +218,7 @@ class QueryCorrection:
         with self._lock:
             before = self._fits.get(key)
             if before is not None and before.step == step:
-                sums = sums + before.sums
+                sums = sums + before.sums.to(sums.device)
             self._fits[key] = _Fit(step, sums)
         with self._lock:
             self._shares[key] = _Shares(best_shares(sums))

@@ -111,8 +111,7 @@ class Evaluation:
         if why_not is None and site not in grid.plan.sites:
             why_not = f"{site.name} is not in the plan"
         if why_not is None:
-            if self._remembers(site, q):
-                attempt.remembers()
+            attempt.save_once()
             out = self._sparse(site, q, k, v, scale, key_bias)
             if out is not None:
                 return out
@@ -202,13 +201,6 @@ class Evaluation:
         if out is not None:
             self._attempt.count_sparse(site)
         return out
-
-    def _remembers(self, site: Site, q: torch.Tensor) -> bool:
-        """Whether this call measures something for later ones."""
-        session, key = self.session, (site, self.layout.grid)
-        look = session.second_look
-        looks = look is not None and session.of_pure_noise(self._grid.plan) and look.ready(key, self.step)
-        return looks or self._looked_again(site) or self._measures(site, q)
 
     def _measures(self, site: Site, q: torch.Tensor) -> bool:
         """Whether the tail of this site is due to be measured anew in this step. Asked at least once in every call."""

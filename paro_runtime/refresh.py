@@ -100,7 +100,7 @@ class BiasRefresh:
         with self._lock:
             before = self._errors.get(key)
             if before is not None and before[0] == step:
-                errors = errors + before[1]
+                errors = errors + before[1].to(errors.device)
             self._errors[key] = (step, errors)
             self._biases[key] = best_bias(errors)
 

@@ -45,11 +45,6 @@ class SecondLook:
             self._looked[key] = step
             return True
 
-    def ready(self, key: Hashable, step: int) -> bool:
-        """What `due` would say now."""
-        with self._lock:
-            return key not in self._looked and self._first.get(key, step) != step
-
     def pending(self, key: Hashable) -> bool:
         """Whether the site's masks are still to be measured anew."""
         with self._lock:

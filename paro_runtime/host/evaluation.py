@@ -106,7 +106,8 @@ class HostEvaluation:
             scale=call.scale,
             key_bias=claim.key_bias,
             dense=outside,
-            plain=plain,
+            # Rows in front are no part of what the host would compute.
+            plain=plain and not first,
             blocks=call.options.get("total_blocks", self._counts and self._counts[claim.stream]),
         )
         return out[:, :, first:]

@@ -210,6 +210,44 @@ def test_a_run_is_corrected(dense_steps, correct):
         assert errors == without
 
 
+def test_with_little_room_each_call_keeps_the_heads_of_its_own_shares(monkeypatch):
+    """Then they are reduced in the very step that made them, before the shares are of both calls."""
+    both, rest = [problem(), problem()], {"scale": None, "key_bias": None}
+    shares = iter([torch.tensor([0.0, 0.0, 0.0, 0.5]), torch.tensor([0.5, 0.0, 0.0, 0.0])])
+    monkeypatch.setattr(correction_module, "best_shares", lambda sums: next(shares))
+    taken = 45 * 32 * 4  # by a head: mean queries, channels, bytes
+    monkeypatch.setattr(correction_module, "cache_bytes", lambda device: 3 * taken)
+    correction = QueryCorrection()
+    for step, due in ((3, True), (4, False), (5, False)):
+        for call, (q, k, v, pattern) in enumerate(both):
+            out = sparse_attention(q, k, v, pattern, EXACT)
+            before = out.clone()
+            correction.apply("site", call, step, due, q, k, v, out, pattern, **rest)
+            changed = [not torch.equal(out[:, head], before[:, head]) for head in range(4)]
+            # In later steps the shares are the second call's: what the first has corrections of has none any more.
+            expected = [False, False, False, True] if due and call == 0 else [call == 1, False, False, False]
+            assert changed == expected, (step, call)
+
+
+def test_what_has_no_share_may_be_anything(monkeypatch):
+    q, k, v, pattern = problem()
+    real = correction_module.query_corrections
+
+    def spoilt(*arguments, **options):
+        made = real(*arguments, **options)
+        made[:, 0] = torch.inf
+        return made
+
+    monkeypatch.setattr(correction_module, "query_corrections", spoilt)
+    monkeypatch.setattr(correction_module, "best_shares", lambda sums: torch.tensor([0.0, 0.5, 0.5, 0.5]))
+    before, flag = sparse_attention(q, k, v, pattern, EXACT), torch.zeros(4, dtype=torch.int32)
+    out = before.clone()
+    QueryCorrection().apply(
+        "site", 0, 3, True, q, k, v, out, pattern, scale=None, key_bias=None, nonfinite=flag, backend="reference"
+    )
+    assert torch.equal(out[:, 0], before[:, 0]) and torch.isfinite(out).all() and not flag.any()
+
+
 def test_evaluations_of_a_step_are_told_apart_by_their_conditionings_and_their_turn():
     policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), Settings(preset="custom", density=0.3))
     session = Session(policy, sigmas=SIGMAS)

@@ -64,6 +64,19 @@ def test_trouble_is_answered_by_the_host(calls, caplog, error, tries):
     assert ("no engine" in caplog.text) == (tries == 1)
 
 
+def test_without_memory_to_compare_another_call_is_compared(calls, monkeypatch):
+    norm = torch.Tensor.norm
+
+    def full(self, *rest, **more):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(torch.Tensor, "norm", full)
+    assert torch.equal(ask(calls), calls.cudnn()) and not dense._proven
+    monkeypatch.setattr(torch.Tensor, "norm", norm)
+    ask(calls), ask(calls)
+    assert calls == ["cudnn", "host", "cudnn", "host", "cudnn"]
+
+
 def test_what_is_not_finite_anyway_says_nothing(calls):
     right = calls.cudnn
     calls.cudnn = lambda: right() * torch.nan

@@ -8,6 +8,7 @@ import torch
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.kernels.support import interpreted
 from comfyui_paro.paro_runtime import second_look as second_look_module
+from comfyui_paro.paro_runtime.attempt import Attempt
 from comfyui_paro.paro_runtime.attention import pattern_of
 from comfyui_paro.paro_runtime.calibration import Method
 from comfyui_paro.paro_runtime.correction import QueryCorrection
@@ -205,6 +206,35 @@ def test_a_run_whose_plan_is_of_pure_noise_looks_again_once(tmp_path):
     again = run(store=PlanStore([], tmp_path), seed=1)
     assert again.finish().plan_source == "plan found" and torch.equal(again.masks[1], first)
     assert not torch.equal(again.masks[-1], first) and not torch.equal(again.masks[-1], second)
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+def test_nothing_stays_of_an_attempt_that_fails(at_once):
+    """Masks, bias and corrections of a site that saw what is not finite in the step that measures them."""
+    runs = []
+    for fails in (False, True):
+        policy = Policy(IDENTITY, recipe_for("wan"), Settings(preset="custom", density=0.3, dense_steps=1))
+        session = Session(policy, sigmas=SIGMAS)
+        generator = torch.Generator().manual_seed(0)
+        for step, sigma in enumerate(SIGMAS[:4]):
+            q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
+            session.second_look.at_once = at_once
+            # A site at fault in the first attempt, and with it what comes after.
+            for again in (False, True) if fails and step == (1 if at_once else 2) else (True,):
+                attempt = Attempt(session, can_redo=True)
+                evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt, again=not again)
+                bad = v if again else v * torch.nan
+                evaluation.attend(Site("block", 1), q, k, bad, dense=lambda v=v: v.clone(), blocks=2)
+                evaluation.attend(SITE, q if again else q * torch.nan, k, bad, dense=lambda v=v: v.clone(), blocks=2)
+                assert evaluation.end(0) is not again
+                session.off_sites.clear()
+        runs.append(session)
+    clean, redone = runs
+    key = (SITE, LAYOUT.grid)
+    plans = [session._grids[LAYOUT.grid].plan.sites[SITE] for session in runs]
+    assert torch.equal(plans[0].packed, plans[1].packed) and plans[0].mask().any(2).all()
+    assert torch.equal(clean.refresh.bias(key), redone.refresh.bias(key))
+    assert torch.equal(clean.correction._shares[key].shares, redone.correction._shares[key].shares)
 
 
 def test_calls_of_one_step_share_the_masks():
