@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from .attention import pinned_like
 from .plan import Site
 
 if TYPE_CHECKING:
@@ -164,12 +165,7 @@ class Attempt:
 
 
 def _like_on_host(flags: torch.Tensor) -> torch.Tensor:
-    if not flags.is_cuda:
-        return flags
-    try:
-        return torch.zeros(flags.shape, dtype=flags.dtype, pin_memory=True)
-    except RuntimeError:  # the system allows no more of it; a copy then waits
-        return torch.zeros(flags.shape, dtype=flags.dtype)
+    return pinned_like(flags).zero_() if flags.is_cuda else flags
 
 
 def not_finite(site: Site | None) -> str:

@@ -158,10 +158,13 @@ def test_a_stride_comes_to_every_column():
 
 
 def test_orders_are_compared_without_ranking_every_block(monkeypatch):
-    sums = torch.rand(5, 3, 20, 64) ** torch.tensor([1.0, 3.0, 9.0, 20.0, 40.0])[:, None, None, None]
+    # What 400 of 1,280 values tell is off by up to 3 % in one draw of 300: always the same draw.
+    sums = (
+        torch.rand(5, 3, 20, 64, generator=torch.Generator().manual_seed(0))
+        ** torch.tensor([1.0, 3.0, 9.0, 20.0, 40.0])[:, None, None, None]
+    )
     exact = mass_kept_scores([BlockStatistics(each) for each in sums], 0.3).T
-    # Of 400 values the threshold's rank is known to 2 %.
-    for values, off in ((1 << 20, 1e-5), (400, 3e-2)):
+    for values, off in ((1 << 20, 1e-5), (400, 1e-2)):
         monkeypatch.setattr("comfyui_paro.paro_runtime.selection.RANKED_VALUES", values)
         torch.testing.assert_close(estimated_mass_kept(sums, 0.3), exact, rtol=off, atol=0)
 
