@@ -172,20 +172,20 @@ def block_statistics(
 def query_sums(
     queries: torch.Tensor,
     k: torch.Tensor,
-    lse: torch.Tensor,
     geometry: Geometry,
     tables: torch.Tensor,
     per_block: int,
     *,
     scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """See `statistics_reference.query_sums_reference`."""
     if chosen_backend(backend, k.device, k.dtype, k.shape[3], STATISTICS_PRECISION) == "reference":
-        return query_sums_reference(queries, k, lse, geometry, tables, per_block, scale=scale)
-    from .triton_query_sums import launch_query_sums
-
-    return launch_query_sums(queries, k, lse, geometry, tables, per_block, scale=scale)
+        run = query_sums_reference
+    else:
+        from .triton_query_sums import launch_query_sums as run
+    return run(queries, k, geometry, tables, per_block, scale=scale, key_bias=key_bias)
 
 
 def _tail_backend(backend: str, q: torch.Tensor) -> str:

@@ -138,19 +138,19 @@ def block_statistics_reference(
 def query_sums_reference(
     queries: torch.Tensor,
     k: torch.Tensor,
-    lse: torch.Tensor,
     geometry: Geometry,
     tables: torch.Tensor,
     per_block: int,
     *,
     scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of given queries in every block of keys, under some orders: float32 `[orders, Hq, n, k_blocks]`, sums
-    over `per_block` queries each, mean over the batch.
+    over `per_block` queries each, mean over the batch. What the context's keys get is missing from them.
 
-    queries `[B, Hq, orders * n * per_block, D]`, those for the first order first, with their log-sum-exp over all keys
-    lse `[B, Hq, orders * n * per_block]`; k `[B, Hkv, L, D]`; tables int `[orders, Hq, N]`: grid index at each position
-    of an order, which may be another for each head. per_block: a power of two up to 64.
+    queries `[B, Hq, orders * n * per_block, D]`, those for the first order first; k `[B, Hkv, L, D]`; tables int
+    `[orders, Hq, N]`: grid index at each position of an order, which may be another for each head. per_block: a power
+    of two up to 64. key_bias additive `[B, L]`.
     """
     g = geometry
     scale = queries.shape[3] ** -0.5 if scale is None else scale
@@ -158,6 +158,7 @@ def query_sums_reference(
     orders = tables.shape[0]
     each = count // (orders * per_block)
     mass = torch.zeros(orders, heads, each, g.k_blocks, device=queries.device)
+    lse = row_logsumexp_reference(queries, k, scale=scale, key_bias=key_bias)
     step = max(1, CHUNK_ELEMENTS // (per_block * g.grid_tokens))
     for b in range(batch):
         for h in range(heads):
@@ -170,10 +171,11 @@ def query_sums_reference(
                 strict=True,
             )
             for table, its, its_lse, found in of_orders:
-                keys = every_key[table.long() + g.prefix]
+                source = table.long() + g.prefix
+                keys, bias = every_key[source], 0 if key_bias is None else key_bias[b].float()[source]
                 for first in range(0, each, step):
                     part = slice(first, first + step)
-                    weights = torch.exp(its[part] @ keys.T * scale - its_lse[part, :, None])
+                    weights = torch.exp(its[part] @ keys.T * scale + bias - its_lse[part, :, None])
                     tiles = torch.nn.functional.pad(weights, (0, -g.grid_tokens % g.block_k))
                     found[part] += tiles.unflatten(2, (g.k_blocks, g.block_k)).sum((1, 3)) / batch
     return mass

@@ -92,26 +92,29 @@ def observe_falloff(
     batch, heads, _, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     index, (by_f, by_h, by_w), pairs = _rows(layout.grid, rows, q.device)
-    index = index + layout.prefix
     f, h, w = layout.grid
+    # Weights of 75,600 keys would be subnormal in fp16; what is kept is rounded to a tenth in the end.
+    dtype = torch.float32 if q.dtype == torch.float32 else torch.bfloat16
+    by_f, by_w = by_f.transpose(1, 2).to(dtype), by_w.to(dtype)
     total = torch.zeros(heads, *pairs.shape, device=q.device)
     group = heads // k.shape[1]
-    on_grid = slice(layout.prefix, layout.prefix + layout.grid_tokens)
-    # A row's logits, weights and their copies, a few key heads at a time: a loop over heads would launch too much.
-    step = max(1, GROUP_BYTES // (16 * index.numel() * layout.length * group))
+    queries = (q[:, :, index + layout.prefix].float() * scale).to(dtype).unflatten(1, (-1, group))
+    # A row's logits, weights and a copy, a few key heads at a time: a loop over heads would launch too much.
+    step = max(1, GROUP_BYTES // (3 * dtype.itemsize * index.numel() * layout.length * group))
     for b in range(batch):
         for first in range(0, k.shape[1], step):
-            part = slice(first * group, (first + step) * group)
-            queries = (q[b, part, index].float() * scale).unflatten(0, (-1, group))
-            keys = k[b, first : first + step].float()
-            logits = torch.einsum("xgrd,xld->xgrl", queries, keys).flatten(0, 1)
+            some = slice(first, first + step)
+            keys = k[b, some].to(dtype).transpose(1, 2)
+            logits = (queries[b, some].flatten(1, 2) @ keys).view(-1, index.numel(), layout.length)
             if key_bias is not None:
-                logits += key_bias[b].float()
-            weights = logits.softmax(2)[:, :, on_grid]
-            # Frames first: the longest rows then stay whole.
-            along_f = by_f.transpose(1, 2) @ weights.reshape(*weights.shape[:2], f, h * w)
+                logits += key_bias[b].to(dtype)
+            weights = logits.softmax(2)[:, :, layout.prefix : layout.prefix + layout.grid_tokens]
+            # Frames first: the longest rows then stay whole. An image has one, in one bin.
+            along_f = weights.reshape(*weights.shape[:2], f, h * w)
+            along_f = along_f if f == 1 else by_f @ along_f
             along_w = along_f.unflatten(3, (h, w)).flatten(2, 3) @ by_w
-            total[part] += torch.einsum("xrahc,rhb->xabc", along_w.unflatten(2, (-1, h)), by_h)
+            of_heads = slice(first * group, (first + step) * group)
+            total[of_heads] += torch.einsum("xrahc,rhb->xabc", along_w.unflatten(2, (-1, h)).float(), by_h)
     return (total / (batch * pairs.clamp_min(1))).flatten(1)
 
 

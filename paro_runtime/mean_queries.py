@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import torch
 
-from ..kernels.api import STATISTICS_PRECISION, chosen_backend, query_sums, row_logsumexp
+from ..kernels.api import STATISTICS_PRECISION, chosen_backend, query_sums
 from ..kernels.problem import Geometry
 from ..kernels.reference import take_rows
 from ..kernels.statistics_reference import block_sizes
@@ -30,19 +30,17 @@ def mean_query_masses(
     """Attention of MEANS_PER_BLOCK mean queries of each query block in each block of keys: float32
     `[Hq, q_blocks, k_blocks]`, mean over the batch.
 
-    Arguments as in `observe`; tables int `[Hq, N]`; of key_bias only what keys outside the grid have is in the sums, as
-    in all block statistics. What a block of queries looks at shows in few of its means; of single rows it takes more.
-    Costs MEANS_PER_BLOCK / block_q of a dense attention.
+    Arguments as in `observe`; tables int `[Hq, N]`. What a block of queries looks at shows in few of its means; of
+    single rows it takes more. Costs half of MEANS_PER_BLOCK / block_q of a dense attention.
     """
     g, heads = geometry, q.shape[1]
     group = heads // k.shape[1]
-    rest = {"scale": scale, "backend": backend}
+    rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
     found = []
     for some in head_groups(heads, group, 2 * q.shape[0] * g.length * q.shape[3] * q.element_size()):
         keys, its = k[:, of_key_heads(some, group)], tables[some]
         queries = mean_queries_of_blocks(q[:, some], g, its, MEANS_PER_BLOCK, backend)
-        lse = row_logsumexp(queries, keys, key_bias=key_bias, **rest)
-        found.append(query_sums(queries, keys, lse, g, its[None], MEANS_PER_BLOCK, **rest)[0])
+        found.append(query_sums(queries, keys, g, its[None], MEANS_PER_BLOCK, **rest)[0])
     sizes = block_sizes(g, torch.arange(g.q_blocks, device=q.device))
     return torch.cat(found) * (sizes[:, None] / MEANS_PER_BLOCK)
 

@@ -1,8 +1,7 @@
 """From one site's queries and keys to block statistics: which order suits each head, and what its blocks hold.
 
 No pass looks at more rows than it must. To choose, some rows under every candidate order: on small grids the same rows
-for all orders, all of them on the smallest; on large ones some rows of some query blocks of each, their log-sum-exp
-first. Then, under the chosen orders and where the values are at hand, the tail's errors on a few rows of every block,
+for all orders, all of them on the smallest; on large ones some rows of some query blocks of each. Then, under the chosen orders and where the values are at hand, the tail's errors on a few rows of every block,
 which tell the block sums too. Without values, or for masks by mass, block sums come from every row of small grids, and
 from a few mean queries of every block of large ones. The falloff with distance comes from a few hundred rows at most.
 What is looked at shrinks with the size of the grid: up to three dense attentions on the smallest, a third of one on
@@ -221,10 +220,9 @@ def sampled_sums(
 ) -> torch.Tensor:
     """Block sums under every order, estimated from rows of some query blocks: `[orders, Hq, blocks, k_blocks]`."""
     tokens, share = _sampled_tokens(g, names, blocks, rows, q.device)
-    queries, rest = q[:, :, tokens], {"scale": scale, "backend": backend}
-    lse = row_logsumexp(queries, k, key_bias=key_bias, **rest)
     tables = _tables_on(names, g.grid, q.device)[:, None].expand(-1, q.shape[1], -1)
-    return query_sums(queries, k, lse, g, tables, rows, **rest).mul_(share)
+    rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
+    return query_sums(q[:, :, tokens], k, g, tables, rows, **rest).mul_(share)
 
 
 @lru_cache(maxsize=4)

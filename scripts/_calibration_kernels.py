@@ -8,14 +8,14 @@ EXPECTED = {90: {"HGMMA"}, 100: {"UTCHMMA"}}
 DEFAULT = {"HMMA"}
 DIMS = (128, 64)
 # Without a product, or without one in a loop: nothing of them may spill.
-UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "add")
+UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "add", "shares")
 
 
 @dataclass(frozen=True)
 class CalibrationRow:
-    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `orders`, `rows`, `costs`, `sums`, `few` (the same for
-    few rows), `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the correction wants them), `pools+` (in
-    float32, as the moments do), `means32` and `pools32` (of float32 inputs)."""
+    """One kernel to compile with bf16 inputs: `lse`, `blocks`, `orders` and `shares`, which follows it, `rows`,
+    `costs`, `sums`, `few` (the same for few rows), `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the
+    correction wants them), `pools+` (in float32, as the moments do), `means32` and `pools32` (of float32 inputs)."""
 
     capability: int
     dim: int
@@ -50,7 +50,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
 
     capability = (row.capability // 10, row.capability % 10)
     pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low", "mean_q"), "*bf16")
-    floats = ("lse", "energy", "mass", "costs", "peaks", "totals", "sums", "result")
+    floats = ("lse", "logs", "energy", "mass", "costs", "peaks", "totals", "sums", "result")
     pointers |= dict.fromkeys((*floats, "pooled_values", "pooled_k", "pooled_v", "pool_bias", "key_weights"), "*fp32")
     pointers |= {"levels": "*u8", "tables": "*i32", "positions": "*i64"}
     pointers |= dict.fromkeys(("share", "scale_log2", "epsilon"), "fp32")
@@ -63,7 +63,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         kernel = {
             "lse": triton_statistics._row_logsumexp,
             "blocks": triton_statistics._block_statistics,
-            "orders": triton_query_sums._query_sums,
+            "orders": triton_query_sums._query_logs,
         }[row.kernel]
         constants |= {"KEYS": keys, "PRECISION": "tf32"}
         if row.kernel == "orders":
@@ -105,6 +105,9 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
             constants["stride_d"] = 1
         else:
             pointers.pop("heads")
+        if row.kernel == "shares":
+            rows, kernel = triton_query_sums.SUM_ROWS, triton_query_sums._query_sums
+            constants["BLOCKS"] = triton_query_sums.SUM_BLOCKS
     elif row.kernel == "moments":
         rows, keys = triton_moments.MOMENT_ROWS, triton_moments.MOMENT_POOLS
         warps, stages = triton_moments.MOMENT_WARPS, 2
