@@ -52,6 +52,11 @@ def packed_width(grid: tuple[int, int, int]) -> int:
     return math.prod(falloff_shape(grid)) + -(-math.prod(grid) // BLOCK_K)
 
 
+def falloff_bytes(grid: tuple[int, int, int]) -> int:
+    """Bytes of memory that `pack_falloff` takes for each head."""
+    return 20 * math.prod(grid)
+
+
 @lru_cache(maxsize=4)
 def _rows(
     grid: tuple[int, int, int], rows: int, device: torch.device

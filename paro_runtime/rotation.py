@@ -8,6 +8,7 @@ of the attention weights. The 4-bit precisions always rotate, the 16-bit ones ne
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -76,12 +77,15 @@ def _looked_at(g: Geometry, device: torch.device) -> tuple[torch.Tensor, torch.T
     return rows, torch.where(places < g.grid_tokens, places, blocks.repeat_interleave(g.block_k) * g.block_k)
 
 
-def root_mean(errors: torch.Tensor, weight: torch.Tensor) -> list[float]:
-    """Errors of a site, one per case, from sums `[H, 3]` over `weight [H]` observations: root mean over heads."""
-    return (errors / weight[:, None]).mean(0).sqrt().tolist()
+def root_means(sums: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[list[float]]:
+    """Errors of sites, one per case, from each one's sums `[H, 3]` over `weight [H]` observations: the root of the mean
+    over heads. Waits for the device once."""
+    if not sums:
+        return []
+    found = [(errors / weight[:, None]).mean(0).to(sums[0][0].device) for errors, weight in sums]
+    return torch.stack(found).sqrt().tolist()
 
 
-def rotates(errors: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether a site with these sums should be rotated."""
-    found = root_mean(errors, weight)
-    return found[PLAIN] > FLOOR and found[PLAIN] >= MARGIN * found[ROTATED]
+def rotates(errors: Sequence[float]) -> bool:
+    """Whether a site with these `root_means` should be rotated."""
+    return errors[PLAIN] > FLOOR and errors[PLAIN] >= MARGIN * errors[ROTATED]

@@ -105,7 +105,7 @@ class SharedBudget:
     """
 
     def __init__(self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu") -> None:
-        self._worths, self._densities, self._device = worths, densities, device
+        self._worths, self._densities, self._device = list(worths), densities, device
         total = sum(worth.numel() for worth in worths)
         self._exact = total <= THRESHOLD_VALUES
         self._floors: list[list[torch.Tensor]] = []
@@ -129,31 +129,40 @@ class SharedBudget:
             for sample, density in zip(samples, densities, strict=True)
         ]
 
-    def masks(self, site: int) -> list[torch.Tensor]:
-        """bool `[H, q_blocks, k_blocks]` on the device, one for each density."""
-        value = self._worths[site].on(self._device)
-        return [self._mask(site, number, value) for number in range(len(self._densities))]
+    def forget(self, site: int) -> None:
+        """No masks of this site will be asked for: what it is worth is dropped."""
+        self._worths[site] = None
 
-    def _mask(self, site: int, number: int, value: torch.Tensor) -> torch.Tensor:
+    def masks(self, site: int, device: torch.device | str | None = None) -> list[torch.Tensor]:
+        """bool `[H, q_blocks, k_blocks]`, one for each density; on another device than the object's if one is given."""
+        value = self._worths[site].on(self._device if device is None else device)
+        of_rows = None if self._exact else _best_of_every_row(value)
+        return [self._mask(site, number, value, of_rows) for number in range(len(self._densities))]
+
+    def _mask(self, site: int, number: int, value: torch.Tensor, of_rows: torch.Tensor | None) -> torch.Tensor:
         density, threshold = self._densities[number], self._thresholds[number]
         if density >= 1:
             return torch.ones_like(value, dtype=torch.bool)
         if self._exact:
             return _must_keep(value, density).logical_or_(value >= threshold)
         # Where nearly all is zero the threshold is, too, and would keep every block.
-        least = self._floors[site][number].clamp(1e-38, max(threshold, 1e-38))
-        return _best_of_every_row(value).logical_or_(value >= least[:, None, None])
+        least = self._floors[site][number].to(value.device).clamp(1e-38, max(threshold, 1e-38))
+        return (value >= least[:, None, None]).logical_or_(of_rows)
 
 
 class PerHeadBudget:
     """As `SharedBudget`, with the same density in every head."""
 
     def __init__(self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu") -> None:
-        self._worths, self._densities, self._device = worths, densities, device
+        self._worths, self._densities, self._device = list(worths), densities, device
 
-    def masks(self, site: int) -> list[torch.Tensor]:
-        """bool `[H, q_blocks, k_blocks]` on the device, one for each density."""
-        value = self._worths[site].on(self._device)
+    def forget(self, site: int) -> None:
+        """See `SharedBudget.forget`."""
+        self._worths[site] = None
+
+    def masks(self, site: int, device: torch.device | str | None = None) -> list[torch.Tensor]:
+        """See `SharedBudget.masks`."""
+        value = self._worths[site].on(self._device if device is None else device)
         ranked = value.masked_fill(_best_of_every_row(value), math.inf).flatten(1)
         masks = []
         for density in self._densities:

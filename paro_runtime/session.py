@@ -225,14 +225,12 @@ class Session:
         """What puts back everything that sparse calls measure for later ones to how it is now."""
         with self.lock:
             parts = [known.saved() for known in (self.refresh, self.correction, self.second_look) if known is not None]
-            plans = [(grid, grid.plan) for grid in self._grids.values()]
 
         def restore() -> None:
+            # Masks that were measured anew stay until the sites are looked at again, which is at once: what they were
+            # before would be as large as the plan.
             for part in parts:
                 part()
-            with self.lock:
-                for grid, plan in plans:
-                    grid.plan = plan
             self.patterns.clear()
 
         return restore
@@ -329,13 +327,14 @@ class Session:
     def _calibrator(self, step: int) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
         pure_noise = max(step, self.schedule.dense_steps - 1) == 0 and self.from_noise
-        return Calibrator(self.policy.identity, self.options, method=self.method.in_passing(pure_noise))
+        method = self.method.in_passing(pure_noise)
+        return Calibrator(self.policy.identity, self.options, method=method, compares=False)
 
     def _close_calibration(self, grid: Grid) -> None:
         began = time.perf_counter()
         made = {"by": IN_PASSING, "step": grid.seen_step, "steps": self.steps}
         try:
-            grid.plan = grid.calibrator.plan(made)
+            grid.plan = grid.calibrator.plan(made, last=True)
         except Exception as error:
             if self.settings.strict:
                 raise

@@ -197,6 +197,8 @@ def test_launches_are_counted_right(launches, monkeypatch, by_mass):
     multiply_adds((2, 9, 13), 64, by_mass, torch.float16, prefix=5)
     every = {path.split(".")[1] for path in LAUNCHES}
     # Masks by mass: no errors of single blocks, but mean queries. Block sums of every row are for smaller grids.
-    missing = {"_take_rows", "_row_logsumexp", "_block_statistics"} | ({"_row_outputs", "_block_costs"} if by_mass else set())
+    missing = {"_take_rows", "_row_logsumexp", "_block_statistics"} | (
+        {"_row_outputs", "_block_costs"} if by_mass else set()
+    )
     assert launches.keys() == every - missing
     assert done["multiply-adds"] == sum(launches.values())

@@ -1,12 +1,14 @@
 """What is done on large grids instead of looking at everything: sampled rows and thresholds, tables in 8 bits."""
 
 import math
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
 from comfyui_paro.kernels.api import block_statistics, query_sums, row_logsumexp
+from comfyui_paro.kernels.kept_words import pack_bits
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.kernels.statistics_reference import BlockStatistics
 from comfyui_paro.kernels.support import interpreted
@@ -220,7 +222,7 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
         if large:
             for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.UNCODED_ELEMENTS"):
                 monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
-            monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.SHARED_TOKENS", 0)
+            monkeypatch.setattr("comfyui_paro.paro_runtime.planning.SHARED_TOKENS", 0)
             monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 2000)
         options = MaskOptions(0.3, "mass", "shared", 64, 0.0, "falling")
         calibrator = Calibrator(IDENTITY, options, method=Method(criterion=criterion))
@@ -253,7 +255,7 @@ def test_no_errors_of_blocks_are_measured_where_masses_decide(planted, monkeypat
 
 def test_masks_that_serve_from_the_first_step_on_have_every_block(planted, monkeypatch):
     """By mass although errors could be known: the mass of some query blocks would not do."""
-    for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "calibration.SHARED_TOKENS"):
+    for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "planning.SHARED_TOKENS"):
         monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
     monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", 5)
     calibrator = Calibrator(IDENTITY, MaskOptions(0.3, "mass", "shared", 64, 0.0, "steep"))
@@ -261,3 +263,33 @@ def test_masks_that_serve_from_the_first_step_on_have_every_block(planted, monke
     plan = calibrator.plan({})
     blocks = geometry_of(LAYOUT, 64).q_blocks
     assert plan.made["criterion"] == "mass" and plan.sites[SITE].shape == (12, blocks, blocks)
+
+
+@pytest.mark.parametrize("budget", ["shared", "per_head"])
+@pytest.mark.parametrize("criterion", ["mass", "error"])
+def test_a_last_plan_gives_its_tables_up_as_it_goes(planted, budget, criterion, monkeypatch):
+    """Every site's tables are gone once its masks are made, and the plan is the one that keeps them all."""
+    from comfyui_paro.paro_runtime import planning
+
+    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.UNCODED_ELEMENTS", 0)
+    sites, plans, held = [SITE, Site("double", 7), Site("double", 9)], [], []
+    for last in (False, True):
+        options, method = MaskOptions(0.3, "mass", budget, 64, 0.0, "falling"), Method(criterion=criterion)
+        calibrator = Calibrator(IDENTITY, options, method=method)
+        for number, site in enumerate(sites):
+            its = [x[:1, number : number + 3] for x in (planted.q, planted.k, planted.v)]
+            calibrator.observe(site, LAYOUT, *its)
+        tables = [weakref.ref(calibrator._sums[site].mass.codes) for site in calibrator.sites]
+
+        def watched(mask, tables=tables):
+            held.append(sum(table() is not None for table in tables))
+            return pack_bits(mask)
+
+        monkeypatch.setattr(planning, "pack_bits", watched)
+        plans.append(calibrator.plan({}, last=last))
+    assert held == [3] * 9 + [3] * 3 + [2] * 3 + [1] * 3
+    for site in sites:
+        kept, given_up = plans[0].sites[site], plans[1].sites[site]
+        assert kept.orders == given_up.orders and kept.rotate == given_up.rotate and kept.shape == given_up.shape
+        for name in ("packed", "tail_bias", "density", "mass_kept", "falloff"):
+            assert torch.equal(getattr(kept, name), getattr(given_up, name)), name

@@ -229,7 +229,7 @@ def test_a_full_gpu_leaves_the_masks_to_the_cpu(planted, monkeypatch):
                 raise torch.OutOfMemoryError
             super().__init__(worths, densities, device)
 
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.SharedBudget", Full)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.planning.SharedBudget", Full)
     calibrator._device = torch.device("cuda")
     plan = calibrator.plan({})
     assert asked == ["cuda", "cpu"] and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)

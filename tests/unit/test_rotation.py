@@ -8,7 +8,7 @@ from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
-from comfyui_paro.paro_runtime.rotation import PLAIN, ROTATED, UNSMOOTHED, logit_errors, rotates
+from comfyui_paro.paro_runtime.rotation import PLAIN, ROTATED, UNSMOOTHED, logit_errors, root_means, rotates
 from comfyui_paro.paro_runtime.self_check import site_precision
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
@@ -38,17 +38,17 @@ def test_outliers_that_change_from_token_to_token_want_a_rotation(kv_heads, batc
     weight = torch.ones(4)
     q, k, _ = call(PLAIN_SITE, kv_heads, batch)
     errors = logit_errors(q, k, GEOMETRY, tables())
-    assert errors.shape == (4, 3) and not rotates(errors, weight)
+    assert errors.shape == (4, 3) and not rotates(*root_means([(errors, weight)]))
     q, k, _ = call(OUTLIER_SITE, kv_heads, batch)
     errors = logit_errors(q, k, GEOMETRY, tables())
-    assert rotates(errors, weight) and (errors[:, PLAIN] > 3 * errors[:, ROTATED]).all()
+    assert rotates(*root_means([(errors, weight)])) and (errors[:, PLAIN] > 3 * errors[:, ROTATED]).all()
 
 
 def test_a_constant_outlier_is_smoothed_away():
     q, k, _ = call(PLAIN_SITE)
     k[..., :4] += 30
     errors = logit_errors(q, k, GEOMETRY, tables())
-    assert not rotates(errors, torch.ones(4)) and (errors[:, UNSMOOTHED] > 10 * errors[:, PLAIN]).all()
+    assert not rotates(*root_means([(errors, torch.ones(4))])) and (errors[:, UNSMOOTHED] > 10 * errors[:, PLAIN]).all()
 
 
 def test_the_measured_error_is_that_of_the_logits():

@@ -1,0 +1,271 @@
+"""From what was observed of every site to a plan's sites: orders, masks, biases, and what goes with them.
+
+Short sites are planned in launches rather than in work: what is a few numbers a head is worked out for all sites
+together, and nothing but masks is brought to the CPU one site at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+
+from ..kernels.kept_words import pack_bits
+from ..kernels.problem import MOST_EXPANSIONS
+from .falloff import falloff_bytes, pack_falloff
+from .plan import Site, SitePlan
+from .recipes import MaskOptions
+from .rotation import CASES, root_means, rotates
+from .schedule import GROUPS, Schedule
+from .selection import PerHeadBudget, SharedBudget, density_for, mass_kept, tail_bias
+from .statistics import SHARED_TOKENS
+from .sums import SiteSums
+from .tables import Worth, to_cpu
+from .tail import bias_at
+from .tokens import TokenLayout
+
+# Falloffs that are packed at a time, in bytes of what that takes.
+FALLOFF_BYTES = 1 << 27
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
+
+    criterion: blocks are kept by `error`, the squared output error, relative to the head's own output, that leaving
+    them to the tail would cost, or by `mass`. `auto` is error, but mass where the first step, which begins with nothing
+    but noise, counts most, since errors measured there mislead (docs/method.md): in plans made in passing from that
+    step, and in those for runs without a dense step. Without a tail or without values it is always mass.
+    bias: the tail's bias by least `error`, or so that the total `mass` is right.
+    tiles: offer tiled orders. expansions: of the tail's pools; with a bias by mass they are plain means.
+    alpha, sigma: of the paper's metric.
+    time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
+    all observations for all masks. What a resumed calibration had observed before counts for all groups.
+    """
+
+    criterion: str = "auto"
+    bias: str = "error"
+    tiles: bool = True
+    expansions: int = MOST_EXPANSIONS
+    alpha: float = 0.5
+    sigma: float = 1.0
+    time_groups: Schedule | None = None
+
+    def in_passing(self, pure_noise: bool) -> Method:
+        """This method for a plan that a run makes of one of its own steps; pure_noise: that step begins with noise."""
+        return replace(self, criterion="mass") if pure_noise and self.criterion == "auto" else self
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether blocks are kept by their mass even where errors are known."""
+        return self.criterion == "mass"
+
+    def steep(self, options: MaskOptions) -> bool:
+        """Whether masks serve from the first step on, which begins with nothing but noise."""
+        return self.criterion == "auto" and options.density_schedule == "steep"
+
+    def by_mass_alone(self, options: MaskOptions, layout: TokenLayout) -> bool:
+        """Whether errors of single blocks are not even kept, so that masses of every block are."""
+        return self.by_mass or (self.steep(options) and layout.grid_tokens > SHARED_TOKENS)
+
+
+@dataclass
+class _Masks:
+    """What a site's masks come to, of each group of steps: packed uint8 `[groups, bytes]` on the CPU; density and kept
+    float32 `[groups, H]` where they were made; bias alike, where it follows from the masks themselves."""
+
+    shape: tuple[int, int, int]
+    packed: torch.Tensor
+    density: torch.Tensor
+    kept: torch.Tensor
+    bias: torch.Tensor | None
+
+
+class Planner:
+    """One plan in the making."""
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        options: MaskOptions,
+        method: Method,
+        sums: dict[Site, SiteSums],
+        of_groups: dict[tuple[Site, int], SiteSums],
+    ) -> None:
+        """sums: of every observation, by site, in the plan's order; of_groups: of the steps of one group, where masks
+        of groups follow from their own."""
+        self.layout, self.options, self.method = layout, options, method
+        self.sites = tuple(sums)
+        self._sums = list(sums.values())
+        self._of_groups = of_groups
+        measured = [n for n, s in enumerate(self._sums) if s.logit_errors is not None]
+        errors = root_means([(self._sums[n].logit_errors, self._sums[n].weight) for n in measured])
+        self._errors = dict(zip(measured, errors, strict=True))
+        # Sites whose bias follows from one set of curves, for every group of steps.
+        alike = method.time_groups is None and options.pool is not None
+        self._of_curves = [n for n, s in enumerate(self._sums) if alike and self._bias_by_error(s)]
+
+    @property
+    def by_mass(self) -> bool:
+        """Whether blocks of any site are kept by their mass."""
+        return any(map(self._by_mass, self._sums))
+
+    @property
+    def expansions(self) -> int:
+        """Of the pools that the biases are for: one that makes the mass right was measured with plain means."""
+        return self.method.expansions if all(map(self._bias_by_error, self._sums)) else 0
+
+    def logit_errors(self) -> dict[str, float]:
+        """Relative error that INT8 makes in the attention weights, by how it quantises: worst site."""
+        found = zip(*self._errors.values(), strict=True)
+        return {name: round(max(values), 5) for name, values in zip(CASES, found, strict=False)}
+
+    def entries(self, device: torch.device, forget: Callable[[Site], None] | None = None) -> dict[Site, SitePlan]:
+        """Every site's part of the plan, worked out on `device`, or on the CPU as soon as that has no more room: a GPU
+        takes seconds where a CPU takes a minute.
+
+        forget: called with every site whose large tables have served. They are dropped here, so that the masks do not
+        stand beside all of them; nothing can be made of this planner again.
+        """
+        try:
+            budgets = self._budgets(device)
+        except torch.OutOfMemoryError:
+            device = torch.device("cpu")
+            budgets = self._budgets(device)
+        small, made = self._small(device), {}
+        # Backwards: the tables of the last sites found no room on the GPU, and wait on the CPU, where masks go.
+        for number in reversed(range(len(self.sites))):
+            try:
+                made[number] = self._masks(number, budgets, device)
+            except torch.OutOfMemoryError:
+                device = torch.device("cpu")
+                made[number] = self._masks(number, budgets, device)
+            if forget is not None:
+                self._sums[number] = None
+                for budget in budgets:
+                    budget.forget(number)
+                forget(self.sites[number])
+        return self._joined([made[number] for number in range(len(self.sites))], *small)
+
+    def _budgets(self, device: torch.device) -> list[SharedBudget | PerHeadBudget]:
+        """One for all groups of steps, or one for each."""
+        budget = SharedBudget if self.options.budget == "shared" else PerHeadBudget
+        densities = self.options.densities(self._density(budget, device))
+        if self.method.time_groups is None:
+            return [budget([self._worth(s) for s in self._sums], densities, device)]
+        densities *= GROUPS if len(densities) == 1 else 1
+        return [
+            budget([self._worth(self._of_group(site, group)) for site in range(len(self.sites))], [density], device)
+            for group, density in enumerate(densities)
+        ]
+
+    def _masks(self, number: int, budgets: list, device: torch.device) -> _Masks:
+        total = self._sums[number]
+        masks = [mask for budget in budgets for mask in budget.masks(number, device)]
+        if self.method.time_groups is None:
+            its = [total] * len(masks)
+        else:
+            its = [self._of_group(number, group) for group in range(len(masks))]
+        density = torch.stack([mask.float().mean((1, 2)) for mask in masks])
+        kept, mass, mass_of = [], None, None
+        for s, mask in zip(its, masks, strict=True):
+            if s is not mass_of:
+                mass_of, mass = s, s.mass.to(device).float()
+            kept.append(mass_kept(mass, s.mask_of_mass(mask)))
+        bias = None
+        if number not in self._of_curves:
+            biases = [self._bias(s, *rest) for s, *rest in zip(its, masks, density, strict=True)]
+            bias = None if biases[0] is None else torch.stack(biases)
+        packed = torch.stack([pack_bits(mask) for mask in masks])
+        return _Masks(tuple(masks[0].shape), to_cpu(packed), density, torch.stack(kept), bias)
+
+    def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
+        """Of all heads of all sites: their orders; their falloffs, packed, on the CPU; the curves of those sites whose
+        bias comes from curves alone, on the device."""
+        sums = self._sums
+        choices = torch.cat([s.choice.to(device) for s in sums]).tolist()
+        names = [s.candidates for s in sums for _ in range(s.choice.numel())]
+        orders = [its[choice] for its, choice in zip(names, choices, strict=True)]
+        falloff = torch.cat([s.falloff.to(device) for s in sums])
+        received = torch.cat([s.received.to(device) for s in sums])
+        step = max(1, FALLOFF_BYTES // falloff_bytes(self.layout.grid))
+        parts = (slice(first, first + step) for first in range(0, len(orders), step))
+        packed = [pack_falloff(falloff[some], received[some], orders[some], self.layout.grid) for some in parts]
+        curves = [sums[number].curves.to(device) for number in self._of_curves]
+        return orders, to_cpu(torch.cat(packed)), torch.cat(curves) if curves else None
+
+    def _joined(self, made: list[_Masks], orders: list[str], falloff, curves) -> dict[Site, SitePlan]:
+        heads = [each.shape[0] for each in made]
+        device = made[-1].density.device  # the first that was made: a GPU if there was room at all
+        biases = {n: each.bias for n, each in enumerate(made) if each.bias is not None}
+        if curves is not None:
+            its = torch.cat([made[n].density.to(device) for n in self._of_curves], 1)
+            found = to_cpu(bias_at(curves.to(device), its)).split([heads[n] for n in self._of_curves], 1)
+            biases |= zip(self._of_curves, found, strict=True)
+        density = to_cpu(torch.cat([each.density.to(device) for each in made], 1)).split(heads, 1)
+        kept = to_cpu(torch.cat([each.kept.to(device) for each in made], 1)).split(heads, 1)
+        entries, first = {}, 0
+        for number, (site, each) in enumerate(zip(self.sites, made, strict=True)):
+            some, first = slice(first, first + heads[number]), first + heads[number]
+            bias, errors = biases.get(number), self._errors.get(number)
+            entries[site] = SitePlan(
+                tuple(orders[some]),
+                each.packed,
+                each.shape,
+                # Copies: a slice would hold every site's numbers as long as one of them lives.
+                None if bias is None else to_cpu(bias).clone(),
+                density[number].clone(),
+                kept[number].clone(),
+                falloff[some].clone(),
+                errors is not None and rotates(errors),
+            )
+        return entries
+
+    def _density(self, budget, device: torch.device) -> float:
+        """The density that was asked for, or what the share of the attention that was asked for takes."""
+        density, target = self.options.density, self.options.mass_target
+        if not target:
+            return density
+
+        def choose(worths: list[torch.Tensor], its: float) -> list[torch.Tensor]:
+            made = budget([Worth(worth) for worth in worths], [its], device)
+            return [made.masks(site, device)[0] for site in range(len(worths))]
+
+        judged = [s.mask_of_mass(self._worth(s)) for s in self._sums]
+        return density_for(
+            [Worth(s.mass) for s in self._sums], judged, target, density, choose, self.options.densities, device
+        )
+
+    def _of_group(self, number: int, group: int) -> SiteSums:
+        """What was observed in the steps of one group; where a head had another order there, or nothing was seen, what
+        was observed in all of them."""
+        total, own = self._sums[number], self._of_groups.get((self.sites[number], group))
+        if own is None:
+            return total
+        same, mine = own.choice == total.choice, own.tensors()
+        parts = {
+            name: mine.get(name, every).where(same.view(-1, *[1] * (every.dim() - 1)), every)
+            for name, every in total.tensors().items()
+        }
+        return replace(total, **parts)
+
+    def _by_mass(self, s: SiteSums) -> bool:
+        return s.error is None or self.method.by_mass or self.method.steep(self.options)
+
+    def _worth(self, s: SiteSums) -> Worth:
+        """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""
+        if self._by_mass(s):
+            return Worth(s.mass, s.weight)
+        return Worth(s.error, s.energy.clamp_min(1e-20))
+
+    def _bias_by_error(self, s: SiteSums) -> bool:
+        return s.curves is not None and self.method.bias == "error"
+
+    def _bias(self, s: SiteSums, mask: torch.Tensor, density: torch.Tensor) -> torch.Tensor | None:
+        """The tail's bias under a mask whose heads have these densities `[H]`, float32 `[H]`."""
+        if self.options.pool is None:
+            return None
+        if self._bias_by_error(s):
+            return bias_at(s.curves.to(density.device), density)
+        return None if s.pooled is None else tail_bias(s.mass.to(mask.device), s.pooled.to(mask.device), mask)
