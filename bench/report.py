@@ -91,7 +91,8 @@ def whole_run_tables(reports: list[dict]) -> list[str]:
         "`sol_attn` its sparse kernel at a top-k of 0.3 under the rules of its node, with INT8 dense steps. PARO: "
         "`first ever` compiles its kernels and plans, `first` plans, `second` finds that plan. The columns after "
         "`host GB` say where the seconds went; they add up to the whole. Waiting counts for what was waited for, and "
-        "work in the background that nothing waited for does not count. Cross-attention counts as dense attention.",
+        "work in the background that nothing waited for does not count. Cross-attention counts as dense attention. In "
+        "brackets: how much of the host memory is pages of files, libraries and the kernels in them above all.",
         "",
     ]
     for report in reports:
@@ -127,7 +128,7 @@ def _whole_run_line(row: dict) -> str:
         f"{row['sites_sparse']} of {row['sites']}" if known else "" if row["run"] is None else MISSING,
         f"{sum(row['fallbacks'].values())}" if known else "" if row["run"] is None else MISSING,
         cell(row.get("peak_gpu_gb"), 1),
-        cell(row.get("host_gb")),
+        cell(row.get("host_gb")) + (f" ({cell(row['host_files_gb'])})" if row.get("host_files_gb") else ""),
         *(cell(parts.get(name), 1) for name in PARTS),
     ]
     return "| " + " | ".join(text.replace("|", "/").replace("\n", " ") for text in cells) + " |"

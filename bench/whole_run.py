@@ -161,6 +161,7 @@ class CaseRunner:
             "step_seconds": timeline.step_seconds(),
             "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if self.device.type == "cuda" else None,
             "host_gb": memory.grown_gb,
+            "host_files_gb": memory.of_files_gb,
             "parts": timeline.parts() if self.args.parts else None,
             "finite": bool(torch.isfinite(out).all()),
             "cosine": None if self.reference is None else _cosine(out, self.reference),

@@ -21,7 +21,7 @@ from .mean_queries import mean_query_masses
 from .plan import SitePlan
 from .refresh import restoring
 from .selection import masks_of_counts
-from .tables import to_cpu
+from .tables import empty_on_host, to_cpu
 
 
 class SecondLook:
@@ -91,4 +91,6 @@ def masks_anew(
     counts = (entry.density[group:] * masses[0].numel()).round().long()
     masks = masks_of_counts(masses, sent(counts, masses.device))
     fresh = torch.stack([pack_bits(mask) for mask in masks])
-    return replace(entry, packed=torch.cat([entry.packed[:group], to_cpu(fresh)]))
+    packed = empty_on_host(entry.packed.shape, entry.packed.dtype)
+    packed[:group], packed[group:] = entry.packed[:group], to_cpu(fresh)
+    return replace(entry, packed=packed)

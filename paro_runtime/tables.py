@@ -6,14 +6,27 @@ summed of single blocks is an estimate from a few rows, and only its ranks count
 
 from __future__ import annotations
 
+import math
+import mmap
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 # Steps of a code: a value is met within 4.5 %, and the smallest is 2^-31.75 of its head's largest.
 STEPS_PER_OCTAVE = 8
-# Tensors from this size on reach the CPU through pinned memory.
+# Tensors from this size on reach the CPU through pinned memory, and lie in memory of their own there.
 PINNED_BYTES = 1 << 20
+
+
+def empty_on_host(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised, on the CPU. Large ones go back to the system with the last tensor on their memory: an allocator
+    that keeps what it is given back finds it a few bytes too short when aligned memory of the same size is asked for,
+    and a run whose masks change would end with both sets."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < PINNED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(shape)
 
 
 def to_cpu(x: torch.Tensor) -> torch.Tensor:
@@ -25,7 +38,7 @@ def to_cpu(x: torch.Tensor) -> torch.Tensor:
         pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     except RuntimeError:  # the system allows no more of it
         return x.cpu()
-    return pinned.copy_(x).clone()
+    return empty_on_host(x.shape, x.dtype).copy_(pinned.copy_(x))
 
 
 class Offload:
@@ -45,7 +58,7 @@ class Offload:
         event = torch.cuda.Event()
         pinned.copy_(x, non_blocking=True)
         event.record()
-        found = torch.empty(x.shape, dtype=x.dtype)
+        found = empty_on_host(x.shape, x.dtype)
         self._under_way = (pinned, found, event)
         return found
 

@@ -156,13 +156,18 @@ def hooked(timeline: Timeline) -> Iterator[None]:
 
 
 class HostMemory:
-    """How far this process's resident memory rises above where it was; None where the system does not tell."""
+    """How far this process's resident memory rises above where it was; None where the system does not tell.
 
-    STATM = Path("/proc/self/statm")
+    of_files_gb: what of that is pages of files, such as libraries and the kernels in them, which the system takes back
+    when it wants them.
+    """
+
+    STATUS = Path("/proc/self/status")
     INTERVAL = 0.02
 
     def __enter__(self) -> HostMemory:
         self.grown_gb: float | None = None
+        self.of_files_gb: float | None = None
         self._first = self._highest = self._resident()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -174,15 +179,15 @@ class HostMemory:
         self._over.set()
         if self._first is not None:
             self._thread.join()
-            self.grown_gb = (max(self._highest, self._resident()) - self._first) / 1e9
+            highest = max(self._highest, self._resident())
+            self.grown_gb, self.of_files_gb = ((a - b) / 1e9 for a, b in zip(highest, self._first, strict=True))
 
-    def _resident(self) -> int | None:
-        """Bytes."""
-        if not self.STATM.is_file():
+    def _resident(self) -> tuple[int, int] | None:
+        """Bytes, and what of them is pages of files."""
+        if not self.STATUS.is_file():
             return None
-        import resource
-
-        return int(self.STATM.read_text().split()[1]) * resource.getpagesize()
+        lines = dict(line.split(":", 1) for line in self.STATUS.read_text().splitlines())
+        return tuple(1024 * int(lines[name].split()[0]) for name in ("VmRSS", "RssFile"))
 
     def _watch(self) -> None:
         while not self._over.wait(self.INTERVAL):
