@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "fidelity.py"
 def test_videos_side_by_side_are_what_each_is_alone(dense, monkeypatch):
     """Plans in passing, budgets, measured biases and masks, against a session for each video."""
     made, real = [], Calibrator.plan
-    monkeypatch.setattr(Calibrator, "plan", lambda self, by: made.append(real(self, by)) or made[-1])
+    monkeypatch.setattr(Calibrator, "plan", lambda self, by, **more: made.append(real(self, by, **more)) or made[-1])
     bench = TinyBench((4, 8, 10), seeds=(7, 8))
     variant = Variant("ours, passing", 0.4, dense, plan="passing")
     plans = bench.passing_plans(variant)
