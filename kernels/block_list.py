@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -98,6 +99,12 @@ def _longest_heads_first(count: torch.Tensor) -> torch.Tensor:
     return count.sum(1).argsort(dim=0, descending=True, stable=True).int()
 
 
+@lru_cache(maxsize=4)
+def _row_starts(heads: int, rows: int, row_length: int, device: torch.device) -> torch.Tensor:
+    """int32 `[heads, rows]`; every site of a run asks for the same."""
+    return torch.arange(heads * rows, dtype=torch.int32, device=device).view(heads, rows) * row_length
+
+
 def _build(pattern: SparsePattern) -> BlockList:
     g, words = pattern.geometry, pattern.kept_words
     heads = words.shape[0]
@@ -117,7 +124,7 @@ def _build(pattern: SparsePattern) -> BlockList:
     row_order = torch.nn.functional.pad(
         count + context, (0, context_blocks(g.context_tokens, g.block_q)), value=g.k_blocks + context
     ).argsort(dim=1, descending=True, stable=True)
-    start = torch.arange(heads * rows, dtype=torch.int32, device=words.device).view(heads, rows) * row_length
+    start = _row_starts(heads, rows, row_length, words.device)
     blocks = None
     if not made_for_each_call(g, heads):
         from .triton_lists import write_lists

@@ -8,6 +8,7 @@ row, since a loop loads the next step's word a step ahead. Nothing here waits fo
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,26 +46,49 @@ def words_of_bits(bits: torch.Tensor, heads: int, geometry: Geometry) -> torch.T
     """
     g = geometry
     words = words_of_rows(bits, (heads, g.q_blocks, g.k_blocks))
-    place = 64 * torch.arange(row_words(g.k_blocks) - 1, device=bits.device)
-    own = torch.arange(g.q_blocks, device=bits.device)[:, None] * g.block_q // g.block_k
-    own_words = (own // 64 == place // 64).long() << (own % 64)
-    words |= own_words * (words == 0).all(2, keepdim=True)
+    words |= _own_words(g, bits.device) * (words == 0).all(2, keepdim=True)
     return torch.nn.functional.pad(words, (0, 1))
+
+
+# What follows from sizes alone is kept: every site of a run asks for the same, and making it takes twenty launches.
+
+
+@lru_cache(maxsize=2)
+def _own_words(g: Geometry, device: torch.device) -> torch.Tensor:
+    """Words of each row that keep the block at its own place: int64 `[q_blocks, ceil(k_blocks / 64)]`."""
+    place = 64 * torch.arange(row_words(g.k_blocks) - 1, device=device)
+    own = torch.arange(g.q_blocks, device=device)[:, None] * g.block_q // g.block_k
+    return (own // 64 == place // 64).long() << (own % 64)
+
+
+@lru_cache(maxsize=2)
+def _word_places(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, ...]:
+    """Of every word of a mask of so many rows, int64 `[rows, ceil(columns / 64)]`: which word of its bits it begins in,
+    by how much that is shifted to the right, which bits are the word's then, how far the bits of the next one are
+    shifted to the left and by one more; and, `[ceil(columns / 64)]`, which bits there are at all."""
+    place = 64 * torch.arange(row_words(columns) - 1, device=device)
+    first = torch.arange(0, rows * columns, columns, device=device)[:, None] + place
+    shift = first & 63
+    return (
+        first >> 6,
+        shift,
+        ~((-1 << (63 - shift)) << 1),
+        63 - shift,
+        ~((-1 << (columns - 1 - place).clamp_max(63)) << 1),
+    )
 
 
 def words_of_rows(bits: torch.Tensor, shape: tuple[int, int, int]) -> torch.Tensor:
     """The bits of each row in whole words, from `pack_bits` of a mask of this shape: int64
     `[heads, q_blocks, ceil(k_blocks / 64)]`."""
-    device, (heads, q_blocks, columns) = bits.device, shape
+    heads, q_blocks, columns = shape
     rows = heads * q_blocks
     source = torch.nn.functional.pad(bits, (0, 8 * (rows * columns // 64 + 2) - bits.numel())).view(torch.int64)
-    place = 64 * torch.arange(row_words(columns) - 1, device=device)
-    first = torch.arange(0, rows * columns, columns, device=device)[:, None] + place
-    word, shift = first >> 6, first & 63
+    word, right, upper, left, there = _word_places(rows, columns, bits.device)
     # A word's bits lie in two neighbours. Shifts to the right repeat the sign, and none may be by 64: in two parts.
-    words = (source[word] >> shift) & ~((-1 << (63 - shift)) << 1)
-    words |= source[word + 1] << (63 - shift) << 1
-    words &= ~((-1 << (columns - 1 - place).clamp_max(63)) << 1)
+    words = source[word].bitwise_right_shift_(right).bitwise_and_(upper)
+    words |= source[1:][word].bitwise_left_shift_(left).bitwise_left_shift_(1)
+    words &= there
     return words.view(heads, q_blocks, -1)
 
 
