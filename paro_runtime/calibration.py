@@ -8,6 +8,7 @@ and keeps the sums in a folder, so that it can be stopped at any moment and resu
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -170,18 +171,27 @@ class Calibrator:
         """
         if not self._sums:
             raise PlanError("calibration: no self-attention call was observed")
-        self._room.finish()
-        layout, sums = self.layout, {site: self._sums[site] for site in self.sites}
-        planner = Planner(layout, self.options, self.method, sums, self._of_groups)
+        planner = self._planner(self.sites)
         made = {
             "observations": self.observations,
-            "candidates": list(next(iter(sums.values())).candidates),
+            "candidates": list(self._sums[self.sites[0]].candidates),
             "stability": self.stability().as_dict(),
             "int8_logit_error": planner.logit_errors(),
-            "criterion": "mass" if planner.by_mass else "error",
             **made,
         }
-        block_q, pool, expansions = query_block(layout.grid_tokens), self.options.pool or 64, planner.expansions
-        del sums
-        entries = planner.entries(self._device, self._sums.pop if last else None)
-        return Plan(self.identity, layout, block_q, entries, pool, self.options.as_dict(), made, expansions)
+        return self._plan(planner, made, self._sums.pop if last else None)
+
+    def plan_of(self, site: Site) -> Plan:
+        """What one site that was observed would have if it were the only one: nothing is shared with others."""
+        return self._plan(self._planner([site]), {}, None)
+
+    def _planner(self, sites: Sequence[Site]) -> Planner:
+        self._room.finish()
+        sums = {site: self._sums[site] for site in sites}
+        return Planner(self.layout, self.options, self.method, sums, self._of_groups)
+
+    def _plan(self, planner: Planner, made: dict, forget: Callable[[Site], object] | None) -> Plan:
+        made = {"criterion": "mass" if planner.by_mass else "error", **made}
+        block_q, pool, expansions = query_block(self.layout.grid_tokens), self.options.pool or 64, planner.expansions
+        entries = planner.entries(self._device, forget)
+        return Plan(self.identity, self.layout, block_q, entries, pool, self.options.as_dict(), made, expansions)

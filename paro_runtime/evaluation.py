@@ -15,7 +15,7 @@ from ..kernels.scratch import ScratchOutOfMemory, release_scratch
 from .attempt import Attempt, not_finite
 from .attention import run_kernel
 from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
-from .plan import Site
+from .plan import Plan, Site
 from .readiness import COMPILING
 from .refresh import is_short
 from .second_look import masks_anew
@@ -99,16 +99,18 @@ class Evaluation:
             session.dense_block_sites.add(site)
             attempt.count("dense", "dense block")
             return self._dense(q, k, v, scale, key_bias, dense)
-        if grid.plan is None:
-            self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
-            waiting = "no plan and calibration is off" if grid.calibrator is None else "dense step"
-            attempt.count("dense" if grid.calibrator is not None else "fallbacks", waiting)
+        seen = grid.plan is None and self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
+        if grid.plan is None and grid.calibrator is None:
+            attempt.count("fallbacks", "no plan and calibration is off")
             return self._dense(q, k, v, scale, key_bias, dense)
         if session.schedule.is_dense_step(self.step):
             attempt.count("dense", "dense step")
             return self._dense(q, k, v, scale, key_bias, dense)
+        if grid.plan is None and not (seen and self._plan_alone(site)):
+            attempt.count("dense", "no plan yet")
+            return self._dense(q, k, v, scale, key_bias, dense)
         why_not = session.off_sites.get(site)
-        if why_not is None and site not in grid.plan.sites:
+        if why_not is None and site not in self._plan.sites:
             why_not = f"{site.name} is not in the plan"
         if why_not is None:
             attempt.save_once()
@@ -125,7 +127,7 @@ class Evaluation:
         if self.session.settings.strict:
             raise RuntimeError(reason)
         with self.session.lock:
-            self._grid.plan = self._grid.calibrator = self._grid.seen_step = None
+            self._grid.plan = self._grid.begun = self._grid.calibrator = self._grid.seen_step = None
             self._grid.source = "none"
             self.session.note(reason)
 
@@ -134,9 +136,14 @@ class Evaluation:
         return self._attempt.end(attempt)
 
     @property
+    def _plan(self) -> Plan | None:
+        """The grid's, or what there is of it in the step that makes it."""
+        return self._grid.begun if self._grid.plan is None else self._grid.plan
+
+    @property
     def _group(self) -> int:
         """The group of sparse steps, of those its grid's plan has, that this step belongs to."""
-        return self.session.schedule.group(self.step, self._grid.plan.groups)
+        return self.session.schedule.group(self.step, self._plan.groups)
 
     def _calibrates(self) -> bool:
         session, grid = self.session, self._grid
@@ -159,9 +166,10 @@ class Evaluation:
                 self._grid.check = None
             self.session.note(f"plan: what it keeps after the move could not be measured ({_one_line(error)})")
 
-    def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> None:
+    def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> bool:
+        """Whether the call was observed."""
         if not wanted or not self._attempt.sound():
-            return
+            return False
         session = self.session
         rest = {"step": self.step, "scale": scale, "key_bias": key_bias, "backend": session.backend}
         began = time.perf_counter()
@@ -172,11 +180,33 @@ class Evaluation:
             if session.settings.strict or session.calibrator is not None:
                 raise
             self._attempt.count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
-            return
+            return False
         with session.lock:
             if calibrator is self._grid.calibrator:
                 self._grid.seen_step = self.step
             session.calibration_seconds += time.perf_counter() - began
+        return True
+
+    def _plan_alone(self, site: Site) -> bool:
+        """Whether the site has, in a step that needs no dense attention but finds no plan, masks of its own from what
+        was just observed."""
+        session, grid = self.session, self._grid
+        if grid.begun is not None and site in grid.begun.sites:
+            return True
+        began = time.perf_counter()
+        try:
+            with session.lasting():
+                alone = grid.calibrator.plan_of(site)
+        except Exception as error:
+            if session.settings.strict:
+                raise
+            session.note(f"{site.name} has no plan of its own: {_one_line(error)}")
+            return False
+        with session.lock:
+            sites = {} if grid.begun is None else grid.begun.sites
+            grid.begun = replace(alone, sites={**sites, **alone.sites})
+            session.calibration_seconds += time.perf_counter() - began
+        return True
 
     def _wants_dense(self, q: torch.Tensor, too_short: str | None = None) -> bool:
         """Whether PARO's kernel is to do calls that keep every block: where the user says so, or it is the faster."""
@@ -205,7 +235,8 @@ class Evaluation:
     def _measures(self, site: Site, q: torch.Tensor) -> bool:
         """Whether the tail of this site is due to be measured anew in this step. Asked at least once in every call."""
         session, key = self.session, (site, self.layout.grid)
-        if session.refresh is None or self._grid.plan.sites[site].tail_bias is None:
+        # Masks that each site has by itself hold for this step only, with what calibration tells.
+        if session.refresh is None or self._grid.plan is None or self._plan.sites[site].tail_bias is None:
             return False
         look = session.second_look
         pending = look is not None and session.of_pure_noise(self._grid.plan) and look.pending(key)
@@ -218,7 +249,9 @@ class Evaluation:
         the masks as they are, and ends that for the run."""
         session, grid = self.session, self._grid
         look = session.second_look
-        if look is None or not session.of_pure_noise(grid.plan) or not look.due((site, self.layout.grid), self.step):
+        if look is None or grid.plan is None or not session.of_pure_noise(grid.plan):
+            return
+        if not look.due((site, self.layout.grid), self.step):
             return
         began = time.perf_counter()
         group, entry = self._group, grid.plan.sites[site]
@@ -245,8 +278,7 @@ class Evaluation:
 
     def _measured_bias(self, site: Site, measures: bool, q, k, v, scale, key_bias) -> torch.Tensor | None:
         """The tail's bias as this run measured it, float32 `[H]`; None where it did not, and the plan's holds."""
-        session = self.session
-        plan = self._grid.plan
+        session, plan = self.session, self._plan
         if session.refresh is None:
             return None
         key = (site, self.layout.grid)
@@ -262,7 +294,7 @@ class Evaluation:
         """Give the rows of a sparse result what their mean query shows them to miss. Trouble ends that for the run."""
         session = self.session
         correction = session.correction
-        if correction is None or not correction.suits(q, pattern, session.backend):
+        if correction is None or self._grid.plan is None or not correction.suits(q, pattern, session.backend):
             return
         began = time.perf_counter()
         key = (site, self.layout.grid)
@@ -317,8 +349,8 @@ class Evaluation:
             measures = self._measures(site, q) or self._looked_again(site)
             bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
             where = (self._group, self.layout, k.shape[1], q.device)
-            pattern = session.patterns.get(site, self._grid.plan, *where, bias)
-        rotate = site is not None and self._grid.plan.sites[site].rotate and session.readiness.late_ready
+            pattern = session.patterns.get(site, self._plan, *where, bias)
+        rotate = site is not None and self._plan.sites[site].rotate and session.readiness.late_ready
         sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
         precision = site_precision(session.precision, rotate, q, session.backend, *sizes)
         flag = self._attempt.flag(q.device)

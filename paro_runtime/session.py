@@ -67,7 +67,8 @@ class Grid:
     """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw.
 
     coming: what `plan` is the beginning of, as long as its orders and masks are still being read; no sparse call may
-    come before that.
+    come before that. begun: what each site has by itself in a sparse step that finds no plan; the sites of that step
+    are observed, and share a plan from the next one on.
     """
 
     layout: TokenLayout
@@ -77,6 +78,7 @@ class Grid:
     seen_step: int | None = None
     check: MovedPlanCheck | None = None
     coming: FoundPlan | None = None
+    begun: Plan | None = None
 
 
 class Session:
@@ -310,13 +312,17 @@ class Session:
         grid.check = None
         if not stays:
             grid.plan = None
-            self.patterns.clear()
-            for known in (self.refresh, self.correction, self.second_look):
-                if known is not None:
-                    known.forget()
+            self._forget_measured()
             if self.settings.calibrate:
                 grid.calibrator = self._calibrator(step)
                 grid.source = IN_PASSING
+
+    def _forget_measured(self) -> None:
+        """The masks are others from here on."""
+        self.patterns.clear()
+        for known in (self.refresh, self.correction, self.second_look):
+            if known is not None:
+                known.forget()
 
     @property
     def from_noise(self) -> bool:
@@ -345,6 +351,10 @@ class Session:
         finally:
             self.calibration_seconds += time.perf_counter() - began
         grid.calibrator = None
+        if grid.begun is not None:
+            # What was measured under the masks that each site had by itself.
+            grid.begun = None
+            self._forget_measured()
         if self.policy.store is not None:
             self._saving.append(self.policy.store.save_beside(grid.plan, self.note))
 

@@ -56,7 +56,7 @@ def test_a_moved_plan_that_does_not_fit_is_replaced(plan, monkeypatch):
     for kind in (BiasRefresh, QueryCorrection, SecondLook):
         monkeypatch.setattr(kind, "forget", lambda self: forgotten.append(type(self)))
     was_dense, report = run(plan, torch.zeros_like(there.q[:1]), there.k[:1], there.v[:1])
-    assert was_dense == [True, True, False, False]
+    assert was_dense == [True, False, False, False]
     assert forgotten == [BiasRefresh, QueryCorrection, SecondLook]
     assert report.plan_source == "calibrated on the way"
     assert any(note.endswith("calibrating anew") for note in report.notes)

@@ -137,14 +137,14 @@ def stage(store, sigmas, evaluations=None, **settings):
     return session.finish()
 
 
-def test_a_stage_that_must_calibrate_has_one_dense_step_and_says_why(tmp_path):
+def test_a_stage_that_must_calibrate_needs_no_dense_step_for_it(tmp_path):
     store = PlanStore([], tmp_path)
-    for dense, why, status in ((1, "there was no plan, one was made", "1/2 steps dense (there was no"), (0, "", "0/2")):
+    for source in ("calibrated on the way", "plan found"):
         report = stage(store, [0.5, 0.25, 0.0])
-        assert (report.dense_steps, report.steps, report.why_dense) == (dense, 2, why)
-        assert status in report.status() and report.calls.get("dense step", 0) == 2 * dense
+        assert (report.dense_steps, report.steps, report.why_dense) == (0, 2, "")
+        assert report.plan_source == source and report.calls == {"sparse": 4} and "0/2" in report.status()
     alone = stage(None, [0.5, 0.25])
-    assert (alone.dense_steps, alone.sites_sparse) == (1, 0) and "1/1 steps dense (there was no" in alone.status()
+    assert (alone.dense_steps, alone.sites_sparse, alone.plan_source) == (0, 2, "calibrated on the way")
     # Of pure noise as it is, a plan that was found spares the step.
     store = PlanStore([], tmp_path / "noise")
     assert stage(store, [1.0, 0.75]).why_dense == "the first 1 of about 4 are"
@@ -177,7 +177,7 @@ def test_steps_that_happened_are_counted(tmp_path):
     assert (report.dense_steps, report.steps) == (1, 4)
     # A plan is made when the step that it was made of is over, wherever the sampler goes on.
     report = stage(None, FALLING, [0.5, 0.75, 0.5, 0.25], dense_steps=0)
-    assert (report.dense_steps, report.calls) == (1, {"sparse": 6, "dense step": 2})
+    assert (report.dense_steps, report.calls) == (0, {"sparse": 8})
 
 
 def test_a_run_follows_other_sigmas(tmp_path):
