@@ -14,7 +14,7 @@ from .schema import ALIASES, CATEGORY, PlanType, SettingsType, schema
 from .storage import plan_store
 
 log = logging.getLogger("paro")
-AUTO = "auto"
+AUTO, REMEMBERED = "auto", "remembered"
 
 
 class PAROPatchModel(io.ComfyNode):
@@ -28,7 +28,7 @@ class PAROPatchModel(io.ComfyNode):
             category=CATEGORY,
             search_aliases=[*ALIASES, "attention", "patch attention"],
             description="Runs the model's self-attention block-sparse in INT8, each head in the token order that suits "
-            "it. The first run at a new size calibrates on the way and saves a plan; later runs find it. "
+            "it. Every run calibrates on the way, on its own prompt and seed. "
             "Put it after the loader and LoRAs, before the sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to speed up; a copy is patched."),
@@ -37,9 +37,11 @@ class PAROPatchModel(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "plan_file",
-                    options=[AUTO, *plan_store().names()],
+                    options=[AUTO, REMEMBERED, *plan_store().names()],
                     default=AUTO,
-                    tooltip="auto finds the plan of this model and size in models/paro, or makes one on the way. "
+                    tooltip="auto: every run makes its own plan on the way, so the same seed always gives the same "
+                    "picture; a plan that PARO Calibrate made for this model and size is used instead. remembered: "
+                    "the first run's plan is kept in models/paro for later ones, which are some percent faster. "
                     "A file is used where it fits the model.",
                 ),
                 SettingsType.Input("settings", optional=True, tooltip="From PARO Settings; defaults without it."),
@@ -64,7 +66,7 @@ class PAROPatchModel(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, plan_file: str | None = None, **others: object) -> str:
         """Changes when the chosen file does, so that a new plan under an old name is read."""
-        path = None if plan_file in (None, AUTO) else plan_store().locate(plan_file)
+        path = None if plan_file in (None, AUTO, REMEMBERED) else plan_store().locate(plan_file)
         return "" if path is None else f"{path}:{path.stat().st_mtime_ns}"
 
     @classmethod
@@ -81,19 +83,21 @@ class PAROPatchModel(io.ComfyNode):
             show("off: the model is unchanged")
             return io.NodeOutput(model)
         note = None
-        if plan is None and plan_file != AUTO:
+        remember = plan_file == REMEMBERED
+        if plan is None and plan_file not in (AUTO, REMEMBERED):
             plan = _load(plan_file)
             if plan is None:
-                note = f"plan_file: {plan_file} is not in models/paro; another plan is looked for, else made on the way"
+                note = f"plan_file: {plan_file} is not in models/paro; a plan is made on the way"
                 log.warning("%s", note)
                 show(note)
-        settings = settings or Settings()
-        return io.NodeOutput(patch_model(model, settings, plan=plan, store=plan_store(), on_status=show, note=note))
+        settings, rest = settings or Settings(), {"store": plan_store(), "remember": remember}
+        return io.NodeOutput(patch_model(model, settings, plan=plan, on_status=show, note=note, **rest))
 
 
 def _load(name: str | None) -> Plan | None:
-    """The plan, or None for `auto` and for a file that is not there. Raises PlanError for a file it cannot use."""
+    """The plan, or None where no file is named and for one that is not there. Raises PlanError for a file it cannot
+    use."""
     store = plan_store()
-    if name is None or name == AUTO or store.locate(name) is None:
+    if name in (None, AUTO, REMEMBERED) or store.locate(name) is None:
         return None
     return store.load(name)

@@ -53,13 +53,18 @@ def _moved(plan: Plan, layout: TokenLayout) -> Plan:
 
 @dataclass(frozen=True)
 class Policy:
-    """What one patched model does: its identity, the recipe, the user's settings, a given plan, the plan folder."""
+    """What one patched model does: its identity, the recipe, the user's settings, a given plan, the plan folder.
+
+    remember: plans that runs make on the way are saved there, and later runs of this model and size use them. Else only
+    plans that were made on purpose are found, and what a run gives does not depend on the runs before it.
+    """
 
     identity: ModelIdentity
     recipe: Recipe
     settings: Settings
     plan: Plan | None = None
     store: PlanStore | None = None
+    remember: bool = False
 
 
 @dataclass
@@ -264,7 +269,7 @@ class Session:
             found, note = self.policy.store.find(
                 self.policy.identity, layout, query_block(layout.grid_tokens), self.options
             )
-            if found is not None and not self._sees_better(found.header):
+            if found is not None and self._wanted(found.header):
                 grid.plan, grid.source, grid.coming = found.header, "plan found", found.begin_reading()
                 return grid
             if note:
@@ -291,12 +296,14 @@ class Session:
         finally:
             self.loading_seconds += time.perf_counter() - began
 
-    def _sees_better(self, found: Plan) -> bool:
-        """Whether a plan that a run made of its first step, of noise alone, is worth less than what this run will see
-        in its last dense step."""
+    def _wanted(self, found: Plan) -> bool:
+        """Whether to use a plan that was found. What another run made on the way serves only where that was asked for
+        or nothing else can be had, and, made of noise alone, only where this run sees no more in a dense step."""
+        if found.made.get("by") != IN_PASSING or not self.settings.calibrate:
+            return True
         its = self.schedule
         sees_more = its.dense_steps > 0 and its.before + its.dense_steps > 1
-        return self.of_pure_noise(found) and sees_more and self.settings.calibrate
+        return self.policy.remember and not (self.of_pure_noise(found) and sees_more)
 
     def of_pure_noise(self, plan: Plan) -> bool:
         """Whether a run made this plan of a step of pure noise, where this one would choose blocks by error."""
@@ -312,17 +319,13 @@ class Session:
         grid.check = None
         if not stays:
             grid.plan = None
-            self._forget_measured()
+            self.patterns.clear()
+            for known in (self.refresh, self.correction, self.second_look):
+                if known is not None:
+                    known.forget()
             if self.settings.calibrate:
                 grid.calibrator = self._calibrator(step)
                 grid.source = IN_PASSING
-
-    def _forget_measured(self) -> None:
-        """The masks are others from here on."""
-        self.patterns.clear()
-        for known in (self.refresh, self.correction, self.second_look):
-            if known is not None:
-                known.forget()
 
     @property
     def from_noise(self) -> bool:
@@ -352,10 +355,9 @@ class Session:
             self.calibration_seconds += time.perf_counter() - began
         grid.calibrator = None
         if grid.begun is not None:
-            # What was measured under the masks that each site had by itself.
             grid.begun = None
-            self._forget_measured()
-        if self.policy.store is not None:
+            self.patterns.clear()
+        if self.policy.store is not None and self.policy.remember:
             self._saving.append(self.policy.store.save_beside(grid.plan, self.note))
 
     def unsuitable_reason(self, tokens: int, q: torch.Tensor) -> str | None:

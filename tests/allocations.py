@@ -121,7 +121,7 @@ def recorded_run(
     """Every step and site of a run with one dense step, each evaluation in `recording`."""
     common = {"preset": "custom", "density": 0.4, "strict": True, "min_tokens": 0, "dense_steps": 1}
     settings = Settings(**{**common, "backend": backend, **settings})
-    policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), settings, plan, store)
+    policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), settings, plan, store, remember=True)
     session = Session(policy, sigmas=SIGMAS, lasting=lasting)
     generator = torch.Generator().manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, layout.length, 32, generator=generator)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 from ..calibration import Calibrator
@@ -28,13 +29,15 @@ def patch_model(
     *,
     plan: Plan | None = None,
     store: PlanStore | None = None,
+    remember: bool = False,
     on_status: Callable[[str], None] | None = None,
     note: str | None = None,
 ) -> Any:
     """A clone of a host model that runs under PARO; for a model PARO does not know, a clone without PARO.
 
-    on_status gets one line of text whenever there is something to show; note opens the notes of every run's report.
-    Raises PlanError for a plan of another model.
+    store, remember: where plans are, and whether those made on the way are kept there; see `Policy`. on_status gets one
+    line of text whenever there is something to show; note opens the notes of every run's report. Raises PlanError for
+    a plan of another model.
     """
     clone = remove(model)
     family = family_of(clone.model.diffusion_model)
@@ -42,7 +45,7 @@ def patch_model(
         _say(on_status, f"passed through · {family}")
         clone.set_attachments(KEY, family)
         return clone
-    policy = policy_for(clone, family, settings, plan, store)
+    policy = replace(policy_for(clone, family, settings, plan, store), remember=remember)
 
     def start(sigmas: list[float]) -> Session:
         sampling = clone.get_model_object("model_sampling")

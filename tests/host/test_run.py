@@ -37,7 +37,7 @@ def test_a_run_that_starts_from_a_picture_sees_no_pure_noise(comfy, wan, store):
     options = {"denoise": 0.6, "disable_pbar": True, "seed": 0}
     comfy.comfy.sample.sample(model, noise, 3, 1.0, "euler", "simple", *texts, empty, **options)
     report = comfy.report(model)
-    assert report.dense_steps == 1 and report.plan.made["criterion"] == "error"
+    assert report.dense_steps == 0 and report.plan.made["criterion"] == "error"
 
 
 def test_an_evaluation_is_known_again_in_the_next_step(comfy, wan, store, monkeypatch):
@@ -248,9 +248,30 @@ def test_calibrate(comfy, wan, store):
     assert made.plan.layout == TokenLayout(0, GRID)
     assert made.picture.shape[0] == 1 and made.picture.shape[3] == 3
     assert made.file in store.names() and made.file in made.text
-    model = comfy.patched(wan, store=store, **SPARSE)
-    comfy.sample(model, GRID)
-    assert comfy.report(model).plan_source == "plan found"
+    for remember in (False, True):  # it was made on purpose
+        model = comfy.patched(wan, store=store, remember=remember, **SPARSE)
+        comfy.sample(model, GRID)
+        assert comfy.report(model).plan_source == "plan found"
+
+
+def test_the_same_seed_gives_the_same_picture_whatever_ran_before(comfy, wan, store):
+    """Plans are neither kept nor found: other seeds, lengths and even a plan that was kept before change nothing."""
+
+    def sampled(grid=GRID, seed=0, remember=False):
+        model = comfy.patched(wan, store=store, remember=remember, **SPARSE)
+        out = comfy.sample(model, grid, steps=5, cfg=1.0, seed=seed)
+        return out, comfy.report(model)
+
+    first, report = sampled()
+    assert report.plan_source == "calibrated on the way" and store.names() == []
+    other, _ = sampled(seed=1, remember=True)
+    assert len(store.names()) == 1
+    sampled((5, 8, 6), seed=2)
+    again, report = sampled()
+    assert report.plan_source == "calibrated on the way" and not report.notes
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    found, report = sampled(remember=True)
+    assert report.plan_source == "plan found" and not torch.equal(found, first)
 
 
 def test_calibrate_chosen_steps_under_a_name(comfy, wan, store):

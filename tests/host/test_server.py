@@ -78,7 +78,8 @@ def clear(server: ComfyServer) -> None:
 
 
 def test_back_to_back(server, stock):
-    """Unpatched runs stay bit-equal to stock around patched ones; the second run at a size finds its plan."""
+    """Unpatched runs stay bit-equal to stock around patched ones; a patched one gives what its seed gives, whatever ran
+    before, and leaves no plan; where plans are to be remembered, the second run at a size finds its own."""
     clear(server)
     assert latent(server, server.run(graph(SMALL))) == stock
     first = server.run(graph(SMALL, settings=SPARSE))
@@ -90,10 +91,14 @@ def test_back_to_back(server, stock):
     other = report(server, server.run(graph(OTHER, seed=5, settings=SPARSE)))
     assert other["grid"] == list(OTHER) and other["sites_sparse"] == SITES
     assert latent(server, server.run(graph(SMALL))) == stock
-    again = report(server, server.run(graph(SMALL, seed=7, settings=SPARSE)))
-    assert again["plan_source"] == "plan found" and again["calibration_seconds"] == 0
-    assert again["calls"] == {"sparse": 2 * SITES, "dense step": SITES}
-    assert len(list(plans(server).iterdir())) == 2
+    again = server.run(graph(SMALL, settings={**SPARSE, "verbose": True}))
+    assert latent(server, again) == latent(server, first)
+    assert report(server, again)["plan_source"] == "calibrated on the way" and not list(plans(server).glob("auto-*"))
+    for seed, source in ((7, "calibrated on the way"), (8, "plan found")):
+        kept = report(server, server.run(graph(SMALL, seed=seed, settings=SPARSE, plan_file="remembered")))
+        assert kept["plan_source"] == source and (kept["calibration_seconds"] == 0) == (source == "plan found")
+        assert kept["calls"] == {"sparse": 2 * SITES, "dense step": SITES}
+    assert len(list(plans(server).glob("auto-*"))) == 1
     assert latent(server, server.run(graph(SMALL))) == stock
     off = graph(SMALL, settings=SPARSE, enabled=False)
     del off["report"]

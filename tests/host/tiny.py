@@ -118,11 +118,11 @@ def sample(
 
 
 def patched(model: Any, *, plan: Plan | None = None, store: Any = None, said: list | None = None, **settings: Any):
-    """The model under PARO with these settings; strict, and however short its sequences, unless told otherwise."""
-    show = None if said is None else said.append
-    return patch_model(
-        model, Settings(**{"strict": True, "min_tokens": 0, **settings}), plan=plan, store=store, on_status=show
-    )
+    """The model under PARO with these settings; strict, and however short its sequences, unless told otherwise. Plans
+    are remembered where there is a store for them."""
+    show, remember = None if said is None else said.append, settings.pop("remember", store is not None)
+    settings = Settings(**{"strict": True, "min_tokens": 0, **settings})
+    return patch_model(model, settings, plan=plan, store=store, remember=remember, on_status=show)
 
 
 def full_plan(model: Any, family: str, layout: TokenLayout, order: str, sites: list[Site]) -> Plan:

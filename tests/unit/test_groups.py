@@ -119,7 +119,7 @@ def begin(session, step, planted, layout=LAYOUT):
 
 def session_with(store=None, plan=None, **settings):
     chosen = Settings(preset="custom", density=0.3, dense_steps=DENSE, strict=True, precision="16bit", **settings)
-    return Session(Policy(IDENTITY, recipe_for("wan"), chosen, plan, store), sigmas=SIGMAS)
+    return Session(Policy(IDENTITY, recipe_for("wan"), chosen, plan, store, remember=True), sigmas=SIGMAS)
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, skip=(), **
     """A run of one site, without the steps `skip`; the session, with the masks after every evaluation."""
     settings = {"preset": "custom", "density": 0.3, "precision": "16bit", "dense_steps": dense_steps}
     settings = Settings(**settings | more.pop("settings", {}))
-    policy = Policy(IDENTITY, recipe_for("wan"), settings, more.pop("plan", None), more.pop("store", None))
+    policy = Policy(IDENTITY, recipe_for("wan"), settings, more.pop("plan", None), more.pop("store", None), True)
     session = Session(policy, sigmas=sigmas, **more)
     generator = torch.Generator().manual_seed(seed)
     session.masks = []

@@ -125,7 +125,9 @@ SITES = [Site("double", i) for i in range(2)]
 
 def stage(store, sigmas, evaluations=None, **settings):
     """Run a stage of a flow model without shift; returns its report."""
-    policy = Policy(ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), Settings(**settings), None, store)
+    policy = Policy(
+        ModelIdentity("wan", "a" * 16, "b" * 16), recipe_for("wan"), Settings(**settings), None, store, remember=True
+    )
     session = Session(policy, sigmas=sigmas, highest_noise=1.0, time_gone=lambda sigma: 1 - sigma)
     for number, sigma in enumerate(evaluations or sigmas[:-1]):
         evaluation = session.begin(layout=LAYOUT, sigma=sigma)

@@ -1,0 +1,81 @@
+"""Plans that runs make for themselves: without a dense step where there is none, and without those of other runs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.correction import QueryCorrection
+from comfyui_paro.paro_runtime.plan_store import PlanStore
+from comfyui_paro.paro_runtime.planning import Planner
+from comfyui_paro.paro_runtime.refresh import BiasRefresh
+from comfyui_paro.paro_runtime.session import Session
+from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.tests.unit.test_session import SIGMAS, SITES, policy, sample, was_dense
+
+
+def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
+    """Each site has masks of its own in that step, under which nothing is measured for later; from the next step on
+    they share a plan, and everything is measured under that."""
+    budgets, measured, corrected = [], [], []
+    entries, measure = Planner.entries, BiasRefresh.measure
+
+    def planned(self, *rest):
+        budgets.append(len(self.sites))
+        return entries(self, *rest)
+
+    def measuring(self, key, step, *rest, **more):
+        measured.append(step)
+        measure(self, key, step, *rest, **more)
+
+    monkeypatch.setattr(Planner, "entries", planned)
+    monkeypatch.setattr(BiasRefresh, "measure", measuring)
+
+    def correcting(self, key, call, step, due, q, k, v, out, pattern, **more):
+        corrected.append((step, key[0], pattern.mask))
+
+    monkeypatch.setattr(QueryCorrection, "apply", correcting)
+    session = Session(policy(Settings(dense_steps=0, density_schedule="constant")), sigmas=SIGMAS, highest_noise=9.0)
+    results = sample(session)
+    assert not any(map(was_dense, results.values()))
+    assert (
+        budgets == [1] * len(SITES) + [len(SITES)]
+        and set(measured) == {1}
+        and {step for step, *_ in corrected} == {1, 2, 3, 4}
+    )
+    report = session.finish()
+    assert report.calls == {"sparse": 15} and not report.notes
+    assert all(torch.equal(mask, report.plan.sites[site].mask()) for _, site, mask in corrected)
+    assert report.density == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_site_that_cannot_be_planned_alone_is_dense_until_there_is_a_plan(monkeypatch):
+    def fail(self, site):
+        raise MemoryError("no room for its masks")
+
+    monkeypatch.setattr(Calibrator, "plan_of", fail)
+    session = Session(policy(Settings(dense_steps=0)), sigmas=SIGMAS)
+    results = sample(session)
+    assert {step for (step, _), pair in results.items() if was_dense(pair)} == {0}
+    report = session.finish()
+    assert report.calls == {"sparse": 12, "no plan yet": 3} and "has no plan of its own" in report.notes[0]
+    with pytest.raises(MemoryError):
+        sample(Session(policy(Settings(dense_steps=0, strict=True)), sigmas=SIGMAS))
+
+
+def test_plans_of_other_runs_are_left_alone_unless_they_are_to_be_remembered(tmp_path):
+    store = PlanStore([], tmp_path)
+    sample(first := Session(policy(store=store), sigmas=SIGMAS))
+    kept = first.finish().plan
+    own = replace(policy(store=store), remember=False)
+    sample(session := Session(own, sigmas=SIGMAS))
+    report = session.finish()
+    assert report.plan_source == "calibrated on the way" and not report.notes
+    assert len(list(tmp_path.iterdir())) == 1
+    # Where calibrating is forbidden there is nothing better, and what was made on purpose always serves.
+    no_other = replace(own, settings=Settings(dense_steps=2, calibrate=False))
+    sample(session := Session(no_other, sigmas=SIGMAS))
+    assert session.finish().plan_source == "plan found"
+    store.save(replace(kept, made={**kept.made, "by": "PARO Calibrate"}))
+    sample(session := Session(own, sigmas=SIGMAS))
+    assert session.finish().plan_source == "plan found"
