@@ -44,8 +44,8 @@ const demo = {
       ] },
       { title: "About", nodes: [note(300,
         "## PARO on a model that needs no download\n\nA video model of four layers, trained for this pack, draws a " +
-        "moving shape. The same clip is made with and without PARO.\n\nThe first run calibrates on the way, in the " +
-        "last dense step, and saves a plan to `models/paro`. Run again with another seed: the plan is found.\n\nOn a " +
+        "moving shape. The same clip is made with and without PARO.\n\nEvery run calibrates on the way, in its " +
+        "last dense step: the same seed always gives the same clip, whatever ran before.\n\nOn a " +
         "CPU the plain PyTorch reference computes everything: right, but not fast. The speed-up needs a GPU and a " +
         "long sequence.")] },
     ],
@@ -107,8 +107,7 @@ const wan = {
       ] },
       { title: "About", nodes: [note(330,
         "## Wan 2.2 14B with PARO\n\nEach of the two models has its own **PARO Patch Model**: they are calibrated " +
-        "apart. Both share one **PARO Settings**.\n\nThe first run at a new size calibrates on the way and saves a " +
-        "plan per model to `models/paro`; later runs find them. The status line on each node says what happened." +
+        "apart. Both share one **PARO Settings**.\n\nEvery run calibrates on the way, on its own prompt and seed. The status line on each node says what happened." +
         "\n\nLoRAs go between loader and PARO. To compare, switch `enabled` off.")] },
     ],
     [
