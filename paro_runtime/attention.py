@@ -78,13 +78,15 @@ def pattern_of(
     expansions: int,
     kv_heads: int,
     device: torch.device,
+    bits: torch.Tensor | None = None,
 ) -> SparsePattern:
-    """The kernels' pattern of a planned site, on `device`."""
+    """The kernels' pattern of a planned site, on `device`; bits: of its mask, where they are there already."""
     bias = None if entry.tail_bias is None else entry.tail_bias[group]
     sizes = {"block_q": block_q, "pool": pool, "expansions": expansions, "kv_heads": kv_heads}
     pattern = build_pattern(layout, entry.orders, None, bias, device=device, **sizes)
     # From bits to bits: the mask itself would take eight times as much.
-    words = words_of_bits(sent(entry.packed[group], device), len(entry.orders), pattern.geometry)
+    bits = sent(entry.packed[group], device) if bits is None else bits
+    words = words_of_bits(bits, len(entry.orders), pattern.geometry)
     return replace(pattern, kept_words=words)
 
 

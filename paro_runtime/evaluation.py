@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..kernels.problem import empty_output
+from ..kernels.problem import SparsePattern, empty_output
 from ..kernels.scratch import ScratchOutOfMemory, release_scratch
 from .attempt import Attempt, not_finite
 from .attention import run_kernel
 from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
+from .patterns import with_bias
 from .plan import Plan, Site
 from .readiness import COMPILING
 from .refresh import is_short
@@ -73,7 +74,7 @@ class Evaluation:
         if plain and key_bias is None and session.settings.dense_attention == "auto":
             dense = partial(in_16_bits, q, k, v, scale, dense)
         watched = session.calibrator is not None
-        too_short = None if watched else session.too_short_to_drop(self.layout.grid_tokens)
+        too_short = None if watched else session.too_short_to_drop(self.layout.grid_tokens, q.device)
         if too_short is not None and not self._wants_dense(q, too_short):
             session.sites.add(site)
             attempt.count("dense", too_short)
@@ -244,47 +245,48 @@ class Evaluation:
             return False  # the next step has other masks, and measures under them: before that it gains nothing
         return session.refresh.due(key, self.step, self._group, is_short(q))
 
-    def _look_again(self, site: Site, q, k, scale, key_bias) -> None:
-        """Measure the site's masks anew if its plan was made of pure noise and this is the time for it. Trouble leaves
-        the masks as they are, and ends that for the run."""
+    def _look_again(self, site: Site, q, k, pattern: SparsePattern, scale, key_bias) -> SparsePattern:
+        """The site's pattern with masks that are measured anew, if its plan was made of pure noise and this is the time
+        for it. Trouble leaves the masks as they are, and ends that for the run."""
         session, grid = self.session, self._grid
         look = session.second_look
         if look is None or grid.plan is None or not session.of_pure_noise(grid.plan):
-            return
+            return pattern
         if not look.due((site, self.layout.grid), self.step):
-            return
+            return pattern
         began = time.perf_counter()
         group, entry = self._group, grid.plan.sites[site]
-        pattern = session.patterns.get(site, grid.plan, group, self.layout, k.shape[1], q.device)
         rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
         try:
             fresh = masks_anew(entry, group, q, k, pattern, **rest)
         except Exception as error:
             if session.settings.strict:
                 raise
+            look.finish()
             session.second_look = None
             session.note(f"masks are not measured anew: {_one_line(error)}")
-            return
+            return pattern
+        entry = look.keep(entry, group, fresh)
         with session.lock:
             # The run's own copy: the plan itself may be another run's too.
-            grid.plan = replace(grid.plan, sites={**grid.plan.sites, site: fresh})
-        session.patterns.renew(site, self.layout)
+            grid.plan = replace(grid.plan, sites={**grid.plan.sites, site: entry})
+        pattern = session.patterns.get(site, grid.plan, group, self.layout, k.shape[1], q.device, fresh[0])
         session.tail_seconds += time.perf_counter() - began
+        return pattern
 
     def _looked_again(self, site: Site) -> bool:
         """Whether the site's masks were measured anew in this step."""
         look = self.session.second_look
         return look is not None and look.looks((site, self.layout.grid), self.step)
 
-    def _measured_bias(self, site: Site, measures: bool, q, k, v, scale, key_bias) -> torch.Tensor | None:
+    def _measured_bias(self, site: Site, measures: bool, q, k, v, pattern, scale, key_bias) -> torch.Tensor | None:
         """The tail's bias as this run measured it, float32 `[H]`; None where it did not, and the plan's holds."""
-        session, plan = self.session, self._plan
+        session = self.session
         if session.refresh is None:
             return None
         key = (site, self.layout.grid)
         if measures:
             began = time.perf_counter()
-            pattern = session.patterns.get(site, plan, self._group, self.layout, k.shape[1], q.device)
             rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
             session.refresh.measure(key, self.step, q, k, v, pattern, **rest)
             session.tail_seconds += time.perf_counter() - began
@@ -345,11 +347,10 @@ class Evaluation:
         if site is None:
             pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
         else:
-            self._look_again(site, q, k, scale, key_bias)
+            pattern = session.patterns.get(site, self._plan, self._group, self.layout, k.shape[1], q.device)
+            pattern = self._look_again(site, q, k, pattern, scale, key_bias)
             measures = self._measures(site, q) or self._looked_again(site)
-            bias = self._measured_bias(site, measures, q, k, v, scale, key_bias)
-            where = (self._group, self.layout, k.shape[1], q.device)
-            pattern = session.patterns.get(site, self._plan, *where, bias)
+            pattern = with_bias(pattern, self._measured_bias(site, measures, q, k, v, pattern, scale, key_bias))
         rotate = site is not None and self._plan.sites[site].rotate and session.readiness.late_ready
         sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
         precision = site_precision(session.precision, rotate, q, session.backend, *sizes)

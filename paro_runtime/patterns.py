@@ -6,6 +6,7 @@ In use are those of one group of steps: a run moves from group to group and hard
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -26,7 +27,9 @@ CACHE_BYTES = 1 << 30  # where the device does not tell its memory
 class PatternCache:
     """Patterns of one group of steps by site, layout and device. Safe to call from several threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, before_reading: Callable[[], None] = lambda: None) -> None:
+        """before_reading: called before masks of a plan are read."""
+        self._before_reading = before_reading
         self._groups: dict[TokenLayout, int] = {}
         self._patterns: dict[tuple, SparsePattern] = {}
         self._bytes = 0
@@ -43,29 +46,25 @@ class PatternCache:
         layout: TokenLayout,
         kv_heads: int,
         device: torch.device,
-        bias: torch.Tensor | None = None,
+        bits: torch.Tensor | None = None,
     ) -> SparsePattern:
-        """The site's pattern in a group of steps, with `bias` `[heads]` in place of the plan's where there is one.
-
-        Asking for another group of a layout drops the patterns of the one before.
-        """
+        """The site's pattern in a group of steps. Asking for another group of a layout drops the patterns of the one
+        before. bits: the site's mask is another one from now on, packed uint8 `[bytes]` on the device."""
         key = (site, layout, device)
         with self._lock:
             if self._groups.get(layout) != group:
                 self._drop(layout)
                 self._groups[layout] = group
+            if bits is not None:
+                self._drop(layout, site)
             pattern = self._patterns.get(key)
         if pattern is None:
+            if bits is None:
+                self._before_reading()
             sizes = {"block_q": plan.block_q, "pool": plan.pool, "expansions": plan.expansions, "kv_heads": kv_heads}
-            pattern = pattern_of(plan.sites[site], layout, group=group, device=device, **sizes)
+            pattern = pattern_of(plan.sites[site], layout, group=group, device=device, bits=bits, **sizes)
             self._keep(key, group, pattern)
-        # What the kernels derive from the kept blocks goes by their words, and so travels along.
-        return pattern if bias is None or pattern.tail_bias is None else replace(pattern, tail_bias=bias.to(device))
-
-    def renew(self, site: Site, layout: TokenLayout) -> None:
-        """The site has other masks now: its pattern is made anew when it is asked for."""
-        with self._lock:
-            self._drop(layout, site)
+        return pattern
 
     def clear(self) -> None:
         """Drop everything."""
@@ -88,6 +87,14 @@ class PatternCache:
             if self._bytes + size <= cache_bytes(pattern.kept_words.device):
                 self._patterns[key] = pattern
                 self._bytes += size
+
+
+def with_bias(pattern: SparsePattern, bias: torch.Tensor | None) -> SparsePattern:
+    """The pattern with `bias` `[heads]` in place of its own, where there are both. What the kernels derive from the
+    kept blocks goes by their words, and so travels along."""
+    if bias is None or pattern.tail_bias is None:
+        return pattern
+    return replace(pattern, tail_bias=bias.to(pattern.tail_bias.device))
 
 
 def _size(pattern: SparsePattern) -> int:

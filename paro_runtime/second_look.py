@@ -21,7 +21,7 @@ from .mean_queries import mean_query_masses
 from .plan import SitePlan
 from .refresh import restoring
 from .selection import masks_of_counts
-from .tables import empty_on_host, to_cpu
+from .tables import Offload, empty_on_host
 
 
 class SecondLook:
@@ -34,7 +34,22 @@ class SecondLook:
         self.at_once = False
         self._first: dict[Hashable, int] = {}
         self._looked: dict[Hashable, int] = {}
+        self._offload = Offload()
         self._lock = threading.Lock()
+
+    def keep(self, entry: SitePlan, group: int, fresh: torch.Tensor) -> SitePlan:
+        """The entry with masks fresh uint8 `[groups - group, bytes]` from this group on. They reach the CPU by
+        themselves and may be read there after `finish`."""
+        packed = empty_on_host(entry.packed.shape, entry.packed.dtype)
+        packed[:group] = entry.packed[:group]
+        with self._lock:
+            self._offload.take(fresh, packed[group:])
+        return replace(entry, packed=packed)
+
+    def finish(self) -> None:
+        """Everything that is kept has arrived."""
+        with self._lock:
+            self._offload.finish()
 
     def due(self, key: Hashable, step: int) -> bool:
         """Whether this call is the first of the step in which the site is looked at. Asked in every sparse call."""
@@ -82,15 +97,11 @@ def masks_anew(
     scale: float | None,
     key_bias: torch.Tensor | None,
     backend: str = "auto",
-) -> SitePlan:
-    """A site's entry with masks from this call for this group of steps and those behind it: as many blocks of each
-    head as before; mass_kept stays what calibration found. pattern: the entry's own in this group; otherwise as
-    `sparse_attention`."""
+) -> torch.Tensor:
+    """A site's masks from this call for this group of steps and those behind it, as many blocks of each head as before:
+    packed uint8 `[groups - group, bytes]` on q's device, which nothing waits for. pattern: the entry's own in this
+    group; otherwise as `sparse_attention`."""
     rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
     masses = mean_query_masses(q, k, pattern.geometry, pattern.tables_of_heads(q.shape[1]), **rest)
     counts = (entry.density[group:] * masses[0].numel()).round().long()
-    masks = masks_of_counts(masses, sent(counts, masses.device))
-    fresh = torch.stack([pack_bits(mask) for mask in masks])
-    packed = empty_on_host(entry.packed.shape, entry.packed.dtype)
-    packed[:group], packed[group:] = entry.packed[:group], to_cpu(fresh)
-    return replace(entry, packed=packed)
+    return torch.stack([pack_bits(mask) for mask in masks_of_counts(masses, sent(counts, masses.device))])

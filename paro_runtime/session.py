@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..kernels.api import capability_of_gpu
 from ..kernels.problem import PRECISIONS
 from ..kernels.scratch import release_scratch
 from .attempt import Attempt, Counts
@@ -39,6 +40,10 @@ from .tokens import TokenLayout
 log = logging.getLogger("paro")
 # A step that begins at this share of the model's highest noise begins with nothing else.
 PURE_NOISE = 0.99
+# Grid tokens below which a data-centre GPU (its generation) is done with a dense call before choosing blocks has paid.
+# Eight steps on an H200: Z-Image at 9,216 tokens takes 2.4 s dense by cuDNN and 2.7 s sparse, Qwen-Image at 6,889
+# 2.6 and 4.3 s, Flux 1 at 16,384 6.4 and 6.1 s (bench/results/whole_run_h200.json, af143df).
+SPARSE_FROM = {9: 12_288, 10: 12_288}
 
 
 def _moved(plan: Plan, layout: TokenLayout) -> Plan:
@@ -137,7 +142,7 @@ class Session:
         self.device = ""
         self._on_status = on_status
         self._grids: dict[tuple[int, int, int], Grid] = {}
-        self.patterns = PatternCache()
+        self.patterns = PatternCache(before_reading=self._masks_arrive)
         # Who wants every fallback as an error wants no step that waits for a compiler on the host's attention.
         self.readiness = Readiness(self.options, compile_ahead=not self.settings.strict)
         self._unsuitable: dict[tuple, str | None] = {}
@@ -216,6 +221,7 @@ class Session:
                     self._close_calibration(grid)
             for saving in self._saving:
                 saving.join()
+            self._masks_arrive()
             self.clock.next(self.steps, "", self.counts.sparse)
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self.patterns.clear()
@@ -309,6 +315,11 @@ class Session:
         """Whether a run made this plan of a step of pure noise, where this one would choose blocks by error."""
         from_noise = plan.made.get("by") == IN_PASSING and plan.made.get("criterion") == "mass"
         return from_noise and self.options.pool is not None and self.method.criterion == "auto"
+
+    def _masks_arrive(self) -> None:
+        """What was measured anew on a GPU may be read on the CPU."""
+        if self.second_look is not None:
+            self.second_look.finish()
 
     def _judge_moved_plan(self, grid: Grid, step: int) -> None:
         verdict = grid.check.verdict()
@@ -410,10 +421,11 @@ class Session:
         if self._on_status is not None:
             self._on_status(text)
 
-    def too_short_to_drop(self, tokens: int) -> str | None:
+    def too_short_to_drop(self, tokens: int, device: torch.device) -> str | None:
         """Why a grid this small keeps every block, in PARO's own precision, or None. Where the user gives a density,
         or nothing is to be gained (the reference), it is not asked."""
-        least = self.policy.recipe.sparse_tokens
+        capability = capability_of_gpu(device)
+        least = max(self.policy.recipe.sparse_tokens, SPARSE_FROM.get(capability and capability[0], 0))
         if tokens >= least or self.settings.density is not None or self.backend != "triton":
             return None
         return f"every block kept: {tokens} grid tokens, sparse from {least} on"

@@ -48,18 +48,18 @@ class Offload:
     def __init__(self) -> None:
         self._under_way: tuple[torch.Tensor, torch.Tensor, torch.cuda.Event] | None = None
 
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """A tensor on the CPU that holds x after the next `take` or `finish`."""
+    def take(self, x: torch.Tensor, found: torch.Tensor | None = None) -> torch.Tensor:
+        """A tensor on the CPU, found or a new one, that holds x after the next `take` or `finish`."""
         self.finish()
+        found = empty_on_host(x.shape, x.dtype) if found is None else found
+        if not x.is_cuda:
+            return found.copy_(x)
         try:
             pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         except RuntimeError:  # the system allows no more of it
-            return x.cpu()
-        event = torch.cuda.Event()
+            return found.copy_(x)
         pinned.copy_(x, non_blocking=True)
-        event.record()
-        found = empty_on_host(x.shape, x.dtype)
-        self._under_way = (pinned, found, event)
+        self._under_way = (pinned, found, torch.cuda.current_stream(x.device).record_event())
         return found
 
     def finish(self) -> None:

@@ -192,7 +192,8 @@ def test_unknown_options_are_refused(server, settings):
 def test_bad_plans_are_refused(server):
     """Truncated, not a plan, an order that does not exist, a path: refused before anything runs. Another model's plan:
     refused by the node. The server survives all of it."""
-    server.run(graph(SMALL, settings=SPARSE))
+    clear(server)
+    server.run(graph(SMALL, settings=SPARSE, plan_file="remembered"))
     good = next(plans(server).glob("auto-*"))
     (plans(server) / "truncated.safetensors").write_bytes(good.read_bytes()[:-100])
     (plans(server) / "garbage.safetensors").write_bytes(b"x" * 1000)

@@ -42,7 +42,7 @@ def run(monkeypatch, ready_after: int, **settings):
     monkeypatch.setattr(readiness, "ahead_of", lambda job: stand_in)
     monkeypatch.setattr(readiness, "self_check", lambda *args, **sizes: None)
     monkeypatch.setattr(Session, "_find_unsuitable", lambda self, *key: None)
-    monkeypatch.setattr(Session, "too_short_to_drop", lambda self, tokens: None)
+    monkeypatch.setattr(Session, "too_short_to_drop", lambda self, tokens, device: None)
     chosen = Settings(**{"preset": "custom", "density": 0.4, "dense_steps": 2, **settings})
     session = Session(Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), chosen), sigmas=SIGMAS)
     session.backend, session.precision = "reference", "int8"

@@ -40,25 +40,30 @@ def test_gains_of_images_are_small_at_1024_pixels():
 
 
 @pytest.mark.parametrize(
-    "settings, backend, tokens, kept",
+    "settings, backend, capability, tokens, least",
     [
-        (Settings(), "triton", 4096, True),
-        (Settings(), "triton", 9216, False),
-        (Settings(preset="custom", density=0.3), "triton", 4096, False),
-        (Settings(), "reference", 4096, False),
+        (Settings(), "triton", (8, 9), 4096, 9216),
+        (Settings(), "triton", (8, 9), 9216, None),
+        (Settings(), "triton", None, 9216, None),
+        (Settings(), "triton", (9, 0), 9216, 12288),
+        (Settings(), "triton", (10, 0), 12287, 12288),
+        (Settings(), "triton", (9, 0), 12288, None),
+        (Settings(preset="custom", density=0.3), "triton", (9, 0), 4096, None),
+        (Settings(), "reference", None, 4096, None),
     ],
 )
-def test_short_grids_keep_every_block(settings, backend, tokens, kept):
+def test_short_grids_keep_every_block(monkeypatch, settings, backend, capability, tokens, least):
+    monkeypatch.setattr("comfyui_paro.paro_runtime.session.capability_of_gpu", lambda device: capability)
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.5, 0.0])
     session.backend = backend
-    reason = session.too_short_to_drop(tokens)
-    assert (reason == f"every block kept: {tokens} grid tokens, sparse from 9216 on") is kept
+    reason = session.too_short_to_drop(tokens, torch.device("cpu"))
+    assert reason == (least and f"every block kept: {tokens} grid tokens, sparse from {least} on")
 
 
 def test_a_short_grid_runs_in_paros_own_attention():
     recipe = recipe_for("sdxl")
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe, Settings(backend="reference")), sigmas=[1.0, 0.0])
-    session.too_short_to_drop = lambda tokens: "every block kept"
+    session.too_short_to_drop = lambda *_: "every block kept"
     evaluation = session.begin(layout=TokenLayout(0, (1, 16, 16)), sigma=1.0)
     q, k, v = torch.randn(3, 1, 2, 256, 32)
 
@@ -87,7 +92,7 @@ def test_short_sequences_stay_with_the_host_where_its_dense_attention_is_faster(
     monkeypatch.setattr("comfyui_paro.paro_runtime.evaluation.paro_pays_when_short", lambda device: False)
     settings = Settings(backend="reference", dense_attention=choice)
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.0])
-    session.too_short_to_drop = lambda tokens: "every block kept"
+    session.too_short_to_drop = lambda *_: "every block kept"
     layout = TokenLayout(0, (1, 16, 16))
     q, k, v = torch.randn(3, 1, 2, layout.length, 32)
     asked = []

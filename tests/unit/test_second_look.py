@@ -158,7 +158,12 @@ def test_masks_of_this_group_and_those_behind_it_are_made_anew(group):
     q, k = torch.randn(2, 1, 2, LAYOUT.length, 16)
     sizes = {"block_q": 64, "pool": 64, "expansions": 16, "kv_heads": 2, "device": torch.device("cpu")}
     pattern = pattern_of(entry, LAYOUT, group=group, **sizes)
-    fresh = masks_anew(entry, group, q, k, pattern, scale=None, key_bias=None)
+    look = SecondLook()
+    bits = masks_anew(entry, group, q, k, pattern, scale=None, key_bias=None)
+    fresh = look.keep(entry, group, bits)
+    look.finish()
+    assert torch.equal(pattern_of(fresh, LAYOUT, group=group, **sizes).mask, fresh.mask(group=group))
+    assert torch.equal(pattern_of(entry, LAYOUT, group=group, bits=bits[0], **sizes).mask, fresh.mask(group=group))
     assert (fresh.orders, fresh.shape, fresh.groups, fresh.rotate) == (entry.orders, entry.shape, 3, True)
     for name in ("falloff", "tail_bias", "mass_kept", "density"):
         torch.testing.assert_close(getattr(fresh, name), getattr(entry, name))
@@ -286,12 +291,28 @@ def test_other_sites_keep_their_patterns():
     other = Site("block", 1)
     plan, cache = Plan(IDENTITY, LAYOUT, 64, {SITE: entry, other: entry}), PatternCache()
 
-    def words(site):
-        return cache.get(site, plan, 0, LAYOUT, 4, torch.device("cpu")).kept_words
+    def words(site, bits=None):
+        return cache.get(site, plan, 0, LAYOUT, 4, torch.device("cpu"), bits).kept_words
 
     first, second = words(SITE), words(other)
-    cache.renew(SITE, LAYOUT)
-    assert words(SITE) is not first and words(other) is second and len(cache) == 2
+    fresh = words(SITE, entry.packed[0].clone())
+    assert fresh is not first and torch.equal(fresh, first)
+    assert words(SITE) is fresh and words(other) is second and len(cache) == 2
+
+
+def test_masks_have_arrived_before_they_are_read(monkeypatch):
+    """Where the device has no room for patterns, those of masks measured anew are made of what was kept of them."""
+    monkeypatch.setattr("comfyui_paro.paro_runtime.patterns.CACHE_BYTES", 0)
+    arrived, session = [], run(sigmas=[1.0, 0.5, 0.0])
+    monkeypatch.setattr(session.second_look, "finish", lambda: arrived.append(1))
+    entry = session._grids[LAYOUT.grid].plan.sites[SITE]
+    where = (SITE, session._grids[LAYOUT.grid].plan, 0, LAYOUT, 4, torch.device("cpu"))
+    session.patterns.get(*where, entry.packed[0])
+    assert not arrived
+    session.patterns.get(*where)
+    assert len(arrived) == 1
+    session.finish()
+    assert len(arrived) == 2
 
 
 @pytest.mark.parametrize(
