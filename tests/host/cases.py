@@ -66,13 +66,14 @@ def describe(report: Any) -> str:
     return f"{report.prefix} + {'x'.join(map(str, report.grid))} + {report.suffix}"
 
 
-def check(report: Any, case: Case, run: Run, sparse_steps: int = 1) -> None:
-    """Every intended site went sparse in so many steps to one dense step, and nothing else was asked for."""
+def check(report: Any, case: Case, run: Run, dense_steps: int, steps: int = 2) -> None:
+    """Every intended site went sparse in every step after the dense ones, and nothing else was asked for."""
     sites = run.sites or case.sites
     assert report.family == case.family
     assert describe(report) == run.layout
     assert (report.sites, report.sites_sparse) == (sites, sites), report.text()
-    assert report.calls["sparse"] == sparse_steps * report.calls["dense step"]
+    assert set(report.calls) == ({"sparse", "dense step"} if dense_steps else {"sparse"})
+    assert report.calls["sparse"] * dense_steps == report.calls.get("dense step", 0) * (steps - dense_steps)
     assert report.calls["sparse"] % sites == 0
     assert not report.passed and not report.fallbacks and not report.notes, report.text()
 

@@ -51,12 +51,12 @@ def test_family(comfy, tiny, name):
         if report.passed and all(TOO_OLD in reason for reason, _ in report.passed):
             assert describe(report) == run.layout and not report.sites
             pytest.skip(f"{case.name}: {report.passed[0][0]}")
-        check(report, case, run)
+        check(report, case, run, EXACT["dense_steps"])
         sparse = comfy.patched(model, **SPARSE)
         out = tiny.sample(sparse, case, run)
         assert torch.isfinite(out).all()
         assert (out - dense).abs().max() > 20 * rounding
-        check(comfy.report(sparse), case, run)
+        check(comfy.report(sparse), case, run, SPARSE["dense_steps"])
     assert torch.equal(tiny.sample(remove(sparse), case, run), dense)
     assert torch.equal(tiny.sample(model, case, run), dense)
 
@@ -224,7 +224,7 @@ def test_queries_of_the_image_alone(comfy, tiny, run):
         torch.manual_seed(0)
         patched = comfy.patched(model, **settings)
         out = tiny.sample(patched, case, run)
-        check(comfy.report(patched), case, run)
+        check(comfy.report(patched), case, run, settings["dense_steps"])
         if settings is EXACT:
             torch.testing.assert_close(out, dense, **CLOSE)
         else:

@@ -19,7 +19,7 @@ COMMON = {"preset": "custom", "backend": BACKEND, "min_tokens": 0}
 EXACT = {"density": 1.0, "precision": "16bit", "tail": "off", "dense_steps": 0, "dense_attention": "host", **COMMON}
 SPARSE = {"density": 0.4, "dense_steps": 1, **COMMON}
 # Two sparse steps after a dense one: the second looks at the masks again.
-STEPS, SPARSE_STEPS = 3, 2
+STEPS = 3
 
 
 def build(tiny, name: str, dtype: torch.dtype):
@@ -49,7 +49,7 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
         assert finite
         exact = comfy.patched(model, **EXACT)
         error = relative_error(tiny.sample(exact, case, run, **size), dense)
-        check(comfy.report(exact), case, run, SPARSE_STEPS)
+        check(comfy.report(exact), case, run, EXACT["dense_steps"], STEPS)
         # Two ways to round the attention; what they do to the result is about half a unit of the dtype.
         assert error < 2 * torch.finfo(DTYPES[dtype]).eps
 
@@ -59,7 +59,7 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
             sparse = comfy.patched(model, store=store, precision=precision, **SPARSE)
             out = tiny.sample(sparse, case, run, **size)
             report = comfy.report(sparse)
-            check(report, case, run, SPARSE_STEPS)
+            check(report, case, run, SPARSE["dense_steps"], STEPS)
             difference = relative_error(out, dense)
             assert 0 < difference < 0.5
             assert (report.plan_source, report.sites_looked_at_again) == (source, report.sites)
