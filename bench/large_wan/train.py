@@ -140,7 +140,7 @@ def train(
     start: Path | None = None,
     toy: bool = False,
 ) -> None:
-    """One piece of a run: see the module. `photos`, `real`: folders; `start`: packed weights; `toy`: sizes for tests."""
+    """One piece of a run: see the module. `photos`, `real`: folders; `start`: packed weights; `toy`: tiny sizes."""
     from .clips import load_clips
 
     out.mkdir(parents=True, exist_ok=True)
