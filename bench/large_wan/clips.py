@@ -10,11 +10,14 @@ from torch import Tensor
 from .codec import encode
 from .data import CELL
 
+SIDE = 240  # of the largest grids that are trained
+
 
 def cut(video: Path, path: Path, frames: int, every: int, skip: int) -> tuple[int, ...]:
     """Write `frames` frames of a video, one in `every` after `skip`, as uint8 `[T, H, W, 3]`; returns that shape.
 
-    Needs PyAV (`pip install av`). Raises ValueError for a video that is too short.
+    Frames are made smaller until the shorter side is at most SIDE pixels. Needs PyAV (`pip install av`). Raises
+    ValueError for a video that is too short.
     """
     import av
 
@@ -22,7 +25,9 @@ def cut(video: Path, path: Path, frames: int, every: int, skip: int) -> tuple[in
     with av.open(str(video)) as container:
         for number, frame in enumerate(container.decode(video=0)):
             if number >= skip and (number - skip) % every == 0:
-                found.append(frame.to_ndarray(format="rgb24"))
+                zoom = min(1.0, SIDE / min(frame.width, frame.height))
+                size = {"width": round(zoom * frame.width), "height": round(zoom * frame.height)}
+                found.append(frame.to_ndarray(format="rgb24", **size))
             if len(found) == frames:
                 break
     if len(found) < frames:

@@ -110,7 +110,7 @@ class Piece:
                 continue
             now = time.monotonic()
             self.look(window, now - began)
-            if trainer.step % 200 == 0 or self.toy:
+            if self.writes and (trainer.step % 200 == 0 or self.toy):
                 pace = (now - began) / (trainer.step - first)
                 print(f"step {trainer.step} {pace:.3f} s a step loss {self.log['loss'][-1][2]}", flush=True)
             order = STOP if done or now - began > seconds else SAVE if now - saved > save_every else GO_ON
