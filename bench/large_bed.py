@@ -6,7 +6,7 @@
     python bench/large_bed.py pack --weights out/large/checkpoint.pt --out out/large/paro-large-wan.safetensors
     python bench/large_bed.py sheet --weights FILE --out out/large/sheet.png
     python bench/large_bed.py unpack --weights FILE --out MODEL.safetensors      for ComfyUI
-    python bench/large_bed.py record --weights FILE --grid 8x16x16 --layers 1 4 6 --steps 6 --heads 0 2 --out FILE
+    python bench/large_bed.py record --weights FILE --grid 8x12x12 --layers 1 4 6 --steps 6 --heads 0 2 --out FILE
     python bench/large_bed.py clip VIDEO --out DIR/clip.npy              frames of a real video, to hold out
 
 Giving the same `train` command again goes on where the last piece ended. `--toy` tries everything on a CPU in seconds.
@@ -121,7 +121,7 @@ def main() -> None:
     command(run_sheet, weights, out, device, toy)
     several = {"type": int, "nargs": "+"}
     recording = command(run_record, weights, out, seed, device)
-    recording.add_argument("--grid", default="8x16x16")
+    recording.add_argument("--grid", default="8x12x12")
     for name, chosen in (("--layers", [1, 4, 6]), ("--steps", [6]), ("--heads", [0, 2])):
         recording.add_argument(name, default=chosen, **several)
     clip = command(run_clip, ("video", {"type": Path}), out)

@@ -8,11 +8,12 @@ weight for channels. There is no compression in time and nothing is trained.
 """
 
 import math
-from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .constants import constant
 
 CELL = 4
 KEPT = tuple((0, i, j) for i in range(4) for j in range(4 - i)) + tuple(
@@ -33,22 +34,28 @@ def _cosines(points: int) -> Tensor:
     return rows
 
 
-@lru_cache(maxsize=1)
-def basis() -> Tensor:
-    """Orthonormal kernels `[16, 3, 4, 4]` fp32 (channel, colour, row, column)."""
+def _kernels() -> Tensor:
     colour, cell = _cosines(3), _cosines(CELL)
-    kernels = [colour[c][:, None, None] * cell[i][:, None] * cell[j] for c, i, j in KEPT]
-    return torch.stack(kernels).float()
+    return torch.stack([colour[c][:, None, None] * cell[i][:, None] * cell[j] for c, i, j in KEPT])
+
+
+KERNELS = tuple(_kernels().flatten().tolist())
+
+
+def basis(like: Tensor) -> Tensor:
+    """Orthonormal kernels `[16, 3, 4, 4]` (channel, colour, row, column), on `like`'s device in its dtype."""
+    return constant(KERNELS, like.device, like.dtype).view(len(KEPT), 3, CELL, CELL)
 
 
 def _scale_and_mean(like: Tensor) -> tuple[Tensor, Tensor]:
-    mean = like.new_tensor((BRIGHTNESS,) + (0.0,) * (len(KEPT) - 1))
-    return like.new_tensor(SPREAD).sqrt().view(1, -1, 1, 1, 1), mean.view(1, -1, 1, 1, 1)
+    mean = (BRIGHTNESS,) + (0.0,) * (len(KEPT) - 1)
+    scale, mean = (constant(values, like.device, like.dtype) for values in (SPREAD, mean))
+    return scale.sqrt().view(1, -1, 1, 1, 1), mean.view(1, -1, 1, 1, 1)
 
 
 def coefficients(video: Tensor) -> Tensor:
     """Video `[B, T, 3, 4H', 4W']` -> its kept coefficients `[B, 16, T, H', W']`, unscaled."""
-    flat = F.conv2d(video.flatten(0, 1), basis().to(video), stride=CELL)
+    flat = F.conv2d(video.flatten(0, 1), basis(video), stride=CELL)
     return flat.unflatten(0, video.shape[:2]).transpose(1, 2)
 
 
@@ -62,5 +69,5 @@ def decode(latent: Tensor) -> Tensor:
     """Latent `[B, 16, T, H', W']` -> video `[B, T, 3, 4H', 4W']` in [-1, 1]: the closest with these channels."""
     scale, mean = _scale_and_mean(latent)
     flat = (latent * scale + mean).transpose(1, 2)
-    video = F.conv_transpose2d(flat.flatten(0, 1), basis().to(latent), stride=CELL)
+    video = F.conv_transpose2d(flat.flatten(0, 1), basis(latent), stride=CELL)
     return video.unflatten(0, flat.shape[:2]).clamp(-1, 1)

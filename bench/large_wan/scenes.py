@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...tests.tiny_wan.data import signed_distance
+from .constants import constant
 from .textures import Photos, colours, draw_textures
 from .words import BACKGROUNDS, CAMERAS, COLOURS, MATERIALS, MOST_OBJECTS, MOTIONS, SHAPES
 
@@ -63,13 +64,10 @@ def draw_labels(batch: int, generator: torch.Generator, photographs: bool) -> tu
 def draw_scenes(scene: Tensor, objects: Tensor, aspect: float, generator: torch.Generator) -> Scenes:
     """What the labels leave open, at random. `aspect` is width / height of the frame."""
     device, batch = generator.device, len(scene)
-    reach = torch.tensor([max(aspect, 1.0), max(1 / aspect, 1.0)], device=device)
+    reach = constant((max(aspect, 1.0), max(1 / aspect, 1.0)), device)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
         return low + (high - low) * torch.rand(batch, *shape, generator=generator, device=device)
-
-    def table(rows: tuple, index: Tensor) -> Tensor:
-        return torch.tensor(rows, dtype=torch.float32, device=device)[index]
 
     known, n = objects.clamp_min(0), MOST_OBJECTS
     turning = (known[..., 3] == MOTIONS.index("turning")).float()
@@ -80,10 +78,10 @@ def draw_scenes(scene: Tensor, objects: Tensor, aspect: float, generator: torch.
     return Scenes(
         scene=scene,
         objects=objects,
-        pan=table(PANS, scene[:, 0]) * uniform(0.012, 0.024)[:, None],
-        zoom=table(ZOOMS, scene[:, 0]) * uniform(0.015, 0.03),
+        pan=constant(PANS, device)[scene[:, 0]] * uniform(0.012, 0.024)[:, None],
+        zoom=constant(ZOOMS, device)[scene[:, 0]] * uniform(0.015, 0.03),
         centre=uniform(-0.4, 0.4, n, 2) * reach,
-        velocity=table(WAYS, known[..., 3]) * speed,
+        velocity=constant(WAYS, device)[known[..., 3]] * speed,
         radius=uniform(0.1, 0.2, n),
         angle=uniform(0, 2 * math.pi, n),
         spin=way * (turning * uniform(0.12, 0.25, n) + moving * uniform(0.0, 0.04, n)),

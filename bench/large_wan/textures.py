@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .constants import constant
 from .words import BACKGROUNDS, COLOURS
 
 RGB = {
@@ -26,9 +27,9 @@ RGB = {
 }
 
 
-def colours(device: torch.device | str) -> Tensor:
+def colours(device: torch.device) -> Tensor:
     """The colour words as `[8, 3]` fp32 in [0, 1]."""
-    return torch.tensor([RGB[name] for name in COLOURS], device=device)
+    return constant(tuple(RGB[name] for name in COLOURS), device)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ A token is the sum of its words' embeddings; without words it is zero, as every 
 import torch
 from torch import Tensor
 
+from .constants import constant
+
 CAMERAS = ("fixed", "pan left", "pan right", "pan up", "pan down", "zoom in", "zoom out")
 BACKGROUNDS = ("gradient", "clouds", "grain", "bricks", "waves", "photograph")
 SHAPES = ("circle", "square", "triangle", "cross", "ring", "bar")
@@ -35,9 +37,9 @@ def contexts(scene: Tensor, objects: Tensor) -> Tensor:
     `scene` int64 `[B, 3]`: camera, background, tint (a colour). `objects` int64 `[B, 5, 4]`: shape, material, colour,
     motion; -1 throughout for an object that is not there.
     """
-    begin = torch.tensor([CAMERA_AT, BACKGROUND_AT, COLOUR_AT], device=scene.device)
+    begin = constant((CAMERA_AT, BACKGROUND_AT, COLOUR_AT), scene.device, torch.int64)
     camera, background, tint = (scene + begin).unbind(1)
-    begin = torch.tensor([SHAPE_AT, MATERIAL_AT, COLOUR_AT, MOTION_AT], device=scene.device)
+    begin = constant((SHAPE_AT, MATERIAL_AT, COLOUR_AT, MOTION_AT), scene.device, torch.int64)
     there = (objects[..., :1] >= 0).float()
     tokens = torch.zeros(len(scene), TOKENS, TEXT_DIM, device=scene.device)
     tokens[:, 0].scatter_(1, camera[:, None], WORD_SIZE)
