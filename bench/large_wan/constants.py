@@ -1,4 +1,4 @@
-"""Small tables on the training device, copied there once: a copy in every step would wait for all the steps before it."""
+"""Small tables on the training device, copied there once: a copy in every step would wait for the one before it."""
 
 from functools import lru_cache
 
