@@ -1,6 +1,6 @@
 """Train in pieces of limited time: every piece goes on where the last one was saved, on one GPU or several.
 
-Files in the output folder, each replaced by a rename, so that a run may be ended at any moment:
+Files in the output folder; the first two are replaced by a rename, so that a run may be ended at any moment:
 `checkpoint.pt`, everything, for going on to the bit (about 350 MB); `average.safetensors`, the moving average in 8 bits
 (about 23 MB), enough to go on elsewhere; `log.json`, what the run was and its losses; `samples.png`.
 """
@@ -55,7 +55,8 @@ class Piece:
         """From the folder's checkpoint if there is one, else from packed weights if given, else from nothing."""
         path = self.out / "checkpoint.pt"
         if path.is_file():
-            saved = torch.load(path, map_location=self.trainer.device, weights_only=True)
+            # On the CPU, where AdamW keeps its step counts: on the GPU every step would wait to read each of them.
+            saved = torch.load(path, map_location="cpu", weights_only=True)
             self.trainer.load_state(saved["state"])
             self.log = json.loads(saved["log"])
         elif start is not None:

@@ -87,8 +87,9 @@ class Trainer:
         """Undo `state`. The options must be those it was saved under, but for `steps`, which may be planned anew."""
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
-        for own, saved in zip(self.muon.buffers, state["muon"], strict=True):
-            torch._foreach_copy_(own, saved)
+        for group, saved in zip(self.muon.buffers, state["muon"], strict=True):
+            for own, value in zip(group, saved, strict=True):
+                own.copy_(value)
         self.adam.load_state_dict(state["adam"])
         self.step, self.fresh, self.clips = state["counts"]
 

@@ -65,6 +65,7 @@ class Variant:
             density=self.density,
             precision=self.precision,
             dense_steps=self.dense_steps,
+            min_tokens=0,
             tail="on" if self.tail else "off",
             order=self.order,
             budget=self.budget,
