@@ -55,6 +55,8 @@ class Trainer:
             self.network = nn.parallel.DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         if options.compiled:
             torch._dynamo.config.recompile_limit = 64
+            # It would cut the blocks' graphs at its buckets; a block is small enough to be sent when it is done.
+            torch._dynamo.config.optimize_ddp = False
             for block in self.model.blocks:
                 block.compile()
         matrices = [p for n, p in self.model.named_parameters() if n.startswith("blocks.") and p.ndim == 2]
