@@ -15,7 +15,7 @@ import torch
 
 from ...paro_runtime.calibration import Calibrator, Method
 from ...paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
-from ...paro_runtime.recipes import MaskOptions, mask_options, recipe_for
+from ...paro_runtime.recipes import MaskOptions, mask_options, query_block, recipe_for
 from ...paro_runtime.session import IN_PASSING, Policy, Session
 from ...paro_runtime.settings import Settings
 from ...paro_runtime.statistics import geometry_of
@@ -40,7 +40,7 @@ class Variant:
 
     plan: `offline` (made from other videos), `passing` (from the last dense step of the same video) or a fixed mask's
     name. videos: how many the offline plan is made from. refresh: measure the tail's bias again while sampling.
-    correct: by mean queries. schedule: of the density over the sparse steps.
+    correct: by mean queries. schedule: of the density over the sparse steps. backend and precision: of the kernels.
     """
 
     name: str
@@ -56,17 +56,20 @@ class Variant:
     correct: bool = True
     schedule: str = "falling"
     method: Method = field(default_factory=Method)
+    backend: str = "reference"
+    precision: str = "16bit"
 
     def settings(self) -> Settings:
         return Settings(
             preset="custom",
             density=self.density,
-            precision="16bit",
+            precision=self.precision,
             dense_steps=self.dense_steps,
+            min_tokens=0,
             tail="on" if self.tail else "off",
             order=self.order,
             budget=self.budget,
-            backend="reference",
+            backend=self.backend,
             strict=True,
             density_schedule=self.schedule,
         ).validated()
@@ -76,17 +79,27 @@ class Variant:
 
 
 class TinyBench:
-    """The model and the dense runs of one grid. Tensors stay on `device`."""
+    """The model and the dense runs of one grid. Tensors stay on `device`.
+
+    What depends on the model is in the class's attributes and in `load`, `start` and `decode`, for beds beside this
+    one.
+    """
+
+    identity, layers, heads, steps, shift = IDENTITY, LAYERS, HEADS, STEPS, 3.0
+    decode = staticmethod(data.decode)
 
     def __init__(self, grid: tuple[int, int, int], device: str = "cpu", seeds=SEEDS) -> None:
         self.grid, self.device, self.seeds = grid, device, tuple(seeds)
         self.layout = TokenLayout(0, grid)
         self.size = (grid[0], 2 * grid[1], 2 * grid[2])
-        self.model: TinyWan = load_tiny_wan(device=device)
-        self.identity = IDENTITY
+        self.model = self.load()
         self._calibrators: dict[tuple, Calibrator] = {}
         self.dense = self.sample(self.seeds, None) if self.seeds else None
-        self.dense_video = data.decode(self.dense) if self.seeds else None
+        self.dense_video = self.decode(self.dense) if self.seeds else None
+
+    def load(self) -> TinyWan:
+        """The model, on the device."""
+        return load_tiny_wan(device=self.device)
 
     def start(self, seeds) -> tuple[torch.Tensor, torch.Tensor]:
         """Text `[B, 3, 4096]` and noise of the clips with these seeds: each depends on its own seed only."""
@@ -110,27 +123,30 @@ class TinyBench:
             def dense():
                 return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-            return evaluation[0].attend(Site("block", layer), q, k, v, dense=dense, blocks=LAYERS).reshape(shape)
+            return evaluation[0].attend(Site("block", layer), q, k, v, dense=dense, blocks=self.layers).reshape(shape)
 
         def on_step(_, sigma):
             if session is not None:
                 evaluation[0] = session.begin(layout=self.layout, sigma=sigma)
 
-        return sampler.sample(
-            self.model, context, self.size, steps=STEPS, noise=noise, attention=attention, on_step=on_step
-        )
+        return self._sample(context, noise, attention, on_step)
+
+    def _sample(self, context, noise, attention, on_step=None) -> torch.Tensor:
+        common = {"steps": self.steps, "shift": self.shift, "noise": noise}
+        return sampler.sample(self.model, context, self.size, attention=attention, on_step=on_step, **common)
 
     def session(self, variant: Variant, **more) -> Session:
-        policy = Policy(IDENTITY, recipe_for("wan"), variant.settings(), more.pop("plan", None), None)
-        common = {"sigmas": sampler.sigmas(STEPS).tolist(), "refresh": variant.refresh, "correct": variant.correct}
-        return Session(policy, method=variant.method, **common, **more)
+        policy = Policy(self.identity, recipe_for("wan"), variant.settings(), more.pop("plan", None), None)
+        more |= {"refresh": variant.refresh, "correct": variant.correct, "method": variant.method}
+        return Session(policy, sigmas=sampler.sigmas(self.steps, self.shift).tolist(), **more)
 
     def offline_plan(self, variant: Variant) -> Plan:
         """From all steps of other videos. Sums taken at density 0.1 serve every density, budget and criterion."""
         method, options = variant.method, variant.options()
         key = (options.order, options.pool, variant.videos, replace(method, criterion="mass"))
         if key not in self._calibrators:
-            calibrator = Calibrator(IDENTITY, replace(options, density=0.1), method=replace(method, criterion="error"))
+            by_error = replace(method, criterion="error")
+            calibrator = Calibrator(self.identity, replace(options, density=0.1), method=by_error)
             # One after the other, as PARO Calibrate runs its prompts: orders are compared under each one's attention.
             for calibrator.prompt, seed in enumerate(CALIBRATION_SEEDS[: variant.videos]):
                 self.sample([seed], self.session(variant, calibrator=calibrator))
@@ -144,14 +160,14 @@ class TinyBench:
         method, options, step = variant.method, variant.options(), max(0, variant.dense_steps - 1)
         key = (options.order, options.pool, options.density, step, replace(method, criterion="mass"))
         if key not in self._calibrators:
-            calibrator = Calibrator(IDENTITY, options, method=replace(method, criterion="error"))
+            calibrator = Calibrator(self.identity, options, method=replace(method, criterion="error"))
             session = self.session(variant, calibrator=calibrator, calibrate_steps=frozenset({step}))
             self.sample(self.seeds, session, apart=True)
             self._calibrators[key] = calibrator
         found, method = [], method.in_passing(pure_noise=step == 0)
         for video in range(len(self.seeds)):
-            heads = slice(video * HEADS, (video + 1) * HEADS)
-            one = Calibrator(IDENTITY, options, method=method)
+            heads = slice(video * self.heads, (video + 1) * self.heads)
+            one = Calibrator(self.identity, options, method=method)
             one.layout = self.layout
             # Heads are observed apart from each other; only the budget is shared, and that among those of one video.
             one._sums = {site: _of_heads(sums, heads) for site, sums in self._calibrators[key]._sums.items()}
@@ -171,23 +187,24 @@ class TinyBench:
         def on_step(step, _):
             now[0] = step
 
-        sampler.sample(self.model, context, self.size, steps=STEPS, noise=noise, attention=attention, on_step=on_step)
+        self._sample(context, noise, attention, on_step)
 
     def fixed_plan(self, kind: str, density: float) -> Plan:
         """The same published rule for every head; `window` takes the better of two bands for each."""
-        geometry = geometry_of(self.layout, 64)
-        orders = dict.fromkeys(self._sites(), ("FHW",) * HEADS)
+        rows = query_block(self.layout.grid_tokens)
+        geometry = geometry_of(self.layout, rows)
+        orders = dict.fromkeys(self._sites(), ("FHW",) * self.heads)
         if kind == "window":
             mask = band_mask(geometry, density)
             orders = self._better_band(mask)
         else:
             mask = radial_mask(geometry, density) if kind == "radial" else random_mask(geometry, density, 0)
-        mask = mask.expand(HEADS, -1, -1)
-        sites = {s: SitePlan.create(names, mask, None, torch.ones(HEADS)) for s, names in orders.items()}
-        return Plan(IDENTITY, self.layout, 64, sites)
+        mask = mask.expand(self.heads, -1, -1)
+        sites = {s: SitePlan.create(names, mask, None, torch.ones(self.heads)) for s, names in orders.items()}
+        return Plan(self.identity, self.layout, rows, sites)
 
     def _sites(self) -> tuple[Site, ...]:
-        return tuple(Site("block", layer) for layer in range(LAYERS))
+        return tuple(Site("block", layer) for layer in range(self.layers))
 
     def _better_band(self, mask: torch.Tensor) -> dict[Site, tuple[str, ...]]:
         from ...kernels.api import block_statistics, row_logsumexp
@@ -195,17 +212,18 @@ class TinyBench:
 
         kept = {s: dict.fromkeys(("FHW", "HWF"), 0.0) for s in self._sites()}
         context, noise = self.start(CALIBRATION_SEEDS[:1])
-        geometry, mask = geometry_of(self.layout, 64), mask.to(self.device)
+        geometry = geometry_of(self.layout, query_block(self.layout.grid_tokens))
+        mask = mask.to(self.device)
 
         def attention(q, k, v, *, layer):
             lse = row_logsumexp(q, k)
             for name in ("FHW", "HWF"):
-                rows = order_table(name, self.grid).to(q.device).expand(HEADS, -1)
+                rows = order_table(name, self.grid).to(q.device).expand(self.heads, -1)
                 mass = block_statistics(q, k, lse, geometry, rows).mass
                 kept[Site("block", layer)][name] += (mass * mask).sum((1, 2))
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
-        sampler.sample(self.model, context, self.size, steps=STEPS, noise=noise, attention=attention)
+        self._sample(context, noise, attention)
         return {
             s: tuple(
                 "HWF" if b > a else "FHW" for a, b in zip(found["FHW"].tolist(), found["HWF"].tolist(), strict=True)
@@ -225,7 +243,7 @@ class TinyBench:
         plan = _side_by_side(plans)
         session = self.session(variant, plan=plan)
         latents = self.sample(self.seeds, session, apart=True)
-        groups = [session.schedule.group(step, plan.groups) for step in range(variant.dense_steps, STEPS)]
+        groups = [session.schedule.group(step, plan.groups) for step in range(variant.dense_steps, self.steps)]
         record = self.compare(latents)
         record |= {"name": variant.name, "grid": "x".join(map(str, self.grid)), "density": variant.density}
         record |= {"dense_steps": variant.dense_steps, "tail": variant.tail, "plan": variant.plan}
@@ -237,7 +255,7 @@ class TinyBench:
 
     def compare(self, latents: torch.Tensor) -> dict:
         """PSNR of each video and its mean and worst, SSIM, cosine of the latents."""
-        video = data.decode(latents)
+        video = self.decode(latents)
         values = [psnr(a, b) for a, b in zip(video, self.dense_video, strict=True)]
         likeness = [ssim(a, b) for a, b in zip(video, self.dense_video, strict=True)]
         cosines = [cosine(a, b) for a, b in zip(latents, self.dense, strict=True)]
