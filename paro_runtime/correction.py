@@ -46,7 +46,8 @@ def rows_per_mean_query(g: Geometry) -> int:
 
 @dataclass
 class _Fit:
-    """Sums per head of one step: squared error, error times correction, squared correction; float32 `[3, Hq]`."""
+    """Sums per head of one step: squared error, error times correction, squared correction, and the squared output that
+    would be exact; float32 `[4, Hq]`."""
 
     step: int
     sums: torch.Tensor
@@ -114,6 +115,7 @@ class QueryCorrection:
 
     def __init__(self) -> None:
         self._fits: dict[Hashable, _Fit] = {}
+        self._wrong: dict[tuple[Hashable, int], torch.Tensor] = {}
         self._shares: dict[Hashable, _Shares] = {}
         self._carried: dict[tuple[Hashable, Hashable], _Carried] = {}
         self._lock = threading.Lock()
@@ -124,6 +126,17 @@ class QueryCorrection:
         with self._lock:
             found = list(self._shares.values())
         return sum(one.heads().numel() for one in found), sum(one.shares.numel() for one in found)
+
+    @property
+    def error(self) -> tuple[float, float] | None:
+        """Relative L2 error of the corrected attention on the rows that were looked at: of all sites and steps in which
+        corrections were made together, and of the worst site in one of them. None where nothing was measured."""
+        with self._lock:
+            found = list(self._wrong.values())
+        if not found:
+            return None
+        wrong, whole = torch.stack([sums.sum(1).cpu() for sums in found]).unbind(1)
+        return float((wrong.sum() / whole.sum()).sqrt()), float((wrong / whole).sqrt().max())
 
     def suits(self, q: torch.Tensor, pattern: SparsePattern, backend: str) -> bool:
         """Whether a call can be corrected, and by the kernel where the attention is: its reference takes too long."""
@@ -138,7 +151,7 @@ class QueryCorrection:
                 known.clear()
 
     def _all(self) -> tuple[dict, ...]:
-        return self._fits, self._shares, self._carried
+        return self._fits, self._shares, self._carried, self._wrong
 
     def saved(self) -> Callable[[], None]:
         """What puts everything back to how it is now."""
@@ -212,16 +225,17 @@ class QueryCorrection:
         exact = exact_rows(q, k, v, rows, scale=scale, key_bias=key_bias).float()
         error = exact - take_rows(out, rows).float()
         correction = corrections[:, :, positions // rows_per_mean_query(g)].float()
-        sums = torch.stack(
-            [(a * b).sum((0, 2, 3)) for a, b in ((error, error), (error, correction), (correction,) * 2)]
-        )
+        pairs = ((error, error), (error, correction), (correction, correction), (exact, exact))
+        sums = torch.stack([(a * b).sum((0, 2, 3)) for a, b in pairs])
         with self._lock:
             before = self._fits.get(key)
             if before is not None and before.step == step:
                 sums = sums + before.sums.to(sums.device)
             self._fits[key] = _Fit(step, sums)
+        shares = best_shares(sums)
         with self._lock:
-            self._shares[key] = _Shares(best_shares(sums))
+            self._shares[key] = _Shares(shares)
+            self._wrong[key, step] = torch.stack([sums[0] - gain_of(shares, sums), sums[3]])
 
 
 @lru_cache(maxsize=8)
@@ -235,7 +249,11 @@ def _bytes(carried: _Carried) -> int:
 
 def best_shares(sums: torch.Tensor) -> torch.Tensor:
     """Share of the correction that leaves least squared error, 0 to 1, and 0 below LEAST_GAIN; sums as in `_Fit`."""
-    error, cross, correction = sums
+    error, cross, correction = sums[:3]
     shares = (cross / correction.clamp_min(1e-20)).clamp(0, 1)
-    gain = 2 * shares * cross - shares.square() * correction
-    return shares.where(gain > LEAST_GAIN * error, torch.zeros_like(shares))
+    return shares.where(gain_of(shares, sums) > LEAST_GAIN * error, torch.zeros_like(shares))
+
+
+def gain_of(shares: torch.Tensor, sums: torch.Tensor) -> torch.Tensor:
+    """Squared error that so much of the correction takes away, `[Hq]`; sums as in `_Fit`."""
+    return 2 * shares * sums[1] - shares.square() * sums[2]

@@ -41,6 +41,8 @@ class Report:
 
     dense_steps: those in which no call was sparse, of the `steps` that happened or, where other nodes skip some, were
     asked for. why_dense: where there are more of them than in a usual run, or no others.
+    attention_error: relative L2 of sparse attention against exact one, on a hundredth of the rows in the steps that
+    make corrections: of all together, and of the worst layer in one of those steps. None where it was not measured.
     density and mass_kept are the plan's: means over its groups of sparse steps, of which `densities` has one each.
     """
 
@@ -57,6 +59,7 @@ class Report:
     sites_rotated: int
     heads_corrected: int
     sites_looked_at_again: int
+    attention_error: tuple[float, float] | None
     density: float
     densities: list[float]
     mass_kept: float
@@ -96,6 +99,7 @@ class Report:
             sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
             heads_corrected=session.correction.heads[0] if session.correction is not None else 0,
             sites_looked_at_again=session.second_look.sites if session.second_look is not None else 0,
+            attention_error=session.correction.error if session.correction is not None else None,
             density=plan.density if plan else 1.0,
             densities=plan.densities if plan else [],
             mass_kept=plan.mass_kept if plan else 1.0,
@@ -156,6 +160,7 @@ class Report:
             f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
             f"corrected by their mean queries: {self.heads_corrected} heads",
             f"masks measured anew after a plan of pure noise: {self.sites_looked_at_again} of {self.sites} sites",
+            f"attention error: {self._error()}",
             f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]
         if self.backend == "reference" and self.sites_sparse:
@@ -170,6 +175,12 @@ class Report:
         lines += [f"fell back {count} times: {reason}" for reason, count in self.fallbacks]
         lines += [f"passed through {count} times: {reason}" for reason, count in self.passed]
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def _error(self) -> str:
+        if self.attention_error is None:
+            return "not measured"
+        whole, worst = self.attention_error
+        return f"{whole:.1%}, worst layer {worst:.1%} (relative L2, on a hundredth of the rows)"
 
     def _kept(self) -> str:
         target = self.plan.settings.get("mass_target", 0) if self.plan else 0

@@ -206,8 +206,13 @@ def test_a_run_is_corrected(dense_steps, correct):
         first = int(dense_steps == 1)
         assert errors[:first] == without[:first]
         assert all(a < 0.9 * b for a, b in zip(errors[first:], without[first:], strict=True))
+        # What the run says of itself, from a fifth of the rows here, is what it did.
+        whole, worst = report.attention_error
+        assert 0.85 * min(errors[first:]) < whole < 1.15 * max(errors[first:]) and whole <= worst < 1.3 * whole
+        assert f"attention error: {whole:.1%}, worst layer {worst:.1%}" in report.text()
     else:
-        assert errors == without
+        assert errors == without and report.attention_error is None
+        assert "attention error: not measured" in report.text()
 
 
 def test_with_little_room_each_call_keeps_the_heads_of_its_own_shares(monkeypatch):
