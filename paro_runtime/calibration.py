@@ -38,10 +38,11 @@ class Calibrator:
         *,
         method: Method | None = None,
         partial: Path | None = None,
-        compares: bool = True,
+        own: bool = False,
     ) -> None:
         """partial: folder that keeps the sums after every observation; what it holds already is taken up again.
-        compares: keep what `stability` compares; False where one step is seen.
+        own: the plan is for the run that is observed, and no other: what moves a plan to other grids and what
+        `stability` compares are left out.
 
         Raises PlanError when the folder belongs to another model, grid or options.
         """
@@ -53,7 +54,7 @@ class Calibrator:
         self._sums: dict[Site, SiteSums] = {}
         self._of_groups: dict[tuple[Site, int], SiteSums] = {}
         self._glimpses: dict[tuple[Site, int, int], Glimpse] = {}
-        self._compares = compares
+        self._own = own
         self._room = Room()
         self._lock = threading.Lock()
         self._device = torch.device("cpu")  # where what was last observed was
@@ -111,6 +112,7 @@ class Calibrator:
             method.by_mass_alone(options, layout),
             method.alpha,
             method.sigma,
+            not self._own,
         )
         block_q = query_block(layout.grid_tokens)
         before = (None, None) if previous is None else (previous.scores, previous.choice)
@@ -130,7 +132,7 @@ class Calibrator:
         self._add(site, step, seen)
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
-        look = glimpse(seen, self.options.compared_density) if self._compares else None
+        look = glimpse(seen, self.options.compared_density) if not self._own else None
         # Many observations are added up on the CPU, one or two of a run where they were made.
         fresh = stored(seen, not self.method.by_mass_alone(self.options, self.layout), coded=self._partial is None)
         if self._partial is not None:

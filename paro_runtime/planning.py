@@ -180,20 +180,25 @@ class Planner:
         packed = torch.stack([pack_bits(mask) for mask in masks])
         return _Masks(tuple(masks[0].shape), to_cpu(packed), density, torch.stack(kept), bias)
 
-    def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor, torch.Tensor | None]:
-        """Of all heads of all sites: their orders; their falloffs, packed, on the CPU; the curves of those sites whose
-        bias comes from curves alone, on the device."""
+    def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor | None, torch.Tensor | None]:
+        """Of all heads of all sites: their orders; their falloffs, packed, on the CPU, if they were measured; the
+        curves of those sites whose bias comes from curves alone, on the device."""
         sums = self._sums
         choices = torch.cat([s.choice.to(device) for s in sums]).tolist()
         names = [s.candidates for s in sums for _ in range(s.choice.numel())]
         orders = [its[choice] for its, choice in zip(names, choices, strict=True)]
+        curves = [sums[number].curves.to(device) for number in self._of_curves]
+        return orders, self._falloffs(orders, device), torch.cat(curves) if curves else None
+
+    def _falloffs(self, orders: list[str], device: torch.device) -> torch.Tensor | None:
+        sums, grid = self._sums, self.layout.grid
+        if any(s.falloff is None for s in sums):
+            return None
         falloff = torch.cat([s.falloff.to(device) for s in sums])
         received = torch.cat([s.received.to(device) for s in sums])
-        step = max(1, FALLOFF_BYTES // falloff_bytes(self.layout.grid))
+        step = max(1, FALLOFF_BYTES // falloff_bytes(grid))
         parts = (slice(first, first + step) for first in range(0, len(orders), step))
-        packed = [pack_falloff(falloff[some], received[some], orders[some], self.layout.grid) for some in parts]
-        curves = [sums[number].curves.to(device) for number in self._of_curves]
-        return orders, to_cpu(torch.cat(packed)), torch.cat(curves) if curves else None
+        return to_cpu(torch.cat([pack_falloff(falloff[its], received[its], orders[its], grid) for its in parts]))
 
     def _joined(self, made: list[_Masks], orders: list[str], falloff, curves) -> dict[Site, SitePlan]:
         heads = [each.shape[0] for each in made]
@@ -217,7 +222,7 @@ class Planner:
                 None if bias is None else to_cpu(bias).clone(),
                 density[number].clone(),
                 kept[number].clone(),
-                falloff[some].clone(),
+                None if falloff is None else falloff[some].clone(),
                 errors is not None and rotates(errors),
             )
         return entries

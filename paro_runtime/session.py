@@ -348,7 +348,7 @@ class Session:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
         pure_noise = max(step, self.schedule.dense_steps - 1) == 0 and self.from_noise
         method = self.method.in_passing(pure_noise)
-        return Calibrator(self.policy.identity, self.options, method=method, compares=False)
+        return Calibrator(self.policy.identity, self.options, method=method, own=not self.policy.remember)
 
     def _close_calibration(self, grid: Grid) -> None:
         began = time.perf_counter()

@@ -52,7 +52,7 @@ class StatisticsOptions:
     pooled_mass: also measure the mass of pooled keys, plain means, for a bias that only makes the total mass right.
     by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
     tail's sampled rows would tell them; on large grids no errors of single blocks then.
-    alpha, sigma: of the paper's metric.
+    alpha, sigma: of the paper's metric. falloff: measure the falloff with distance, for plans that may move.
     """
 
     density: float
@@ -64,6 +64,7 @@ class StatisticsOptions:
     by_mass: bool = False
     alpha: float = 0.5
     sigma: float = 1.0
+    falloff: bool = True
 
     def candidates(self, grid: tuple[int, int, int]) -> tuple[str, ...]:
         """Names of the orders to compare on this grid, FHW first."""
@@ -80,7 +81,7 @@ class Observation:
     choice  int64 [H]: index of the order under which the rest was taken.
     mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's or from
             mean queries.
-    falloff float32 [H, bins]: mean weight of a key by its distance, see `falloff.observe_falloff`.
+    falloff float32 [H, bins]: mean weight of a key by its distance, see `falloff.observe_falloff`, or None.
     pooled  the same as mass with pooled keys, or None unless asked for.
     tail    errors of the tail, or None without a tail or without values.
     logit_errors float32 [H, 3]: what quantising does to the logits, see `rotation.logit_errors`.
@@ -90,7 +91,7 @@ class Observation:
     scores: torch.Tensor
     choice: torch.Tensor
     mass: torch.Tensor
-    falloff: torch.Tensor
+    falloff: torch.Tensor | None
     pooled: torch.Tensor | None = None
     tail: TailObservation | None = None
     logit_errors: torch.Tensor | None = None
@@ -178,7 +179,9 @@ def observe(
         full = block_statistics(q, k, lse, geometry, rows, pool=pool, **rest)
         mass, pooled = full.mass, full.pooled
     few = {"rows": LARGE_FALLOFF_ROWS} if large else {}
-    falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias, **few)
+    falloff = None
+    if options.falloff:
+        falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias, **few)
     errors = logit_errors(q, k, geometry, rows, scale=scale)
     return Observation(candidates, scores, choice, mass, falloff, pooled, tail, errors)
 

@@ -39,9 +39,9 @@ class SiteSums:
 
     With errors the mass is only told to people: it is that of up to MASS_BLOCKS query blocks, evenly spread.
     scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, pooled, error [H, q_blocks, k_blocks]; falloff
-    [H, bins], of every order; received [H, k_blocks]: mass over all query blocks; curves [H, densities, biases] and
-    energy [H] as in `tail.TailObservation`; logit_errors [H, 3] as in `rotation`. done: (prompt, step) of what is
-    summed.
+    [H, bins], of every order, or None; received [H, k_blocks]: mass over all query blocks; curves [H, densities,
+    biases] and energy [H] as in `tail.TailObservation`; logit_errors [H, 3] as in `rotation`. done: (prompt, step) of
+    what is summed.
     """
 
     candidates: tuple[str, ...]
@@ -49,7 +49,7 @@ class SiteSums:
     choice: torch.Tensor
     weight: torch.Tensor
     mass: Table
-    falloff: torch.Tensor
+    falloff: torch.Tensor | None
     received: torch.Tensor
     pooled: Table | None = None
     error: Table | None = None
@@ -78,7 +78,7 @@ class SiteSums:
         """Fold in one more observation; heads whose order changed start anew with it."""
         same = more.choice == self.choice
         self.scores = self.scores + more.scores
-        self.falloff = self.falloff + more.falloff
+        self.falloff = None if self.falloff is None or more.falloff is None else self.falloff + more.falloff
         self.choice = more.choice
         self.weight = self.weight.where(same, 0) + more.weight
         for name in ("mass", "received", "pooled", "error", "curves", "energy", "logit_errors"):

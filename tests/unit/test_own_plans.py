@@ -79,3 +79,12 @@ def test_plans_of_other_runs_are_left_alone_unless_they_are_to_be_remembered(tmp
     store.save(replace(kept, made={**kept.made, "by": "PARO Calibrate"}))
     sample(session := Session(own, sigmas=SIGMAS))
     assert session.finish().plan_source == "plan found"
+
+
+def test_only_plans_for_others_keep_what_moves_them(tmp_path):
+    """To another grid: how attention falls off with distance takes a run longer to measure than it is worth to it."""
+    for remember in (False, True):
+        its = replace(policy(store=PlanStore([], tmp_path)), remember=remember)
+        sample(session := Session(its, sigmas=SIGMAS))
+        entries = session.finish().plan.sites.values()
+        assert all((entry.falloff is not None) == remember for entry in entries)
