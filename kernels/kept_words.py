@@ -61,7 +61,7 @@ def _own_words(g: Geometry, device: torch.device) -> torch.Tensor:
     return (own // 64 == place // 64).long() << (own % 64)
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=1)
 def _word_places(rows: int, columns: int, device: torch.device) -> tuple[torch.Tensor, ...]:
     """Of every word of a mask of so many rows, int64 `[rows, ceil(columns / 64)]`: which word of its bits it begins in,
     by how much that is shifted to the right, which bits are the word's then, how far the bits of the next one are

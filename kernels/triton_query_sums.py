@@ -26,6 +26,7 @@ SUM_ROWS, SUM_BLOCKS = 64, 64
 
 @triton.jit(do_not_specialize=[
     "first", "group", "rows", "tokens", "prefix", "context", "k_blocks", "blocks", "stride_bias", "batch",
+    "stride_order", "stride_table",
 ])  # fmt: skip
 def _query_logs(
     Q, K, key_bias, tables, logs,

@@ -120,8 +120,8 @@ class PAROSettings(io.ComfyNode):
                     io.Boolean.Input,
                     "calibrate",
                     default=_DEFAULT.calibrate,
-                    tooltip="Without a plan for this model and size, make one during the last dense step and save it. "
-                    "Off: run dense instead.",
+                    tooltip="Where no plan is given, make one on the way, in the last dense step or the first sparse "
+                    "one. Off: use any plan that is found for this model and size, or run dense.",
                 ),
                 advanced(
                     io.Boolean.Input,

@@ -188,8 +188,9 @@ class Calibrator:
         return self._plan(self._planner([site]), {}, None)
 
     def _planner(self, sites: Sequence[Site]) -> Planner:
-        self._room.finish()
-        sums = {site: self._sums[site] for site in sites}
+        with self._lock:
+            self._room.finish()
+            sums = {site: self._sums[site] for site in sites}
         return Planner(self.layout, self.options, self.method, sums, self._of_groups)
 
     def _plan(self, planner: Planner, made: dict, forget: Callable[[Site], object] | None) -> Plan:

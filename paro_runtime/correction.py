@@ -136,6 +136,7 @@ class QueryCorrection:
         if not found:
             return None
         wrong, whole = torch.stack([sums.sum(1).cpu() for sums in found]).unbind(1)
+        wrong, whole = wrong.clamp_min(0), whole.clamp_min(1e-20)  # rounding may take more than there is
         return float((wrong.sum() / whole.sum()).sqrt()), float((wrong / whole).sqrt().max())
 
     def suits(self, q: torch.Tensor, pattern: SparsePattern, backend: str) -> bool:

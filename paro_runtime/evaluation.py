@@ -130,6 +130,7 @@ class Evaluation:
         with self.session.lock:
             self._grid.plan = self._grid.begun = self._grid.calibrator = self._grid.seen_step = None
             self._grid.source = "none"
+            self.session.patterns.clear()
             self.session.note(reason)
 
     def end(self, attempt: int = 0) -> bool:
@@ -249,28 +250,28 @@ class Evaluation:
         """The site's pattern with masks that are measured anew, if its plan was made of pure noise and this is the time
         for it. Trouble leaves the masks as they are, and ends that for the run."""
         session, grid = self.session, self._grid
-        look = session.second_look
-        if look is None or grid.plan is None or not session.of_pure_noise(grid.plan):
-            return pattern
-        if not look.due((site, self.layout.grid), self.step):
+        look, key = session.second_look, (site, self.layout.grid)
+        if look is not None and grid.plan is None:
+            look.passes(key, self.step)
+        if look is None or grid.plan is None or not session.of_pure_noise(grid.plan) or not look.due(key, self.step):
             return pattern
         began = time.perf_counter()
         group, entry = self._group, grid.plan.sites[site]
         rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
         try:
             fresh = masks_anew(entry, group, q, k, pattern, **rest)
+            entry = look.keep(entry, group, fresh)
+            # The run's own copy: the plan itself may be another run's too.
+            plan = replace(grid.plan, sites={**grid.plan.sites, site: entry})
+            pattern = session.patterns.get(site, plan, group, self.layout, k.shape[1], q.device, fresh[0])
         except Exception as error:
             if session.settings.strict:
                 raise
-            look.finish()
-            session.second_look = None
+            session.end_second_look()
             session.note(f"masks are not measured anew: {_one_line(error)}")
             return pattern
-        entry = look.keep(entry, group, fresh)
         with session.lock:
-            # The run's own copy: the plan itself may be another run's too.
             grid.plan = replace(grid.plan, sites={**grid.plan.sites, site: entry})
-        pattern = session.patterns.get(site, grid.plan, group, self.layout, k.shape[1], q.device, fresh[0])
         session.tail_seconds += time.perf_counter() - began
         return pattern
 

@@ -133,7 +133,12 @@ class Planner:
         except torch.OutOfMemoryError:
             device = torch.device("cpu")
             budgets = self._budgets(device)
-        small, made = self._small(device), {}
+        try:
+            small = self._small(device)
+        except torch.OutOfMemoryError:
+            device = torch.device("cpu")
+            small = self._small(device)
+        made = {}
         # Backwards: the tables of the last sites found no room on the GPU, and wait on the CPU, where masks go.
         for number in reversed(range(len(self.sites))):
             try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .orders import ALL_ORDERS
-from .plan import IN_PASSING, Plan
+from .plan import Plan
 
 if TYPE_CHECKING:
     from .session import Grid, Session
@@ -201,8 +201,9 @@ def _why_dense(session: Session, grid: Grid | None) -> str:
     its, happened = session.schedule, session.clock.dense
     if grid is None or session.calibrator is not None:
         return ""
-    if grid.source == IN_PASSING and happened > its.dense_steps:
-        return "there was no plan, one was made" if grid.plan is not None else "there was no plan"
+    if happened > its.dense_steps:
+        reasons = [(count, reason) for reason, count in session.counts.dense.items() if reason != "dense step"]
+        return max(reasons)[1] if reasons else ""
     if happened == its.dense_steps == its.steps:
         return f"the first {its.dense_whole} of {'about ' * (its.whole > its.steps)}{its.whole} are"
     return ""

@@ -60,6 +60,11 @@ class SecondLook:
             self._looked[key] = step
             return True
 
+    def passes(self, key: Hashable, step: int) -> None:
+        """A sparse call of the site in this step, in which it is not to be looked at again."""
+        with self._lock:
+            self._first.setdefault(key, step)
+
     def pending(self, key: Hashable) -> bool:
         """Whether the site's masks are still to be measured anew."""
         with self._lock:

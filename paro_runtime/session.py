@@ -194,6 +194,9 @@ class Session:
                 self._receive_plan(grid, step)
             if grid.plan is None and grid.seen_step is not None and step != grid.seen_step:
                 self._close_calibration(grid)
+            if grid.calibrator is not None and grid.seen_step is None and step != self.clock.step:
+                # What it sees depends on when it first may: kernels can come late.
+                grid.calibrator = self._calibrator(step)
             if grid.check is not None and step != self.clock.step:
                 self._judge_moved_plan(grid, step)
             if step != self.clock.step:
@@ -316,6 +319,13 @@ class Session:
         from_noise = plan.made.get("by") == IN_PASSING and plan.made.get("criterion") == "mass"
         return from_noise and self.options.pool is not None and self.method.criterion == "auto"
 
+    def end_second_look(self) -> None:
+        """No masks are measured anew from here on; those that were are kept."""
+        with self.lock:
+            look, self.second_look = self.second_look, None
+        if look is not None:
+            look.finish()
+
     def _masks_arrive(self) -> None:
         """What was measured anew on a GPU may be read on the CPU."""
         if self.second_look is not None:
@@ -360,7 +370,8 @@ class Session:
                 raise
             # Out of memory, say: the run goes on dense, and does not try again at every evaluation.
             self.note(f"calibration: no plan could be made ({type(error).__name__}: {str(error)[:200]})")
-            grid.seen_step = grid.calibrator = None
+            grid.seen_step = grid.calibrator = grid.begun = None
+            self.patterns.clear()
             return
         finally:
             self.calibration_seconds += time.perf_counter() - began

@@ -4,7 +4,8 @@ No pass looks at more rows than it must. To choose, some rows under every candid
 for all orders, all of them on the smallest; on large ones some rows of some query blocks of each. Then, under the
 chosen orders and where the values are at hand, the tail's errors on a few rows of every block, which tell the block
 sums too. Without values, or for masks by mass, block sums come from every row of small grids, and from a few mean
-queries of every block of large ones. The falloff with distance comes from a few hundred rows at most.
+queries of every block of large ones. The falloff with distance, if asked for, comes from a few hundred rows at
+most.
 What is looked at shrinks with the size of the grid: up to three dense attentions on the smallest, a third of one on
 75,600 tokens (`tests/unit/test_calibration_cost.py`). Nothing waits for the device on large grids.
 """

@@ -79,17 +79,20 @@ def test_names_do_not_depend_on_what_a_process_launches_first():
 
 
 @pytest.mark.parametrize(
-    "changes, dense_steps",
+    "changes, dense_steps, heads",
     [
-        ({}, 1),
-        ({"batch": 2}, 2),
-        ({"grid": (1, 128, 128), "prefix": 512, "batch": 1}, 1),
-        ({"grid": (6, 24, 32), "head_dim": 64, "suffix": 40, "precision": "int8"}, 2),
+        ({}, 1, 3),
+        ({}, 0, 4),
+        ({"batch": 2}, 2, 3),
+        ({"grid": (1, 128, 128), "prefix": 512, "batch": 1}, 1, 3),
+        ({"grid": (9, 41, 47), "group": 2}, 1, 4),
+        ({"grid": (3, 45, 47)}, 1, 5),
+        ({"grid": (6, 24, 32), "head_dim": 64, "suffix": 40, "precision": "int8"}, 2, 3),
     ],
 )
-def test_a_rehearsal_launches_all_that_a_run_does(changes, dense_steps):
+def test_a_rehearsal_launches_all_that_a_run_does(changes, dense_steps, heads):
     job = Job(**{**asdict(JOB), **changes})
-    task = json.dumps({"job": asdict(job), "dense_steps": dense_steps, "heads": 3})
+    task = json.dumps({"job": asdict(job), "dense_steps": dense_steps, "heads": heads})
     command = [sys.executable, "-c", COMPARE, str(ROOT), task]
     done = subprocess.run(command, env=without_interpreter(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -166,6 +166,18 @@ def test_calls_of_one_step_add_up():
     torch.testing.assert_close(together._fits["site"].sums, sums[1])
 
 
+def test_an_error_that_corrections_take_away_is_none():
+    correction = QueryCorrection()
+    assert correction.error is None
+    q, k, v, pattern = problem()
+    out = sparse_attention(q, k, v, pattern, EXACT)
+    correction.apply("site", 0, 3, True, q, k, v, out, pattern, scale=None, key_bias=None)
+    assert 0 < correction.error[0] == correction.error[1] < 1
+    ((at, sums),) = correction._wrong.items()
+    correction._wrong[at] = torch.stack([torch.full_like(sums[0], -1e-9), torch.zeros_like(sums[1])])
+    assert correction.error == (0, 0)
+
+
 def run(dense_steps, conditionings=((0,),), **more):
     """A run of one site whose heads look at wide places that move with the row; the session, and the error of every
     sparse step."""

@@ -23,9 +23,9 @@ def test_it_is_an_ordinary_tensor(size):
 
 
 def anonymous() -> int:
-    """Bytes of memory that no file stands behind."""
-    line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon"))
-    return 1024 * int(line.split()[1])
+    """Bytes of memory that no file stands behind, shared or not."""
+    lines = [line for line in STATUS.read_text().splitlines() if line.startswith(("RssAnon", "RssShmem"))]
+    return 1024 * sum(int(line.split()[1]) for line in lines)
 
 
 @on_linux

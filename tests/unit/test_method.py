@@ -1,5 +1,6 @@
 """The method on attention with a known answer: orders, masks, the tail's bias and its cost."""
 
+import pkgutil
 from dataclasses import replace
 
 import pytest
@@ -233,6 +234,28 @@ def test_a_full_gpu_leaves_the_masks_to_the_cpu(planted, monkeypatch):
     calibrator._device = torch.device("cuda")
     plan = calibrator.plan({})
     assert asked == ["cuda", "cpu"] and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)
+
+
+def test_a_gpu_that_is_full_by_then_leaves_the_rest_to_the_cpu(planted, monkeypatch):
+    calibrator = Calibrator(IDENTITY, MaskOptions(0.25, "mass", "shared", 64))
+    calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
+    expected, full = calibrator.plan({}), ["packing", "masks"]
+
+    def once(name, function):
+        def call(*args, **more):
+            if name in full:
+                full.remove(name)
+                raise torch.OutOfMemoryError
+            return function(*args, **more)
+
+        return call
+
+    for name, place in (("packing", "pack_falloff"), ("masks", "pack_bits")):
+        place = f"comfyui_paro.paro_runtime.planning.{place}"
+        monkeypatch.setattr(place, once(name, pkgutil.resolve_name(place)))
+    plan = calibrator.plan({})
+    assert not full and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)
+    assert torch.equal(plan.sites[SITE].falloff, expected.sites[SITE].falloff)
 
 
 def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):

@@ -77,8 +77,11 @@ def test_sparse_steps_begin_when_kernels_are_there(monkeypatch, ready_after, spa
 
 
 def test_a_plan_is_made_of_the_first_step_that_finds_them(monkeypatch):
-    _, session, _ = run(monkeypatch, 3, dense_attention="host")
-    assert session.finish().plan.made["step"] == 3
+    """And chosen by what that shows, which is more than noise."""
+    _, session, _ = run(monkeypatch, 3, dense_attention="host", dense_steps=1)
+    report = session.finish()
+    assert (report.plan.made["step"], report.plan.made["criterion"]) == (3, "error")
+    assert f"3/5 steps dense ({COMPILING})" in report.status()
 
 
 @pytest.mark.parametrize("preset, ours", [("balanced", True), ("fast", True), ("quality", False)])
