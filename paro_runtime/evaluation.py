@@ -240,9 +240,7 @@ class Evaluation:
         # Masks that each site has by itself hold for this step only, with what calibration tells.
         if session.refresh is None or self._grid.plan is None or self._plan.sites[site].tail_bias is None:
             return False
-        look = session.second_look
-        pending = look is not None and session.of_pure_noise(self._grid.plan) and look.pending(key)
-        if pending and self.step + 1 < session.steps:
+        if self._awaits_look(site):
             return False  # the next step has other masks, and measures under them: before that it gains nothing
         return session.refresh.due(key, self.step, self._group, is_short(q))
 
@@ -275,6 +273,14 @@ class Evaluation:
         session.tail_seconds += time.perf_counter() - began
         return pattern
 
+    def _awaits_look(self, site: Site) -> bool:
+        """Whether the site's masks are measured anew in the next step."""
+        session, plan = self.session, self._grid.plan
+        look = session.second_look
+        if look is None or plan is None or self.step + 1 >= session.steps:
+            return False
+        return session.of_pure_noise(plan) and look.pending((site, self.layout.grid))
+
     def _looked_again(self, site: Site) -> bool:
         """Whether the site's masks were measured anew in this step."""
         look = self.session.second_look
@@ -302,6 +308,8 @@ class Evaluation:
         began = time.perf_counter()
         key = (site, self.layout.grid)
         due = session.refresh.begins(key, self.step) or self._looked_again(site)
+        # Masks of pure noise miss most, but making corrections twice is not worth what it takes of a short call.
+        due = due or (self._awaits_look(site) and not is_short(q))
         call = (key, self.call, self.step, due, q, k, v, out, pattern)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
         try:

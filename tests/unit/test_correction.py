@@ -214,13 +214,11 @@ def test_a_run_is_corrected(dense_steps, correct):
     assert f"corrected by their mean queries: {report.heads_corrected} heads" in report.text()
     assert not report.fallbacks and not report.notes
     if correct:
-        # After one dense step corrections are made with the second look, in the second sparse step.
-        first = int(dense_steps == 1)
-        assert errors[:first] == without[:first]
-        assert all(a < 0.9 * b for a, b in zip(errors[first:], without[first:], strict=True))
+        # After one dense step they are made in the first sparse step, and again with the second look in the next.
+        assert all(a < 0.9 * b for a, b in zip(errors, without, strict=True))
         # What the run says of itself, from a fifth of the rows here, is what it did.
         whole, worst = report.attention_error
-        assert 0.85 * min(errors[first:]) < whole < 1.15 * max(errors[first:]) and whole <= worst < 1.3 * whole
+        assert 0.85 * min(errors) < whole < 1.15 * max(errors) and whole <= worst < 2 * whole
         assert f"attention error: {whole:.1%}, worst layer {worst:.1%}" in report.text()
     else:
         assert errors == without and report.attention_error is None
@@ -297,8 +295,8 @@ def test_conditionings_that_run_apart_keep_their_corrections_apart(monkeypatch):
     monkeypatch.setattr(QueryCorrection, "apply", watched)
     run(1, conditionings=((0,), (1,)))
     key = (Site("block", 0), LAYOUT.grid)
-    # The four sparse steps fall into three groups, of which the second has two.
-    due = {1: False, 2: True, 3: False, 4: True}
+    # The four sparse steps fall into three groups, of which the second has two; the second look is in its first.
+    due = {1: True, 2: True, 3: False, 4: True}
     assert seen == [(key, ((one,), 1), step, due[step]) for step in due for one in (0, 1)]
 
 

@@ -250,7 +250,8 @@ def test_calls_of_one_step_share_the_masks():
 
 
 def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
-    """And not before, in the first sparse step. The site's second one is its third here, where no group begins."""
+    """Biases not before, in the first sparse step; corrections there too. The site's second one is its third here, where
+    no group begins."""
     biases, corrections = [], []
     measure, apply = BiasRefresh.measure, QueryCorrection.apply
 
@@ -268,7 +269,7 @@ def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
     session = run(sigmas=[1 - step / 16 for step in range(17)], skip=(2,))
     assert [step for step, _ in biases] == [3, 6, 11]
     due = {step: due for step, due, _ in corrections}
-    assert [step for step in due if due[step]] == [3, 6, 11]
+    assert [step for step in due if due[step]] == [1, 3, 6, 11]
     new = session.finish().plan.sites[SITE].mask()
     assert all(torch.equal(mask, new) for step, mask in biases if step < 6)
     assert all(torch.equal(mask, new) == (step > 1) for step, _, mask in corrections if step < 6)
