@@ -250,8 +250,8 @@ def test_calls_of_one_step_share_the_masks():
 
 
 def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
-    """Biases not before, in the first sparse step; corrections there too. The site's second one is its third here, where
-    no group begins."""
+    """Biases not before, in the first sparse step; corrections there too. The site looks again in its third step here,
+    where no group begins."""
     biases, corrections = [], []
     measure, apply = BiasRefresh.measure, QueryCorrection.apply
 
