@@ -29,8 +29,6 @@ class ComfyHost:
         self.seed = seed
         self.progress = progress
         self.server = ComfyServer(path, PACK, folder / "comfyui", cpu=not torch.cuda.is_available())
-        for plan in (folder / "comfyui" / "models" / "paro").glob("auto-*.safetensors"):
-            plan.unlink()  # every demo calibrates on the way
         progress("starting ComfyUI")
         self.server.__enter__()
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
@@ -41,9 +39,6 @@ class EmbeddedHost:
         self.model = load_tiny_wan()
         self.grid = grid
         self.seed = seed
-        # Every demo calibrates on the way: a plan of an earlier one must not stand in.
-        shutil.rmtree(folder / "plans", ignore_errors=True)
-        self.store = PlanStore([], folder / "plans")
         self.progress = progress
         self.version = torch.__version__
 
@@ -56,7 +51,7 @@ class EmbeddedHost:
         session = None
         if settings is not None:
             identity = ModelIdentity("wan", "tinywan0", "embedded")
-            policy = Policy(identity, recipe_for("wan"), settings, store=self.store)
+            policy = Policy(identity, recipe_for("wan"), settings)
             session = Session(policy, sigmas=levels)
         evaluation = None
         layout = TokenLayout(0, self.grid)
