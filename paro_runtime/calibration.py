@@ -183,15 +183,16 @@ class Calibrator:
         }
         return self._plan(planner, made, self._sums.pop if last else None)
 
-    def plan_of(self, site: Site) -> Plan:
-        """What one site that was observed would have if it were the only one: nothing is shared with others."""
-        return self._plan(self._planner([site]), {}, None)
+    def plan_of(self, site: Site, group: int) -> Plan:
+        """What one site that was observed would have in one of the GROUPS of sparse steps if it were the only site:
+        nothing is shared with others. A plan of that group alone."""
+        return self._plan(self._planner([site], group), {}, None)
 
-    def _planner(self, sites: Sequence[Site]) -> Planner:
+    def _planner(self, sites: Sequence[Site], group: int | None = None) -> Planner:
         with self._lock:
             self._room.finish()
             sums = {site: self._sums[site] for site in sites}
-        return Planner(self.layout, self.options, self.method, sums, self._of_groups)
+        return Planner(self.layout, self.options, self.method, sums, self._of_groups, group)
 
     def _plan(self, planner: Planner, made: dict, forget: Callable[[Site], object] | None) -> Plan:
         made = {"criterion": "mass" if planner.by_mass else "error", **made}

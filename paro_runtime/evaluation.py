@@ -19,6 +19,7 @@ from .patterns import with_bias
 from .plan import Plan, Site
 from .readiness import COMPILING
 from .refresh import is_short
+from .schedule import GROUPS
 from .second_look import masks_anew
 from .self_check import site_precision
 from .tokens import TokenLayout
@@ -198,7 +199,7 @@ class Evaluation:
         began = time.perf_counter()
         try:
             with session.lasting():
-                alone = grid.calibrator.plan_of(site)
+                alone = grid.calibrator.plan_of(site, session.schedule.group(self.step, GROUPS))
         except Exception as error:
             if session.settings.strict:
                 raise

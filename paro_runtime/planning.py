@@ -92,13 +92,15 @@ class Planner:
         method: Method,
         sums: dict[Site, SiteSums],
         of_groups: dict[tuple[Site, int], SiteSums],
+        group: int | None = None,
     ) -> None:
         """sums: of every observation, by site, in the plan's order; of_groups: of the steps of one group, where masks
-        of groups follow from their own."""
+        of groups follow from their own. group: of steps, the only one that the plan is for, and has masks of."""
         self.layout, self.options, self.method = layout, options, method
         self.sites = tuple(sums)
         self._sums = list(sums.values())
         self._of_groups = of_groups
+        self._group = group
         measured = [n for n, s in enumerate(self._sums) if s.logit_errors is not None]
         errors = root_means([(self._sums[n].logit_errors, self._sums[n].weight) for n in measured])
         self._errors = dict(zip(measured, errors, strict=True))
@@ -157,6 +159,8 @@ class Planner:
         """One for all groups of steps, or one for each."""
         budget = SharedBudget if self.options.budget == "shared" else PerHeadBudget
         densities = self.options.densities(self._density(budget, device))
+        if self._group is not None:
+            densities = (densities[min(self._group, len(densities) - 1)],)
         if self.method.time_groups is None:
             return [budget([self._worth(s) for s in self._sums], densities, device)]
         densities *= GROUPS if len(densities) == 1 else 1

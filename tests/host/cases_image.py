@@ -35,7 +35,9 @@ _AURA = {"max_seq": 1024, "dim": 512, "n_heads": 2, "n_double_layers": 1, "n_lay
 _AURA |= {"global_conddim": 512}
 _HIDREAM = {"image_model": "hidream", "patch_size": 2, "in_channels": 16, "num_layers": 1, "num_single_layers": 2}
 _HIDREAM |= {"attention_head_dim": 128, "num_attention_heads": 2, "caption_channels": [64, 48], "text_emb_dim": 64}
-_HIDREAM |= {"num_routed_experts": 2, "num_activated_experts": 1, "axes_dims_rope": (64, 32, 32)}
+# Both experts take part: where a token is given to one of them alone, half a unit of rounding in the attention gives
+# some tokens to the other, and moves the result by up to five units (fp16, 24 roundings at random).
+_HIDREAM |= {"num_routed_experts": 2, "num_activated_experts": 2, "axes_dims_rope": (64, 32, 32)}
 _HIDREAM |= {"max_resolution": [128, 128], "llama_layers": [0, 1, 1]}
 _SDXL = {"use_checkpoint": False, "image_size": 32, "out_channels": 4, "use_spatial_transformer": True}
 _SDXL |= {"legacy": False, "num_classes": "sequential", "adm_in_channels": 2816, "in_channels": 4}

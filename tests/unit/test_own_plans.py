@@ -8,10 +8,12 @@ from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.correction import QueryCorrection
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.planning import Planner
+from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
+from comfyui_paro.paro_runtime.schedule import GROUPS
 from comfyui_paro.paro_runtime.session import Session
 from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.tests.unit.test_session import SIGMAS, SITES, policy, sample, was_dense
+from comfyui_paro.tests.unit.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
 
 
 def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
@@ -50,7 +52,7 @@ def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
 
 
 def test_a_site_that_cannot_be_planned_alone_is_dense_until_there_is_a_plan(monkeypatch):
-    def fail(self, site):
+    def fail(self, site, group):
         raise MemoryError("no room for its masks")
 
     monkeypatch.setattr(Calibrator, "plan_of", fail)
@@ -88,3 +90,17 @@ def test_only_plans_for_others_keep_what_moves_them(tmp_path):
         sample(session := Session(its, sigmas=SIGMAS))
         entries = session.finish().plan.sites.values()
         assert all((entry.falloff is not None) == remember for entry in entries)
+
+
+def test_a_site_alone_has_masks_of_the_step_that_wants_them():
+    """Those of every group would take three times the memory of a whole plan beside the plan that follows."""
+    options = mask_options(Settings(dense_steps=0, density=0.4), recipe_for("wan"))
+    calibrator = Calibrator(IDENTITY, options)
+    calibrator.observe(SITES[0], LAYOUT, *tensors(SITES[0], 0))
+    every = calibrator.plan({})
+    assert every.groups == GROUPS
+    for group in range(GROUPS):
+        alone = calibrator.plan_of(SITES[0], group)
+        assert alone.groups == 1
+        assert torch.equal(alone.sites[SITES[0]].mask(), every.sites[SITES[0]].mask(group=group))
+        assert torch.equal(alone.sites[SITES[0]].tail_bias[0], every.sites[SITES[0]].tail_bias[group])
