@@ -82,13 +82,17 @@ class Sampled:
 
 
 def sample_once(bench: TimedBench, setup: Setup, row: Row, density: float, plan: Plan | None) -> Sampled:
-    """Sample all clips; plan: what the row's source gives."""
+    """Sample all clips; plan: what the row's source gives. RuntimeError where a call that should be sparse was not."""
     session = bench.session(row.variant(density, setup.dense_steps, setup.backend, setup.precision), plan=plan)
     row.prepare(session)
     router = row.router() if row.router is not None else None
     latents, found = bench.timed_sample(bench.seeds, session, router, row.edit)
     times = Times.of(found, setup.steps, setup.dense_steps, row.free)
-    return Sampled(latents, times, session, session.finish(), router)
+    report = session.finish()
+    expected = bench.layers * (setup.steps - setup.dense_steps)
+    if report.calls["sparse"] != expected:
+        raise RuntimeError(f"{row.name}: {report.calls['sparse']} of {expected} calls were sparse\n{report.text()}")
+    return Sampled(latents, times, session, report, router)
 
 
 def measure(bench: TimedBench, setup: Setup, row: Row, density: float) -> dict:
@@ -141,10 +145,10 @@ def _timed(times: list[Times]) -> dict:
 
 
 def chosen(rows: list[Row], densities: list[float], only: str | None) -> Iterator[tuple[Row, float]]:
-    """Rows whose name matches the regular expression, at each density; the default, which others are compared with,
-    in any case and first."""
+    """Rows in whose `kind: name` the regular expression is found, at each density; the default, which others are
+    compared with, in any case and first."""
     default, *others = rows
-    wanted = [default, *(row for row in others if only is None or re.search(only, row.name))]
+    wanted = [default, *(row for row in others if only is None or re.search(only, f"{row.kind}: {row.name}"))]
     for row in wanted:
         for density in densities:
             yield row, density
@@ -181,7 +185,7 @@ def run(
         seconds = time.perf_counter() - began - gone
         longest = max(longest, seconds)
         rows.append(result | {"row_seconds": round(seconds, 2), "dense_attention_seconds": dense})
-        _write(path, {"facts": facts, "dense_attention_seconds": dense, "rows": rows})
+        write_json(path, {"facts": facts, "dense_attention_seconds": dense, "rows": rows})
         told(line(rows[-1]))
     return rows
 
@@ -190,9 +194,9 @@ def line(row: dict) -> str:
     """One row for people."""
     return (
         f"{row['name']} d {row['density']}: {row['psnr']:.2f} dB, worst {row['psnr_worst']:.2f}, "
-        f"flicker {row['flicker']:.3f}, {row['attention_seconds']:.3f} s of attention (dense "
-        f"{row['dense_attention_seconds']:.3f}), {row['sparse_step_ms']:.2f} ms a sparse step, once {1000 * row['once_seconds']:.1f} ms, "
-        f"kept {row['kept_density']:.3f} [{row['row_seconds']:.1f} s]"
+        f"flicker {row['flicker']:.3f}, kept {row['kept_density']:.3f}, {row['attention_seconds']:.3f} s of attention "
+        f"(dense {row['dense_attention_seconds']:.3f}), {row['sparse_step_ms']:.2f} ms a sparse step, "
+        f"once {1000 * row['once_seconds']:.1f} ms [{row['row_seconds']:.1f} s]"
     )
 
 
@@ -206,7 +210,7 @@ def _taken_up(path: Path, facts: dict) -> list[dict]:
     return content["rows"]
 
 
-def _write(path: Path, content: dict) -> None:
+def write_json(path: Path, content: dict) -> None:
     """At once, so that a run may be stopped at any moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(path.suffix + ".part")
