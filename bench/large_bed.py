@@ -7,6 +7,9 @@
     python bench/large_bed.py sheet --weights FILE --out out/large/sheet.png
     python bench/large_bed.py unpack --weights FILE --out MODEL.safetensors      for ComfyUI
     python bench/large_bed.py record --weights FILE --grid 8x12x12 --layers 1 4 6 --steps 6 --heads 0 2 --out FILE
+    python bench/large_bed.py mechanisms --weights FILE --grid 16x20x28 --json OUT     what each mechanism is worth
+    python bench/large_bed.py table JSON...                              the same as Markdown, at equal time
+    python bench/large_bed.py attention-error --weights FILE --grid 16x20x28 --json OUT  single calls, and routing
     python bench/large_bed.py clip VIDEO --out DIR/clip.npy              frames of a real video, to hold out
 
 Giving the same `train` command again goes on where the last piece ended. `--toy` tries everything on a CPU in seconds.
@@ -27,10 +30,20 @@ _checkout = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_checkout)
 _checkout.register()
 
-from comfyui_paro.bench.large_wan import clips, curriculum, pack, record, samples  # noqa: E402
+from comfyui_paro.bench.large_wan import (  # noqa: E402  # noqa: E402
+    attention_error,
+    clips,
+    curriculum,
+    equal_time,
+    mechanisms,
+    pack,
+    record,
+    samples,
+)
 from comfyui_paro.bench.large_wan.model import CONFIG, load_large_wan  # noqa: E402
 from comfyui_paro.bench.large_wan.train import train  # noqa: E402
 from comfyui_paro.bench.large_wan.trainer import Options  # noqa: E402
+from comfyui_paro.kernels.problem import PRECISIONS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 20_000
@@ -90,12 +103,40 @@ def run_clip(args: argparse.Namespace) -> None:
     print(clips.cut(args.video, args.out, args.frames, args.every, args.skip))
 
 
+def _setup(args: argparse.Namespace) -> mechanisms.Setup:
+    grid = tuple(int(n) for n in args.grid.split("x"))
+    on_gpu = args.device.startswith("cuda")
+    backend = args.backend or ("triton" if on_gpu else "reference")
+    precision = args.precision or ("fp8" if on_gpu else "16bit")
+    common = (args.clips, args.steps, args.dense_steps, args.device, backend, precision, args.repeats)
+    return mechanisms.Setup(args.weights, grid, *common)
+
+
+def run_mechanisms(args: argparse.Namespace) -> None:
+    """Fidelity and attention time of runs with one mechanism changed."""
+    setup = _setup(args)
+    with torch.inference_mode():
+        limits = {"only": args.only, "limit_seconds": args.limit_seconds}
+        mechanisms.run(setup, args.densities, args.json, **limits, told=lambda text: print(text, flush=True))
+
+
+def run_attention_error(args: argparse.Namespace) -> None:
+    """Error and time of single calls: PARO's orders against block-sparse routing."""
+    with torch.inference_mode():
+        print(attention_error.run(_setup(args), args.densities, args.layers, args.at_steps, args.json))
+
+
+def run_table(args: argparse.Namespace) -> None:
+    """What `mechanisms` wrote, as Markdown."""
+    print(equal_time.tables(args.files))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
 
     def command(run, *arguments) -> argparse.ArgumentParser:
-        made = commands.add_parser(run.__name__.removeprefix("run_"), help=run.__doc__)
+        made = commands.add_parser(run.__name__.removeprefix("run_").replace("_", "-"), help=run.__doc__)
         made.set_defaults(run=run)
         for name, options in arguments:
             made.add_argument(name, **options)
@@ -127,6 +168,23 @@ def main() -> None:
     clip = command(run_clip, ("video", {"type": Path}), out)
     for name, value in (("--frames", 21), ("--every", 1), ("--skip", 0)):
         clip.add_argument(name, type=int, default=value)
+    json = ("--json", {"type": Path, "required": True})
+    whole, single = (command(run, weights, device, json) for run in (run_mechanisms, run_attention_error))
+    for measuring, repeats in ((whole, 2), (single, 20)):
+        measuring.add_argument("--grid", default="16x20x28")
+        for name, value in (("--clips", 10), ("--steps", 20), ("--dense-steps", 4), ("--repeats", repeats)):
+            measuring.add_argument(name, type=int, default=value)
+        measuring.add_argument("--densities", type=float, nargs="+", default=[0.1, 0.2, 0.3])
+        measuring.add_argument("--backend", choices=("triton", "reference"), help="default: what suits the device")
+        measuring.add_argument("--precision", choices=tuple(PRECISIONS), help="default: fp8 on a GPU, else 16bit")
+    whole.add_argument(
+        "--only",
+        help="regular expression sought in `mechanism: NAME` or `policy: NAME`; the default is always measured",
+    )
+    whole.add_argument("--limit-seconds", type=float, help="begin no row that might not end by then")
+    single.add_argument("--layers", default=[1, 4, 6], **several)
+    single.add_argument("--at-steps", default=[4, 10, 16], help="from 0; plans are of the last dense step", **several)
+    command(run_table, ("files", {"type": Path, "nargs": "+", "metavar": "JSON"}))
     args = parser.parse_args()
     args.run(args)
 

@@ -36,3 +36,17 @@ def ssim(video: torch.Tensor, reference: torch.Tensor) -> float:
 def cosine(a: torch.Tensor, b: torch.Tensor) -> float:
     """Cosine similarity of two tensors as flat vectors."""
     return float(F.cosine_similarity(a.double().flatten(), b.double().flatten(), dim=0))
+
+
+def flicker(video: torch.Tensor, reference: torch.Tensor) -> float:
+    """How much more a video flickers than the one it is compared with: the mean absolute second difference in time
+    over that of the reference; both `[frames, ...]`, values in [-1, 1] (clamped). 1: alike; above 1: it flickers more.
+
+    Infinite where the reference does not change its pace at all and the video does. ValueError below three frames.
+    """
+    if min(video.shape[0], reference.shape[0]) < 3:
+        raise ValueError(f"flicker: three frames are needed, got {video.shape[0]} and {reference.shape[0]}")
+    ours, theirs = (t.clamp(-1, 1).double().diff(n=2, dim=0).abs().mean().item() for t in (video, reference))
+    if theirs == 0:
+        return 1.0 if ours == 0 else float("inf")
+    return ours / theirs

@@ -1,0 +1,198 @@
+"""Ways to compute one attention call, each with its error and its time: PARO under different orders, routing by block
+means, and the host's block-sparse kernel."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from ...kernels.api import sparse_attention
+from ...kernels.problem import PRECISIONS, SparsePattern
+from ...paro_runtime.attention import build_pattern, pattern_of
+from ...paro_runtime.calibration import Calibrator, Method
+from ...paro_runtime.correction import QueryCorrection
+from ...paro_runtime.orders import ORIGINAL
+from ...paro_runtime.patterns import with_bias
+from ...paro_runtime.plan import ModelIdentity, Plan, Site
+from ...paro_runtime.recipes import MaskOptions, query_block
+from ...paro_runtime.refresh import ROWS_SHARE
+from ...paro_runtime.self_check import site_precision
+from ...paro_runtime.tail import best_bias, observe_bias
+from ...paro_runtime.tokens import TokenLayout
+from .routing import pooled_scores
+from .timed import Stopwatch
+
+ORDERS = {"all orders": ("mass", True), "axis orders": ("mass", False), "model's own order": ("original", True)}
+BLOCK = 64
+TAU = 1.0
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call: q, k and v `[1, H, L, 128]`; what: layer and step, or that it is planted."""
+
+    what: str
+    site: Site
+    layout: TokenLayout
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@dataclass(frozen=True)
+class How:
+    """How calls are computed and timed. repeats: timed runs of each, of which the median counts."""
+
+    device: str
+    backend: str
+    precision: str
+    repeats: int = 20
+
+
+def exact_attention(call: Call) -> torch.Tensor:
+    """Dense attention in float32, head by head, `[1, H, L, 128]`."""
+    parts = []
+    for head in range(call.q.shape[1]):
+        q, k, v = (x[:, head : head + 1].float() for x in (call.q, call.k, call.v))
+        parts.append(torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    return torch.cat(parts, 1)
+
+
+def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative L2 error over all heads together."""
+    return ((out.float() - exact).norm() / exact.norm()).item()
+
+
+def median_ms(run: Callable[[], object], how: How) -> float:
+    """Median milliseconds of a run after one that warms up."""
+    run()
+    times = []
+    for _ in range(how.repeats):
+        watch = Stopwatch(how.device)
+        with watch.measure("run", 0):
+            run()
+        times.append(1000 * watch.seconds()["run", 0])
+    return statistics.median(times)
+
+
+class Plans:
+    """PARO's plans of the calls it is shown, by kind of order and density; all sites of a plan share its budget."""
+
+    def __init__(self, densities: list[float], how: How) -> None:
+        self._how = how
+        self._calibrators = {
+            (name, density): Calibrator(
+                ModelIdentity("wan", "bench", "bench"),
+                MaskOptions(density, order, "shared", BLOCK),
+                method=Method(tiles=tiles),
+                own=True,
+            )
+            for name, (order, tiles) in ORDERS.items()
+            for density in densities
+        }
+
+    def observe(self, call: Call) -> None:
+        """Take a call into every plan."""
+        for calibrator in self._calibrators.values():
+            calibrator.observe(call.site, call.layout, call.q, call.k, call.v, backend=self._how.backend)
+
+    def made(self) -> dict[tuple[str, float], Plan]:
+        """The plans of what was observed."""
+        return {key: calibrator.plan({"by": "bench"}) for key, calibrator in self._calibrators.items()}
+
+
+def paro_rows(call: Call, exact: torch.Tensor, plans: dict[tuple[str, float], Plan], how: How) -> Iterator[dict]:
+    """PARO without and with corrections, a pair of rows for each plan. ms: of the kernel with its pre-pass, and of
+    adding corrections that are carried; what is measured once in some steps is not in it."""
+    for (name, density), plan in plans.items():
+        entry = plan.sites[call.site]
+        sizes = {"block_q": plan.block_q, "pool": plan.pool, "expansions": plan.expansions}
+        where = {"kv_heads": call.k.shape[1], "device": call.q.device}
+        pattern = pattern_of(entry, call.layout, group=0, **sizes, **where)
+        pattern = with_bias(pattern, _measured_bias(call, pattern, how))
+        precision = site_precision(how.precision, entry.rotate, call.q, how.backend, plan.block_q, plan.pool)
+
+        def attend(pattern=pattern, precision=precision) -> torch.Tensor:
+            return sparse_attention(call.q, call.k, call.v, pattern, precision, backend=how.backend)
+
+        correction = QueryCorrection()
+
+        def correct(out: torch.Tensor, due: bool, correction=correction, pattern=pattern) -> torch.Tensor:
+            rest = {"scale": None, "key_bias": None, "backend": how.backend}
+            correction.apply("site", "call", int(not due), due, call.q, call.k, call.v, out, pattern, **rest)
+            return out
+
+        row = {"density": density, "kept_density": round(entry.density.mean().item(), 4)}
+        yield row | {"method": f"PARO, {name}"} | judged(attend(), exact, attend, how)
+        if not correction.suits(call.q, pattern, how.backend):
+            continue
+        corrected = correct(attend(), True)
+        both = judged(corrected, exact, lambda attend=attend, correct=correct: correct(attend(), False), how)
+        yield row | {"method": f"PARO, {name}, corrected", "heads_corrected": correction.heads[0]} | both
+
+
+def judged(out: torch.Tensor, exact: torch.Tensor, run: Callable[[], object], how: How) -> dict:
+    return {"error": relative_error(out, exact), "ms": median_ms(run, how)}
+
+
+def _measured_bias(call: Call, pattern: SparsePattern, how: How) -> torch.Tensor:
+    tables = pattern.tables_of_heads(call.q.shape[1])
+    sizes = {"pool": pattern.pool, "expansions": pattern.expansions, "share": ROWS_SHARE, "backend": how.backend}
+    return best_bias(observe_bias(call.q, call.k, call.v, pattern.geometry, tables, pattern.mask, **sizes))
+
+
+def routed_row(call: Call, exact: torch.Tensor, density: float, how: How) -> dict:
+    """Blocks of 64 keys by the means of 64 queries and keys in the model's own order, the best of each row, nothing for
+    what is dropped: what the host's routing does, on PARO's kernel, whose query blocks may be 128 rows. routing_ms: of
+    choosing them, in plain PyTorch, not in ms."""
+    heads, block_q = call.q.shape[1], query_block(call.layout.grid_tokens)
+    empty = build_pattern(
+        call.layout, (ORIGINAL,) * heads, None, None, block_q=block_q, kv_heads=heads, device=call.q.device
+    )
+    grid = replace(empty.geometry, prefix=0, suffix=0)
+    inside = slice(empty.geometry.prefix, empty.geometry.prefix + grid.grid_tokens)
+
+    def choose() -> torch.Tensor:
+        q, k, v = (x[:, :, inside] for x in (call.q, call.k, call.v))
+        worth = pooled_scores(BLOCK)(q, k, v, grid, empty.tables_of_heads(heads))
+        best = worth.topk(max(1, round(density * grid.k_blocks)), 2).indices
+        return torch.zeros_like(worth, dtype=torch.bool).scatter_(2, best, True)
+
+    mask = choose()
+    pattern = SparsePattern.from_mask(empty.geometry, empty.tables, empty.order_of_head, mask)
+
+    def attend() -> torch.Tensor:
+        return sparse_attention(call.q, call.k, call.v, pattern, PRECISIONS[how.precision], backend=how.backend)
+
+    row = {"method": "block means, top-k, on PARO's kernel", "density": density}
+    row |= {"kept_density": round(mask.float().mean().item(), 4), "routing_ms": median_ms(choose, how)}
+    return row | judged(attend(), exact, attend, how)
+
+
+def why_no_sol_attn(device: str) -> str | None:
+    """Why the host's block-sparse attention cannot be run here, or None."""
+    try:
+        import comfy_kitchen
+    except ImportError as error:
+        return f"comfy_kitchen cannot be imported ({error})"
+    if not hasattr(comfy_kitchen, "sol_attn"):
+        return f"comfy_kitchen {getattr(comfy_kitchen, '__version__', 'of this host')} has no sol_attn (0.2.40 has)"
+    return None if device.startswith("cuda") else "sol_attn runs on CUDA only"
+
+
+def sol_rows(call: Call, exact: torch.Tensor, densities: list[float], how: How) -> Iterator[dict]:
+    """The host's kernel itself: its top-k at each density, and its own threshold, whose density it does not tell."""
+    import comfy_kitchen
+
+    rows = [x.transpose(1, 2).contiguous() for x in (call.q, call.k, call.v)]
+    kinds = [(f"sol_attn, tau {TAU}", None, {"tau": TAU})]
+    kinds += [("sol_attn, top-k", density, {"topk_ratio": density}) for density in densities]
+    for method, density, chosen in kinds:
+
+        def attend(chosen=chosen) -> torch.Tensor:
+            return comfy_kitchen.sol_attn(*rows, **chosen).transpose(1, 2)
+
+        yield {"method": method, "density": density} | judged(attend(), exact, attend, how)

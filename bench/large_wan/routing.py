@@ -1,0 +1,107 @@
+"""Masks that are made while a run goes on, in place of its plan's: what else a method could look at.
+
+Each head keeps as many blocks as the run's own plan gives it in that step, in the plan's order, so that only where the
+masks come from differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from ...kernels.api import block_statistics, row_logsumexp
+from ...kernels.kept_words import pack_bits
+from ...kernels.problem import BLOCK_K, Geometry
+from ...paro_runtime.attention import sent
+from ...paro_runtime.evaluation import Evaluation
+from ...paro_runtime.mean_queries import mean_query_masses
+from ...paro_runtime.plan import Site
+from ...paro_runtime.selection import masks_of_counts
+from ...paro_runtime.tail import observe_tail
+
+# At which `true_error` sets the factor of blocks whose pools stand for them.
+ERROR_DENSITY = 0.2
+
+# What blocks are worth, `[H, q_blocks, k_blocks]`, of q, k and v `[B, H, L, D]` under the tables int `[H, N]`.
+Worth = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Geometry, torch.Tensor], torch.Tensor]
+
+
+def _group_means(x: torch.Tensor, tables: torch.Tensor, size: int, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means float32 `[H, groups, D]` of every `size` rows of x `[1, H, N, D]` in each head's order, and how many rows
+    each has, float32 `[groups]`: the last ones may have fewer, or none."""
+    tokens = x.shape[2]
+    rows = x[0].gather(1, tables.long()[..., None].expand(-1, -1, x.shape[3])).float()
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, groups * size - tokens))
+    counts = (tokens - size * torch.arange(groups, device=x.device)).clamp(0, size).float()
+    return rows.unflatten(1, (groups, size)).sum(2) / counts.clamp_min(1)[:, None], counts
+
+
+def pooled_scores(size: int) -> Worth:
+    """Softmaxed scores of the means of `size` queries with the means of `size` keys, summed over each block: `size`
+    divides 64. A plain PyTorch version of what block-sparse methods route by, for one sample and no context tokens."""
+
+    def worth(q, k, v, g: Geometry, tables):
+        if q.shape[0] != 1 or g.context_tokens:
+            raise ValueError("pooled_scores: one sample without context tokens is expected")
+        queries, weight = _group_means(q, tables, size, g.q_blocks * (g.block_q // size))
+        keys, counts = _group_means(k, tables, size, g.k_blocks * (g.block_k // size))
+        scores = queries @ keys.transpose(1, 2) * q.shape[3] ** -0.5 + counts.log()
+        shares = scores.softmax(2) * weight[:, None]
+        return shares.unflatten(2, (g.k_blocks, -1)).sum(3).unflatten(1, (g.q_blocks, -1)).sum(2)
+
+    return worth
+
+
+def mean_queries(q, k, v, g: Geometry, tables) -> torch.Tensor:
+    """A few mean queries of each block with every key, as the product's second look does it."""
+    return mean_query_masses(q, k, g, tables)
+
+
+def true_mass(q, k, v, g: Geometry, tables) -> torch.Tensor:
+    """The attention itself, summed over blocks."""
+    return block_statistics(q, k, row_logsumexp(q, k), g, tables).mass
+
+
+def true_error(q, k, v, g: Geometry, tables) -> torch.Tensor:
+    """The squared output error that leaving a block to the tail costs, by 64 rows of each block of queries."""
+    return observe_tail(q, k, v, g, tables, density=ERROR_DENSITY, pool=BLOCK_K, rows=64).error
+
+
+class Router:
+    """Gives a session other masks before its sparse calls; of one run. `density` is the mean of what was kept.
+
+    once_per_group: only in the first step of each group of sparse steps, else in every one. Steps before the session
+    has a plan are left alone.
+    """
+
+    def __init__(self, worth: Worth, once_per_group: bool = False) -> None:
+        self._worth, self._once = worth, once_per_group
+        self._routed: dict[Site, tuple[int, torch.Tensor]] = {}
+        self._kept: list[torch.Tensor] = []
+
+    @property
+    def density(self) -> float | None:
+        """Kept blocks / all blocks, mean over sparse calls; None before the first."""
+        return torch.stack(self._kept).mean().item() if self._kept else None
+
+    def __call__(self, evaluation: Evaluation, site: Site, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Before a call. RuntimeError where there is no room to keep the pattern for it."""
+        session, layout, step = evaluation.session, evaluation.layout, evaluation.step
+        plan = session._grids[layout.grid].plan
+        if plan is None or session.schedule.is_dense_step(step):
+            return
+        group = session.schedule.group(step, plan.groups)
+        if self._once and site in self._routed and self._routed[site][0] == group:
+            self._kept.append(self._routed[site][1])
+            return
+        where = (site, plan, group, layout, k.shape[1], q.device)
+        pattern = session.patterns.get(*where)
+        worth = self._worth(q, k, v, pattern.geometry, pattern.tables_of_heads(q.shape[1]))
+        counts = (plan.sites[site].density[group : group + 1] * worth[0].numel()).round().long()
+        mask = masks_of_counts(worth, sent(counts, q.device))[0]
+        self._routed[site] = group, mask.float().mean()
+        self._kept.append(self._routed[site][1])
+        made = session.patterns.get(*where, pack_bits(mask))
+        if session.patterns.get(*where) is not made:
+            raise RuntimeError(f"{site.name}: no room to keep a pattern, so other masks cannot be given to the session")
