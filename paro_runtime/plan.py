@@ -154,6 +154,14 @@ class Plan:
         values = [getattr(site, name) for site in self.sites.values()]
         return torch.cat(values, 1).mean(1).tolist() if values else [1.0]
 
+    def without_masks(self) -> Plan:
+        """What a report tells of the plan: no masks, which are nearly all of its memory, and nothing to move it by."""
+
+        def bare(entry: SitePlan) -> SitePlan:
+            return replace(entry, packed=entry.packed.new_empty(entry.groups, 0), falloff=None)
+
+        return replace(self, sites={site: bare(entry) for site, entry in self.sites.items()})
+
     def orders_histogram(self) -> dict[str, int]:
         """Heads per order, in the order of `ALL_ORDERS`."""
         names = [name for site in self.sites.values() for name in site.orders]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -143,7 +144,9 @@ class Lifecycle:
 
     def _finish(self, session: Session) -> Report | None:
         try:
-            return session.finish()
+            report = session.finish()
+            # It lives as long as the patched model, which may be for days.
+            return report if report.plan is None else replace(report, plan=report.plan.without_masks())
         except Exception as error:
             # The pictures are made; nothing that goes wrong afterwards may cost them.
             if self.strict:
