@@ -53,7 +53,7 @@ from comfyui_paro.paro_runtime.falloff import observe_falloff  # noqa: E402
 from comfyui_paro.paro_runtime.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import MaskOptions, query_block  # noqa: E402
-from comfyui_paro.paro_runtime.refresh import ROWS_SHARE  # noqa: E402
+from comfyui_paro.paro_runtime.refresh import measured_rows  # noqa: E402
 from comfyui_paro.paro_runtime.rotation import logit_errors  # noqa: E402
 from comfyui_paro.paro_runtime.second_look import masks_anew  # noqa: E402
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, order_scores  # noqa: E402
@@ -137,7 +137,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     mask = plans[0].sites[SITE].mask(device, 1)
 
     def refresh():
-        return observe_bias(q, k, v, g, rows, mask, pool=POOL, share=ROWS_SHARE)
+        return observe_bias(q, k, v, g, rows, mask, pool=POOL, rows=measured_rows(g.grid_tokens))
 
     times["refresh_ms"] = median_ms(refresh, repeats, device)
     pattern = pattern_of(
@@ -198,7 +198,7 @@ def measure_tiny(grid: tuple[int, int, int], repeats: int, step: int = 2, seed: 
     rows = torch.stack([order_table(names[head % len(names)], grid) for head in range(calls[0][0].shape[1])])
 
     def calibrate():
-        calibrator = Calibrator(IDENTITY, variant.options(), method=variant.method.in_passing(pure_noise=step == 0))
+        calibrator = Calibrator(IDENTITY, variant.options(), method=variant.method.in_passing(noisy=step == 0))
         for layer, (q, k, v) in enumerate(calls):
             calibrator.observe(Site("block", layer), layout, q, k, v, step=step)
         return calibrator.plan({})

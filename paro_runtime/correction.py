@@ -25,8 +25,8 @@ from ..kernels.problem import Geometry, SparsePattern
 from ..kernels.reference import take_rows
 from .attention import pinned_like, sent
 from .patterns import cache_bytes
-from .refresh import ROWS_SHARE, restoring
-from .tail import share_of_positions
+from .refresh import measured_rows, restoring
+from .tail import spread_positions
 
 # A head that gets rid of less than this share of its squared error is not worth the time.
 LEAST_GAIN = 0.2
@@ -221,7 +221,7 @@ class QueryCorrection:
 
     def _measure(self, key, step, q, k, v, out, pattern, corrections, scale, key_bias) -> None:
         g, group = pattern.geometry, q.shape[1] // pattern.kv_heads
-        positions = share_of_positions(g.grid_tokens, ROWS_SHARE, q.device)
+        positions = spread_positions(g.grid_tokens, measured_rows(g.grid_tokens), q.device)
         rows = pattern.tables[:, positions][pattern.order_of_head.long()].repeat_interleave(group, 0).long() + g.prefix
         exact = exact_rows(q, k, v, rows, scale=scale, key_bias=key_bias).float()
         error = exact - take_rows(out, rows).float()

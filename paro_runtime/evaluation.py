@@ -241,8 +241,8 @@ class Evaluation:
         # Masks that each site has by itself hold for this step only, with what calibration tells.
         if session.refresh is None or self._grid.plan is None or self._plan.sites[site].tail_bias is None:
             return False
-        if self._awaits_look(site):
-            return False  # the next step has other masks, and measures under them: before that it gains nothing
+        if self._awaits_look(site) and is_short(q):
+            return False  # the next step has other masks, and measures under them
         return session.refresh.due(key, self.step, self._group, is_short(q))
 
     def _look_again(self, site: Site, q, k, pattern: SparsePattern, scale, key_bias) -> SparsePattern:
@@ -309,8 +309,6 @@ class Evaluation:
         began = time.perf_counter()
         key = (site, self.layout.grid)
         due = session.refresh.begins(key, self.step) or self._looked_again(site)
-        # Masks of pure noise miss most, but making corrections twice is not worth what it takes of a short call.
-        due = due or (self._awaits_look(site) and not is_short(q))
         call = (key, self.call, self.step, due, q, k, v, out, pattern)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
         try:

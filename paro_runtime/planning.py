@@ -34,9 +34,9 @@ class Method:
     """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
 
     criterion: blocks are kept by `error`, the squared output error, relative to the head's own output, that leaving
-    them to the tail would cost, or by `mass`. `auto` is error, but mass where the first step, which begins with nothing
-    but noise, counts most, since errors measured there mislead (docs/method.md): in plans made in passing from that
-    step, and in those for runs without a dense step. Without a tail or without values it is always mass.
+    them to the tail would cost, or by `mass`. `auto` is error, but mass where errors mislead, since they were measured
+    in hardly anything but noise (docs/method.md): in plans made in passing from such a step, and in those for runs
+    without a dense step. Without a tail or without values it is always mass.
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. expansions: of the tail's pools; with a bias by mass they are plain means.
     alpha, sigma: of the paper's metric.
@@ -52,9 +52,10 @@ class Method:
     sigma: float = 1.0
     time_groups: Schedule | None = None
 
-    def in_passing(self, pure_noise: bool) -> Method:
-        """This method for a plan that a run makes of one of its own steps; pure_noise: that step begins with noise."""
-        return replace(self, criterion="mass") if pure_noise and self.criterion == "auto" else self
+    def in_passing(self, noisy: bool) -> Method:
+        """This method for a plan that a run makes of one of its own steps; noisy: that begins with hardly anything but
+        noise."""
+        return replace(self, criterion="mass") if noisy and self.criterion == "auto" else self
 
     @property
     def by_mass(self) -> bool:

@@ -1,7 +1,7 @@
 """The tail's bias, measured again while sampling.
 
-A plan's bias was measured at other noise levels, or on other prompts. One hundredth of the rows is enough to measure
-it on the very queries and keys at hand. It belongs to the mask it was measured under, and hardly drifts beside: the
+A plan's bias was measured at other noise levels, or on other prompts. Some of the rows are enough to measure it on the
+very queries and keys at hand. It belongs to the mask it was measured under, and hardly drifts beside: the
 first step of each group of steps measures it anew, and more often gains nothing (`docs/method.md`).
 
 On a GPU measuring takes a hundred launches a call, with corrections (`correction`), whatever its size: short calls are
@@ -19,7 +19,9 @@ import torch
 from ..kernels.problem import SparsePattern
 from .tail import best_bias, observe_bias
 
-ROWS_SHARE = 0.01
+# Rows that tell a head's bias and its share of a correction: a hundredth of them, within these bounds. What one number
+# goes wrong by depends on how many rows were seen, not on their share.
+LEAST_ROWS, MOST_ROWS = 64, 192
 # Multiply-adds of a call's dense attention below which a call is short on a GPU: 10 ms on an H100.
 LEAST_WORK = 3e12
 
@@ -28,6 +30,11 @@ def is_short(q: torch.Tensor) -> bool:
     """Whether measuring in more than one step would take longer than it is worth; q `[B, H, L, D]`."""
     batch, heads, length, dim = q.shape
     return q.is_cuda and 2 * batch * heads * length * length * dim < LEAST_WORK
+
+
+def measured_rows(tokens: int) -> int:
+    """How many rows of so many grid tokens are measured."""
+    return min(max(LEAST_ROWS, round(tokens / 100)), MOST_ROWS)
 
 
 def restoring(lock: AbstractContextManager, known: Sequence[dict]) -> Callable[[], None]:
@@ -92,7 +99,7 @@ class BiasRefresh:
             pattern.mask,
             pool=pattern.pool,
             expansions=pattern.expansions,
-            share=ROWS_SHARE,
+            rows=measured_rows(pattern.geometry.grid_tokens),
             scale=scale,
             key_bias=key_bias,
             backend=backend,

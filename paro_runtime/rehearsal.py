@@ -21,6 +21,7 @@ from .dense import dense_pattern
 from .mean_queries import mean_query_masses
 from .orders import AXIS_ORDERS
 from .recipes import COMPARED_DENSITY, query_block
+from .refresh import LEAST_ROWS
 from .self_check import errors_of
 from .statistics import StatisticsOptions, geometry_of, observe
 from .tail import observe_bias
@@ -120,7 +121,7 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
 def _rehearse_tail(job: Job, g, q, k, v, of_heads, mask, pattern: SparsePattern, looks: dict) -> None:
     expansions, q_heads, rest = pattern.expansions, q.shape[1], looks
     rows, out, flag = rows_per_mean_query(g), torch.empty_like(q), torch.zeros(4, dtype=torch.int32)
-    observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, share=0.01, **rest)
+    observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, rows=LEAST_ROWS, **rest)
     mean_query_masses(q, k, g, of_heads, **rest)
     for some in (torch.arange(q_heads, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)):
         made = query_corrections(q, k, v, pattern, some, rows=rows, **rest)

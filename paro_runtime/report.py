@@ -41,7 +41,7 @@ class Report:
 
     dense_steps: those in which no call was sparse, of the `steps` that happened or, where other nodes skip some, were
     asked for. why_dense: where there are more of them than in a usual run, or no others.
-    attention_error: relative L2 of sparse attention against exact one, on a hundredth of the rows in the steps that
+    attention_error: relative L2 of sparse attention against exact one, on up to MOST_ROWS rows in the steps that
     make corrections: of all together, and of the worst layer in one of those steps. None where it was not measured.
     density and mass_kept are the plan's: means over its groups of sparse steps, of which `densities` has one each.
     """
@@ -180,7 +180,7 @@ class Report:
         if self.attention_error is None:
             return "not measured"
         whole, worst = self.attention_error
-        return f"{whole:.1%}, worst layer {worst:.1%} (relative L2, on a hundredth of the rows)"
+        return f"{whole:.1%}, worst layer {worst:.1%} (relative L2, on a sample of the rows)"
 
     def _kept(self) -> str:
         target = self.plan.settings.get("mass_target", 0) if self.plan else 0

@@ -33,7 +33,7 @@ from .tokens import TokenLayout
 SHARED_TOKENS, SHARED_ROWS = 8192, 4096
 # On larger grids, rows of so many query blocks, evenly spread: what a choice can go wrong by depends on how many blocks
 # and rows were seen, not on their share.
-ORDER_BLOCKS, ORDER_ROWS = 48, 16
+ORDER_BLOCKS, ORDER_ROWS = 24, 16
 # Query blocks for the paper's metric, every row of them. Fewer where there are few, for the cost's sake.
 PAPER_BLOCKS, PAPER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
 # On large grids: rows of each block for the tail's errors, and of all for the falloff.

@@ -65,11 +65,6 @@ def spread_positions(tokens: int, count: int, device: torch.device) -> torch.Ten
     return ((torch.arange(count, device=device) + 0.5) / count * tokens).long()
 
 
-def share_of_positions(tokens: int, share: float, device: torch.device) -> torch.Tensor:
-    """The same for a share of the tokens, at least 64 of them."""
-    return spread_positions(tokens, max(64, round(share * tokens)), device)
-
-
 def head_groups(heads: int, group: int, bytes_per_head: int) -> list[slice]:
     """Slices of the query heads that fit GROUP_BYTES; the `group` heads that share a key head stay together."""
     count = heads // group
@@ -208,18 +203,17 @@ def observe_bias(
     *,
     pool: int,
     expansions: int = MOST_EXPANSIONS,
-    share: float,
+    rows: int,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Squared error for each of BIASES under a known mask, from a share of the rows: float32 `[Hq, len(BIASES)]`.
+    """Squared error for each of BIASES under a known mask, from so many rows: float32 `[Hq, len(BIASES)]`.
 
-    Arguments as in `observe_tail`; mask bool `[Hq, q_blocks, k_blocks]`. At least 64 rows are looked at. Nothing waits
-    for the device.
+    Arguments as in `observe_tail`; mask bool `[Hq, q_blocks, k_blocks]`. Nothing waits for the device.
     """
     g = geometry
-    positions = share_of_positions(g.grid_tokens, share, q.device)
+    positions = spread_positions(g.grid_tokens, rows, q.device)
     dropped = (~mask).view(torch.uint8)
     rest = {"pool": pool, "expansions": expansions, "scale": scale, "key_bias": key_bias, "backend": backend}
     seen = row_moments(q, k, v, g, tables, positions, dropped, 1, **rest)

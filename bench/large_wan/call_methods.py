@@ -18,7 +18,7 @@ from ...paro_runtime.orders import ORIGINAL
 from ...paro_runtime.patterns import with_bias
 from ...paro_runtime.plan import ModelIdentity, Plan, Site
 from ...paro_runtime.recipes import MaskOptions, query_block
-from ...paro_runtime.refresh import ROWS_SHARE
+from ...paro_runtime.refresh import measured_rows
 from ...paro_runtime.self_check import site_precision
 from ...paro_runtime.tail import best_bias, observe_bias
 from ...paro_runtime.tokens import TokenLayout
@@ -140,7 +140,8 @@ def judged(out: torch.Tensor, exact: torch.Tensor, run: Callable[[], object], ho
 
 def _measured_bias(call: Call, pattern: SparsePattern, how: How) -> torch.Tensor:
     tables = pattern.tables_of_heads(call.q.shape[1])
-    sizes = {"pool": pattern.pool, "expansions": pattern.expansions, "share": ROWS_SHARE, "backend": how.backend}
+    sizes = {"pool": pattern.pool, "expansions": pattern.expansions, "backend": how.backend}
+    sizes["rows"] = measured_rows(pattern.geometry.grid_tokens)
     return best_bias(observe_bias(call.q, call.k, call.v, pattern.geometry, tables, pattern.mask, **sizes))
 
 

@@ -156,6 +156,7 @@ def mechanism_rows(dense_steps: int, backend: str, precision: str) -> list[Row]:
         Row("axis orders only", {"method": Method(tiles=False)}),
         Row("blocks by mass", {"method": Method(criterion="mass")}),
         Row("budget per head", {"budget": "per_head"}),
+        Row("blocks by mass, budget per head", {"method": Method(criterion="mass"), "budget": "per_head"}),
         Row("tail off", {"tail": False}),
         *(Row(f"expansions {n}", {"method": Method(expansions=n)}) for n in (0, 1, 4)),
         Row("bias kept", prepare=refreshing(_Kept)),
@@ -208,6 +209,8 @@ def policy_rows() -> list[Row]:
     means = routing.mean_queries
     made.append(Row("routed by mean queries, every step", **routed, router=router(means)))
     made.append(Row("routed by mean queries, each group", **routed, router=router(means, True)))
+    by_mass = routed | {"changes": {"method": Method(criterion="mass")}}
+    made.append(Row("blocks by mass, routed by mean queries, each group", **by_mass, router=router(means, True)))
     made.append(Row("oracle by mass", **routed, router=router(routing.true_mass), free=True))
     made.append(Row("oracle by error", **routed, router=router(routing.true_error), free=True))
     for kind in ("window", "radial", "random"):

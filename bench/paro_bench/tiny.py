@@ -138,7 +138,7 @@ class TinyBench:
     def session(self, variant: Variant, **more) -> Session:
         policy = Policy(self.identity, recipe_for("wan"), variant.settings(), more.pop("plan", None), None)
         more |= {"refresh": variant.refresh, "correct": variant.correct, "method": variant.method}
-        return Session(policy, sigmas=sampler.sigmas(self.steps, self.shift).tolist(), **more)
+        return Session(policy, sigmas=sampler.sigmas(self.steps, self.shift).tolist(), highest_noise=1.0, **more)
 
     def offline_plan(self, variant: Variant) -> Plan:
         """From all steps of other videos. Sums taken at density 0.1 serve every density, budget and criterion."""
@@ -164,14 +164,14 @@ class TinyBench:
             session = self.session(variant, calibrator=calibrator, calibrate_steps=frozenset({step}))
             self.sample(self.seeds, session, apart=True)
             self._calibrators[key] = calibrator
-        found, method = [], method.in_passing(pure_noise=step == 0)
+        found, method = [], method.in_passing(noisy=step == 0)
         for video in range(len(self.seeds)):
             heads = slice(video * self.heads, (video + 1) * self.heads)
             one = Calibrator(self.identity, options, method=method)
             one.layout = self.layout
             # Heads are observed apart from each other; only the budget is shared, and that among those of one video.
             one._sums = {site: _of_heads(sums, heads) for site, sums in self._calibrators[key]._sums.items()}
-            found.append(one.plan({"by": IN_PASSING}))
+            found.append(one.plan({"by": IN_PASSING, "step": step}))
         return found
 
     def watch(self, seeds, see: Callable, steps) -> None:

@@ -8,6 +8,7 @@ from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.mean_queries import mean_query_masses
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import MaskOptions
+from comfyui_paro.paro_runtime.refresh import measured_rows
 from comfyui_paro.paro_runtime.selection import masks_of_counts
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, sums_under_orders
 from comfyui_paro.paro_runtime.tail import observe_bias, sampled_rows
@@ -109,10 +110,10 @@ def test_measuring_the_bias_takes_little_memory(grid, heads):
                for _ in range(3))  # fmt: skip
     tables = torch.arange(g.grid_tokens, device="cuda", dtype=torch.int32).expand(heads, -1).contiguous()
     mask = torch.rand(heads, g.q_blocks, g.k_blocks, device="cuda") < 0.3
-    observe_bias(q, k, v, g, tables, mask, pool=64, share=0.01)
+    observe_bias(q, k, v, g, tables, mask, pool=64, rows=measured_rows(g.grid_tokens))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    observe_bias(q, k, v, g, tables, mask, pool=64, share=0.01)
+    observe_bias(q, k, v, g, tables, mask, pool=64, rows=measured_rows(g.grid_tokens))
     assert torch.cuda.max_memory_allocated() - before < 128 << 20
 
 

@@ -16,7 +16,7 @@ from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.plan import ModelIdentity
 from comfyui_paro.paro_runtime.recipes import MaskOptions
-from comfyui_paro.paro_runtime.refresh import BiasRefresh
+from comfyui_paro.paro_runtime.refresh import BiasRefresh, measured_rows
 from comfyui_paro.paro_runtime.selection import (
     SharedBudget,
     best_of_rows,
@@ -35,7 +35,7 @@ from comfyui_paro.paro_runtime.tail import (
     kept_on_rows,
     observe_bias,
     observe_tail,
-    share_of_positions,
+    spread_positions,
 )
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
@@ -122,7 +122,7 @@ def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool, exp
     entry, tables = masked
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     pools = {"pool": pool, "expansions": expansions}
-    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), share=1.0, **pools)
+    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), rows=LAYOUT.grid_tokens, **pools)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     for at in (0, 8, 15):
         bias = torch.full((12,), BIASES[at])
@@ -154,7 +154,7 @@ def test_the_tail_never_costs_a_head_what_dropping_does_not(planted, masked):
     """Planted heads follow content: the bias that makes their mass right hurts, the bias of least error cannot."""
     entry, tables = masked
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
-    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=64, share=1.0)
+    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=64, rows=LAYOUT.grid_tokens)
     chosen = errors.gather(1, errors.argmin(1, keepdim=True))[:, 0]
     assert (chosen <= errors[:, 0]).all()
     found = best_bias(errors)
@@ -374,8 +374,8 @@ def test_published_windows_want_our_orders():
     assert found["one_order_for_all"]["FWH"] == pytest.approx(0.335, abs=6e-4)
 
 
-@pytest.mark.parametrize("tokens, count", [(50, 50), (1000, 64), (75600, 756)])
+@pytest.mark.parametrize("tokens, count", [(50, 50), (1000, 64), (9000, 90), (75600, 192)])
 def test_rows_to_measure_are_spread_evenly_and_never_few(tokens, count):
-    found = share_of_positions(tokens, 0.01, torch.device("cpu"))
+    found = spread_positions(tokens, measured_rows(tokens), torch.device("cpu"))
     assert found.numel() == count and found[0] >= 0 and found[-1] < tokens
     assert (found.diff() - tokens / count).abs().max() <= 1

@@ -7,6 +7,7 @@ import pytest
 import torch
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.paro_runtime import evaluation as evaluation_module
 from comfyui_paro.paro_runtime import second_look as second_look_module
 from comfyui_paro.paro_runtime.attempt import Attempt
 from comfyui_paro.paro_runtime.attention import pattern_of
@@ -249,9 +250,11 @@ def test_calls_of_one_step_share_the_masks():
     assert all(torch.equal(each, masks[2]) for each in masks[2:])
 
 
-def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
-    """Biases not before, in the first sparse step; corrections there too. The site looks again in its third step here,
-    where no group begins."""
+@pytest.mark.parametrize("short, measured", [(False, [1, 3, 6, 11]), (True, [3])])
+def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch, short, measured):
+    """The site looks again in its third step here, where no group begins. Calls that are short on a GPU are measured
+    once, and not under the masks that are given up."""
+    monkeypatch.setattr(evaluation_module, "is_short", lambda q: short)
     biases, corrections = [], []
     measure, apply = BiasRefresh.measure, QueryCorrection.apply
 
@@ -267,11 +270,11 @@ def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch):
     monkeypatch.setattr(QueryCorrection, "apply", watched_apply)
     # Fifteen sparse steps, five in each group, of which the second is left out.
     session = run(sigmas=[1 - step / 16 for step in range(17)], skip=(2,))
-    assert [step for step, _ in biases] == [3, 6, 11]
+    assert [step for step, _ in biases] == measured
     due = {step: due for step, due, _ in corrections}
-    assert [step for step in due if due[step]] == [1, 3, 6, 11]
+    assert [step for step in due if due[step]] == measured
     new = session.finish().plan.sites[SITE].mask()
-    assert all(torch.equal(mask, new) for step, mask in biases if step < 6)
+    assert all(torch.equal(mask, new) == (step > 1) for step, mask in biases if step < 6)
     assert all(torch.equal(mask, new) == (step > 1) for step, _, mask in corrections if step < 6)
 
 

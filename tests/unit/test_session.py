@@ -513,6 +513,18 @@ def test_a_grid_that_comes_later_is_not_seen_in_pure_noise():
     assert session.finish().plan.made["criterion"] == "error"
 
 
+@pytest.mark.parametrize("noise, criterion", [(0.96, "mass"), (0.92, "error")])
+def test_what_is_seen_in_much_noise_is_told_by_attention(noise, criterion):
+    """Errors of blocks mislead there. Only masks of a first step of nothing but noise are measured anew later."""
+    sigmas = [1.0, noise, 0.6, 0.4, 0.2, 0.0]
+    sample(session := Session(policy(), sigmas=sigmas, highest_noise=1.0), sigmas=sigmas)
+    report = session.finish()
+    assert report.plan.made["criterion"] == criterion and report.sites_looked_at_again == 0
+    # In a model whose highest noise is not known only the first step is certain.
+    sample(session := Session(policy(), sigmas=sigmas), sigmas=sigmas)
+    assert session.finish().plan.made["criterion"] == "error"
+
+
 def test_a_calibrating_run_keeps_blocks_by_error_whatever_steps_it_sees():
     """What is right for one video's first step was not measured for many; the offline default stays."""
     calibrator = Calibrator(IDENTITY, mask_options(Settings(), recipe_for("wan")))
