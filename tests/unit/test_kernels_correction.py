@@ -6,8 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_paro.kernels import correction_reference
 from comfyui_paro.kernels.api import add_corrections, query_corrections, sparse_attention
+from comfyui_paro.kernels.pools import expanded_pools, mean_queries
 from comfyui_paro.kernels.problem import Geometry, Precision, SparsePattern
+from comfyui_paro.kernels.reference import pool_rows
 from comfyui_paro.kernels.support import interpreted
 
 from .kernel_cases import with_mask
@@ -54,6 +57,22 @@ def make(g, expansions=3, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.f
         bias[:, :3] = -torch.inf
         bias[:, tables[0, 64:128].long() + g.prefix] = -torch.inf
     return (q.to(dtype), k.to(dtype), v.to(dtype), pattern), bias, seed
+
+
+def as_the_kernel_rounds(monkeypatch, dtype: torch.dtype) -> None:
+    """Has the reference round mean queries and pooled keys to 16 bits, as they are stored on a GPU. A row that is
+    another by that looks elsewhere: more than what its weights are off by."""
+
+    def rounded(x):
+        return x.to(dtype).to(x.dtype)
+
+    def pools(means, *rest, scale, **more):
+        found = expanded_pools(means, *rest, scale=scale, **more)
+        return found.with_keys(rounded(found.keys), means, scale)
+
+    for name, function in (("pool_rows", pool_rows), ("mean_queries", mean_queries)):
+        monkeypatch.setattr(correction_reference, name, lambda *args, its=function: rounded(its(*args)))
+    monkeypatch.setattr(correction_reference, "expanded_pools", pools)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -112,15 +131,16 @@ def test_refusals():
 
 @pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
 @pytest.mark.parametrize("name", CASES)
-def test_kernel(name):
+def test_kernel(name, monkeypatch):
     g, rows, expansions, options = CASES[name]
     (q, k, v, pattern), bias, seed = make(g, expansions, **options)
     heads, rest = torch.arange(q.shape[1]).int().flip(0), {"rows": rows, "key_bias": bias, "scale": 0.2}
+    as_the_kernel_rounds(monkeypatch, q.dtype)
     found, expected = (query_corrections(q, k, v, pattern, heads, backend=b, **rest) for b in ("triton", "reference"))
     assert found.shape == expected.shape
     # The difference of two weighted means, however small; the weights of each are off by half a unit of 16 bits.
     worst = ((found - expected).abs().max() / v.abs().max()).item()
-    assert worst < torch.finfo(v.dtype).eps, f"{worst:.2e} (seed {seed})"
+    assert worst < torch.finfo(v.dtype).eps / 2, f"{worst:.2e} (seed {seed})"
     shares, out = torch.rand(q.shape[1]), torch.randn_like(q.transpose(1, 2)).transpose(1, 2)
     some = heads[:1]
     flag = torch.zeros(4, dtype=torch.int32)

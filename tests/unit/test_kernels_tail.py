@@ -35,7 +35,8 @@ def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float
     along each head's order, so that its mean queries do.
 
     biased: a key bias that hides some keys, and all of the second 64 of the first head. views: q, k and v as the host
-    has them, views of `[B, L, H, D]`, here with other channels behind.
+    has them, views of `[B, L, H, D]`, here with other channels behind. float32 values are such as fp16 holds, which the
+    kernels multiply: where a row looks at one key alone, rounding its logit moves the result by more than all else.
     """
     seed = torch.seed()
     q, k, v = (torch.randn(batch, n, g.length, dim) for n in (heads, kv_heads, kv_heads))
@@ -52,7 +53,7 @@ def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float
         bias = torch.randn(batch, g.length)
         bias[:, :3] = -torch.inf
         bias[:, tables[0, 64:128].long() + g.prefix] = -torch.inf
-    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    q, k, v = (x.half().to(dtype) for x in (q, k, v))
     if views:
         q, k, v = (torch.cat([x, x + 1], 3).transpose(1, 2).contiguous()[..., :dim].transpose(1, 2) for x in (q, k, v))
     return (q, k, v, g, tables), positions, {"pool": pool, "key_bias": bias}, seed
@@ -64,7 +65,7 @@ def close(found, expected, names, seed):
         a, b = getattr(found, name), getattr(expected, name)
         assert a.shape == b.shape
         worst = ((a - b).abs().max() / b.abs().max()).item()
-        assert worst <= 4e-3, f"{name}: {worst:.2e} (seed {seed})"
+        assert worst <= 2e-3, f"{name}: {worst:.2e} (seed {seed})"
 
 
 @pytest.mark.parametrize("expanded", [False, True])
@@ -112,7 +113,7 @@ def test_large_and_small_float32_values_keep_their_precision():
     """float32 goes through fp16: without a scale of its own, values of 1e6 would be infinite there and 1e-6 lost."""
     g = Geometry(0, (3, 7, 11), 3)
     (q, k, v, g, tables), positions, rest, seed = make(g)
-    for factor in (1e6, 1e-6):
+    for factor in (2.0**20, 2.0**-20):
         call = (q / factor, k * factor, v * factor, g, tables)
         found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
         close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
