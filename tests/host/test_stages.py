@@ -123,7 +123,7 @@ def test_a_sampler_with_sigmas_of_its_own(comfy, wan, store, told):
     model = comfy.patched(wan, store=store, **SPARSE)
     _custom(comfy, model, torch.tensor(told), comfy.comfy.samplers.KSAMPLER(own))
     report = comfy.report(model)
-    assert (report.dense_steps, report.steps, report.plan.made["criterion"]) == (2, 10, "error")
+    assert (report.dense_steps, report.steps, report.plan.made["criterion"]) == (2, 10, "mass")
     assert report.calls == {"sparse": 8 * comfy.LAYERS, "dense step": 2 * comfy.LAYERS}
 
 

@@ -158,7 +158,7 @@ def test_a_stage_that_must_calibrate_needs_no_dense_step_for_it(tmp_path):
 
 def test_a_stage_that_sees_more_than_noise_in_a_dense_step_makes_a_better_plan(tmp_path):
     store = PlanStore([], tmp_path)
-    for begin, source, criterion in ((0, "calibrated on the way", "mass"), (1, "calibrated on the way", "error")):
+    for begin, source, criterion in ((0, "calibrated on the way", "mass"), (2, "calibrated on the way", "error")):
         report = stage(store, [1 - begin / 20, 0.95 - begin / 20])
         assert (report.plan_source, report.plan.made["criterion"]) == (source, criterion)
         assert report.dense_steps == 1 and report.why_dense == "the first 4 of about 20 are"
