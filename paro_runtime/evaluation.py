@@ -167,7 +167,7 @@ class Evaluation:
                 raise
             with self.session.lock:
                 self._grid.check = None
-            self.session.note(f"plan: what it keeps after the move could not be measured ({_one_line(error)})")
+            self.session.note(f"plan: what it keeps after the move could not be measured ({one_line(error)})")
 
     def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> bool:
         """Whether the call was observed."""
@@ -182,7 +182,7 @@ class Evaluation:
         except Exception as error:
             if session.settings.strict or session.calibrator is not None:
                 raise
-            self._attempt.count("fallbacks", f"calibration of {site.name}: {_one_line(error)}")
+            self._attempt.count("fallbacks", f"calibration of {site.name}: {one_line(error)}")
             return False
         with session.lock:
             if calibrator is self._grid.calibrator:
@@ -203,7 +203,7 @@ class Evaluation:
         except Exception as error:
             if session.settings.strict:
                 raise
-            session.note(f"{site.name} has no plan of its own: {_one_line(error)}")
+            session.note(f"{site.name} has no plan of its own: {one_line(error)}")
             return False
         with session.lock:
             sites = {} if grid.begun is None else grid.begun.sites
@@ -267,7 +267,7 @@ class Evaluation:
             if session.settings.strict:
                 raise
             session.end_second_look()
-            session.note(f"masks are not measured anew: {_one_line(error)}")
+            session.note(f"masks are not measured anew: {one_line(error)}")
             return pattern
         with session.lock:
             grid.plan = replace(grid.plan, sites={**grid.plan.sites, site: entry})
@@ -317,7 +317,7 @@ class Evaluation:
             if session.settings.strict:
                 raise
             session.correction = None
-            session.note(f"correction by mean queries is off: {_one_line(error)}")
+            session.note(f"correction by mean queries is off: {one_line(error)}")
         if due:
             session.tail_seconds += time.perf_counter() - began
 
@@ -342,7 +342,7 @@ class Evaluation:
                 with session.lasting():
                     release_scratch()
                     torch.cuda.empty_cache()
-            reason = f"{site.name if site else 'dense attention'}: {_one_line(error)}"
+            reason = f"{site.name if site else 'dense attention'}: {one_line(error)}"
         if site is None:
             self._attempt.count("fallbacks", reason)
         else:
@@ -370,5 +370,6 @@ class Evaluation:
         return out if self._attempt.finite(site, flag) else None
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Kind and first line of an error, for people."""
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

@@ -433,6 +433,15 @@ class Session:
         elif kind == "passed" and (first or self.settings.verbose):
             log.debug("%s", reason)
 
+    def log_once(self, where: str, error: Exception) -> None:
+        """The traceback of an error that nobody foresaw, once in a run for each kind."""
+        with self.lock:
+            kind = f"{where} {type(error).__name__}"
+            first = kind not in self._logged
+            self._logged.add(kind)
+        if first:
+            log.error("%s went wrong; the host's attention goes on", where, exc_info=error)
+
     def note(self, text: str) -> None:
         if text not in self.notes:
             self.notes.append(text)

@@ -35,6 +35,15 @@ class AttentionCall:
         """`[B, H, L, D]` -> the layout the caller asked for."""
         return out if self.heads_apart else out.transpose(1, 2).flatten(2)
 
+    def unlike_result(self, out: Any) -> str | None:
+        """Why `out` cannot be this call's result `[B, H, L, D]`, or None."""
+        shape = (*self.q.shape[:3], self.v.shape[3])
+        if not isinstance(out, torch.Tensor):
+            return f"the result is {type(out).__name__}, not a tensor"
+        if (tuple(out.shape), out.dtype, out.device) != (shape, self.q.dtype, self.q.device):
+            return f"the result is {list(out.shape)} {out.dtype} on {out.device}, expected {list(shape)} {self.q.dtype}"
+        return None
+
     def from_caller(self, out: torch.Tensor) -> torch.Tensor:
         """What the host's own function returned -> `[B, H, L, D]`."""
         return out if self.heads_apart else out.unflatten(2, (self.q.shape[1], -1)).transpose(1, 2)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..attempt import Attempt
-from ..evaluation import Evaluation
+from ..evaluation import Evaluation, one_line
 from ..plan import Site
 from .calls import AttentionCall, key_bias
 from .families import Family, Place
@@ -111,6 +111,14 @@ class HostEvaluation:
             blocks=call.options.get("total_blocks", self._counts and self._counts[claim.stream]),
         )
         return out[:, :, first:]
+
+    def trouble(self, where: str, error: Exception) -> None:
+        """A call goes to the host because of an error of PARO's own, which is counted. Raises it with `strict`."""
+        session = self._attempt.session
+        if session.settings.strict:
+            raise error
+        session.log_once(where, error)
+        self._attempt.count("fallbacks", f"{where}: {one_line(error)}")
 
     def end(self, attempt: int = 0) -> bool:
         """Close the evaluation; says so if its self-attention calls were not those expected. True: run it again."""

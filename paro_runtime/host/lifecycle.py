@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,8 @@ log = logging.getLogger("paro")
 KEY = "paro"
 """Under this key the host keeps PARO's wrappers and attachment, so that a second node replaces the first."""
 
-APPLY_MODEL_CONTROL, APPLY_MODEL_OPTIONS = 4, 5
-"""Positions among APPLY_MODEL's arguments: x, t, c_concat, c_crossattn, control, transformer_options."""
+APPLY_MODEL = {"x": None, "t": None, "c_concat": None, "c_crossattn": None, "control": None, "transformer_options": {}}
+"""APPLY_MODEL's arguments before those that only some models take, and what the host gives where they are left out."""
 
 ATTEMPTS = 4
 """Times one evaluation is run at most when its results are not finite."""
@@ -36,19 +36,30 @@ ATTEMPTS = 4
 class HostRun:
     """One sampling: its session and family, carried by `transformer_options` between evaluations."""
 
-    def __init__(self, session: Session, family: Family) -> None:
+    def __init__(self, session: Session, family: Family, guider: Any = None) -> None:
+        """guider: the host's, whose model is sampled."""
         self.session = session
         self.family = family
+        self._guider = guider
         self._sigmas: Any = None
 
+    def serves(self, model: Any) -> bool:
+        """Whether it is the model that was patched, or one of its copies on other GPUs: a guider may have a second
+        model, which it calls with the first one's options."""
+        patcher = getattr(self._guider, "model_patcher", None)
+        if patcher is None:
+            return True
+        copies = (getattr(self._guider, "model_options", None) or {}).get("multigpu_clones", {})
+        return any(each.model is model for each in (patcher, *copies.values()))
+
     def begin(
-        self, model: Any, args: tuple, extra: dict[str, Any], again: bool = False, can_redo: bool = False
+        self, model: Any, args: Sequence[Any], extra: dict[str, Any], again: bool = False, can_redo: bool = False
     ) -> HostEvaluation | None:
         """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part.
 
         again: it is the one before, once more. can_redo: it will be run once more if need be.
         """
-        x, sigma, context, options = args[0], args[1], args[3], args[APPLY_MODEL_OPTIONS]
+        x, sigma, _, context, _, options = args
         call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
         layouts = self.family.layout(model, call)
         if isinstance(layouts, str):
@@ -93,12 +104,18 @@ class Lifecycle:
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of OUTER_SAMPLE: (noise, latent_image, sampler, sigmas, ...), owner the guider."""
-        sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
-        options = executor.class_obj.model_options.setdefault("transformer_options", {})
-        session = self._start([float(sigma) for sigma in sigmas])
-        options[OPTIONS_KEY] = HostRun(session, self.family)
-        _stand_first(options)
         self.last_report = None
+        try:
+            sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
+            options = executor.class_obj.model_options.setdefault("transformer_options", {})
+            session = self._start([float(sigma) for sigma in sigmas])
+            options[OPTIONS_KEY] = HostRun(session, self.family, executor.class_obj)
+            _stand_first(options)
+        except Exception as error:
+            if self.strict:
+                raise
+            log.error("PARO: the run goes on without it, it could not begin", exc_info=error)
+            return executor(*args, **kwargs)
         try:
             result = executor(*args, **kwargs)
         finally:
@@ -108,27 +125,41 @@ class Lifecycle:
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Wrapper of APPLY_MODEL: (x, t, c_concat, c_crossattn, control, transformer_options), owner the model."""
-        run = args[APPLY_MODEL_OPTIONS].get(OPTIONS_KEY)
-        if not isinstance(run, HostRun):
+        # Another node's wrapper may have turned some of them into keywords.
+        bound = {**APPLY_MODEL, **dict(zip(APPLY_MODEL, args, strict=False))}
+        bound |= {name: kwargs[name] for name in APPLY_MODEL if name in kwargs}
+        run = (bound["transformer_options"] or {}).get(OPTIONS_KEY)
+        if not isinstance(run, HostRun) or not run.serves(executor.class_obj):
             return executor(*args, **kwargs)
-        model, given = executor.class_obj.diffusion_model, args[APPLY_MODEL_OPTIONS]
+        extra = {name: value for name, value in kwargs.items() if name not in APPLY_MODEL}
+        model, given = executor.class_obj.diffusion_model, bound["transformer_options"]
         can_redo = repeatable(model, given)
         # Results that are not finite are found at the end, for all calls at once: the sites at fault are dense the next
         # time, and the last time PARO stays out of it.
         for number in range(ATTEMPTS):
             evaluation = None
             if number < ATTEMPTS - 1:
-                evaluation = self._begin(run, model, args, kwargs, number > 0, can_redo)
+                evaluation = self._begin(run, model, tuple(bound.values()), extra, number > 0, can_redo)
             else:
                 run.session.decline(f"an evaluation whose results were not finite {number} times")
             # Always a new dict: the host hands the same one to every evaluation of a step.
             options = {**given, OPTIONS_KEY: evaluation}
-            control = _copied(args[APPLY_MODEL_CONTROL])
-            rest = args[APPLY_MODEL_OPTIONS + 1 :]
-            result = executor(*args[:APPLY_MODEL_CONTROL], control, options, *rest, **kwargs)
-            if evaluation is None or not evaluation.end(number):
+            if evaluation is not None:
+                _stand_first(options)
+            its = {**bound, "control": _copied(bound["control"]), "transformer_options": options}
+            result = executor(*its.values(), *args[len(APPLY_MODEL) :], **extra)
+            if evaluation is None or not self._end(evaluation, number):
                 break
         return result
+
+    def _end(self, evaluation: HostEvaluation, number: int) -> bool:
+        try:
+            return evaluation.end(number)
+        except Exception as error:
+            if self.strict:
+                raise
+            evaluation.trouble("the end of an evaluation", error)
+            return False
 
     def _begin(
         self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any], again: bool, can_redo: bool
@@ -139,6 +170,7 @@ class Lifecycle:
             # A model that another node changed beyond recognition runs dense; it does not fail.
             if self.strict:
                 raise
+            run.session.log_once("the beginning of an evaluation", error)
             run.session.decline(f"the token layout could not be read ({type(error).__name__}: {error})")
             return None
 
@@ -183,8 +215,8 @@ def _conditionings(options: dict[str, Any]) -> tuple[tuple, ...]:
 
 
 def _stand_first(options: dict[str, Any]) -> None:
-    """Another node may have put its attention into the one slot there is after PARO did: stand before it for this run,
-    so that the order of the nodes does not matter."""
+    """Another node may have put its attention into the one slot there is after PARO did, or does so while sampling:
+    stand before it, so that the order does not matter."""
     current = options.get(SLOT)
     if not is_override(current):
         options[SLOT] = make_override(current)

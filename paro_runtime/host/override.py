@@ -88,10 +88,36 @@ def _ours(args: tuple, kwargs: dict[str, Any]) -> tuple[HostEvaluation, Attentio
     if not isinstance(evaluation, HostEvaluation):
         return None
     call = read_call(*args, **kwargs)
-    claim = None if call is None else evaluation.claim(call)
+    try:
+        claim = None if call is None else evaluation.claim(call)
+    except Exception as error:
+        # What other nodes put into the options is theirs: a block's number may be anything.
+        evaluation.trouble("a call could not be told apart", error)
+        return None
     return None if claim is None else (evaluation, call, claim)
 
 
 def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention, plain: bool) -> torch.Tensor:
+    """The call by PARO. Trouble of PARO's own, and a result that is none, end in `dense`; an error of the host's own
+    attention is the host's."""
     evaluation, call, claim = ours
-    return call.to_caller(evaluation.attend(call, claim, lambda: call.from_caller(dense()), plain))
+    of_host: list[BaseException] = []
+
+    def host() -> torch.Tensor:
+        try:
+            return call.from_caller(dense())
+        except BaseException as error:
+            of_host.append(error)
+            raise
+
+    try:
+        out = evaluation.attend(call, claim, host, plain)
+        wrong = call.unlike_result(out)
+        if wrong is None:
+            return call.to_caller(out)
+        raise RuntimeError(wrong)
+    except Exception as error:
+        if any(error is each for each in of_host):
+            raise
+        evaluation.trouble(claim.site.name, error)
+    return dense()

@@ -11,9 +11,9 @@ from typing import Any
 from ..calibration import Calibrator
 from ..plan import Plan, PlanError
 from ..plan_store import PlanStore
-from ..recipes import mask_options, recipe_for
+from ..recipes import RecipeError, mask_options, recipe_for
 from ..session import Policy, Report, Session
-from ..settings import Settings
+from ..settings import Settings, SettingsError
 from .families import Family, family_of
 from .identity import identify
 from .lifecycle import KEY, Lifecycle
@@ -45,7 +45,18 @@ def patch_model(
         _say(on_status, f"passed through · {family}")
         clone.set_attachments(KEY, family)
         return clone
-    policy = replace(policy_for(clone, family, settings, plan, store), remember=remember)
+    try:
+        policy = replace(policy_for(clone, family, settings, plan, store), remember=remember)
+    except (PlanError, SettingsError, RecipeError):  # what the user gave
+        raise
+    except Exception as error:
+        if settings.strict:
+            raise
+        reason = f"the model could not be read ({type(error).__name__}: {error})"
+        log.error("PARO: passed through, %s", reason, exc_info=error)
+        _say(on_status, f"passed through · {reason}")
+        clone.set_attachments(KEY, reason)
+        return clone
 
     def start(sigmas: list[float]) -> Session:
         sampling = clone.get_model_object("model_sampling")

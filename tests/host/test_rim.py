@@ -1,0 +1,187 @@
+"""Whatever goes wrong in PARO's own code or in what other nodes hand it, the host's attention answers and the run ends:
+with a reason in its report, and an error only with `strict`."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_paro.paro_runtime.evaluation import Evaluation
+from comfyui_paro.paro_runtime.host import patching
+from comfyui_paro.paro_runtime.host.evaluation import HostEvaluation
+from comfyui_paro.paro_runtime.host.lifecycle import HostRun
+from comfyui_paro.paro_runtime.host.override import SLOT
+from comfyui_paro.paro_runtime.session import Session
+
+pytestmark = pytest.mark.host_on_cpu
+
+GRID = (5, 7, 9)
+SPARSE = {"preset": "custom", "density": 0.4, "dense_steps": 1}
+
+
+class OwnBugError(Exception):
+    """No kind that anything in PARO or the host expects."""
+
+
+def raising(*args, **kwargs):
+    raise OwnBugError("an index out of range")
+
+
+def of_other_shape(self, call, *rest):
+    return call.q[:, :, 1:]
+
+
+def of_other_dtype(self, call, *rest):
+    return call.q.double()
+
+
+def nothing(self, *args, **kwargs):
+    return None
+
+
+FAULTS = {
+    "run start": (Session, "__init__", raising, None),
+    "evaluation begin": (Session, "begin", raising, "the token layout could not be read (OwnBugError"),
+    "claim": (HostEvaluation, "claim", raising, "a call could not be told apart: OwnBugError: an index"),
+    "attend": (Evaluation, "attend", raising, "double.0.0: OwnBugError: an index out of range"),
+    "site's suitability": (Session, "_find_unsuitable", raising, "double.0.0: OwnBugError"),
+    "shape": (HostEvaluation, "attend", of_other_shape, "double.0.0: RuntimeError: the result is ["),
+    "dtype": (HostEvaluation, "attend", of_other_dtype, "torch.float64 on cpu, expected ["),
+    "no result": (HostEvaluation, "attend", nothing, "double.0.0: RuntimeError: the result is NoneType, not a tensor"),
+    "evaluation end": (HostEvaluation, "end", raising, "the end of an evaluation: OwnBugError"),
+    "report": (Session, "finish", raising, None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_costs_no_generation(comfy, wan, monkeypatch, caplog, name):
+    where, what, fault, reason = FAULTS[name]
+    dense = comfy.sample(wan, GRID, steps=3)
+    monkeypatch.setattr(where, what, fault)
+    model = comfy.patched(wan, strict=False, **SPARSE)
+    out = comfy.sample(model, GRID, steps=3)
+    assert torch.isfinite(out).all()
+    if name not in ("evaluation end", "report"):  # those end sparse runs
+        assert torch.equal(out, dense)
+    report = comfy.report(model)
+    if reason is None:
+        assert isinstance(report, str)
+    else:
+        told = [text for text, _ in (*report.fallbacks, *report.passed)]
+        assert any(reason in text for text in told), told
+    assert any("PARO" in record.message or "host's attention" in record.message for record in caplog.records)
+    with pytest.raises((OwnBugError, RuntimeError)):
+        comfy.sample(comfy.patched(wan, strict=True, **SPARSE), GRID, steps=3)
+
+
+def test_a_traceback_is_logged_once_in_a_run(comfy, wan, monkeypatch, caplog):
+    monkeypatch.setattr(Evaluation, "attend", raising)
+    comfy.sample(comfy.patched(wan, strict=False, **SPARSE), GRID, steps=3)
+    with_traceback = [record for record in caplog.records if record.exc_info and record.levelno == logging.ERROR]
+    assert len(with_traceback) == comfy.LAYERS
+
+
+def test_an_error_of_the_hosts_own_attention_is_the_hosts(comfy, wan):
+    calls = []
+
+    def theirs(func, *args, **kwargs):
+        calls.append(1)
+        raise OwnBugError("out of cheese")
+
+    model = comfy.patched(wan, strict=False, **SPARSE)
+    model.model_options["transformer_options"][SLOT].paro_previous = theirs
+    other = wan.clone()
+    other.model_options["transformer_options"] = {SLOT: theirs}
+    with pytest.raises(OwnBugError):
+        comfy.sample(comfy.patched(other, strict=False, **SPARSE), GRID, steps=3)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("index", ["seven", (1, 2), None])
+def test_a_block_number_that_is_none(comfy, wan, index):
+    """Another node writes what it likes into the options of a call."""
+
+    def theirs(func, *args, **kwargs):
+        return func(*args, **kwargs)
+
+    def renumber(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        replaced = {**options, "patches_replace": {}, "block": ("double", index), "block_index": index}
+        return executor(x, t, c_concat, c_crossattn, control, replaced, **kwargs)
+
+    from comfy.patcher_extension import WrappersMP
+
+    model = comfy.patched(wan, strict=False, **SPARSE).clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "theirs", renumber)
+    assert torch.isfinite(comfy.sample(model, GRID, steps=3)).all()
+
+
+def test_a_wrapper_that_passes_keywords(comfy, wan):
+    """The host's own argument names; what is left out is what the host gives then."""
+    from comfy.patcher_extension import WrappersMP
+
+    def by_name(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        return executor(x, t, c_crossattn=c_crossattn, transformer_options=options, **kwargs)
+
+    expected = comfy.sample(comfy.patched(wan, **SPARSE), GRID, steps=3)
+    model = wan.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "theirs", by_name)
+    model = comfy.patched(model, **SPARSE)
+    assert torch.equal(comfy.sample(model, GRID, steps=3), expected)
+    assert comfy.report(model).calls["sparse"] == 2 * comfy.LAYERS
+
+
+def test_an_attention_that_is_set_while_sampling(comfy, wan):
+    """PARO stands before it, as before one that was there; what PARO leaves alone is theirs."""
+    from comfy.patcher_extension import WrappersMP
+
+    seen = []
+
+    def theirs(func, *args, **kwargs):
+        seen.append(1)
+        return func(*args, **kwargs)
+
+    def wrap(executor, x, t, c_concat, c_crossattn, control, options, **kwargs):
+        return executor(x, t, c_concat, c_crossattn, control, {**options, SLOT: theirs}, **kwargs)
+
+    model = wan.clone()
+    model.add_wrapper_with_key(WrappersMP.APPLY_MODEL, "theirs", wrap)
+    model = comfy.patched(model, **SPARSE)
+    comfy.sample(model, GRID, steps=3)
+    assert comfy.report(model).calls == {"sparse": 2 * comfy.LAYERS, "dense step": comfy.LAYERS}
+    assert len(seen) == comfy.LAYERS + 3 * comfy.LAYERS  # the dense step, and cross-attention
+
+
+def test_a_guider_of_two_models_keeps_each_as_it_was_patched(comfy, wan, wan_file):
+    """The host calls the second model with the first one's options."""
+    nodes = pytest.importorskip("comfy_extras.nodes_custom_sampler", reason="NO av: the host's own nodes")
+    if not hasattr(nodes, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no guider of two models")
+    model, empty = comfy.patched(wan, **SPARSE), comfy.latent(GRID)
+    guider = nodes.Guider_DualModel(model, comfy.load(wan_file))
+    guider.set_conds(comfy.text(1), comfy.text(2))
+    guider.set_cfg(3.0)
+    sigmas = comfy.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 4)
+    with torch.inference_mode():
+        noise = comfy.comfy.sample.prepare_noise(empty, 0)
+        guider.sample(noise, empty, comfy.comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
+    report = comfy.report(model)
+    assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS} and not report.passed
+
+
+def test_a_model_that_cannot_be_read_passes_through(comfy, wan, monkeypatch):
+    said = []
+    monkeypatch.setattr(patching, "identify", raising)
+    model = comfy.patched(wan, strict=False, said=said, **SPARSE)
+    assert torch.equal(comfy.sample(model, GRID, steps=2), comfy.sample(wan, GRID, steps=2))
+    assert "passed through · the model could not be read (OwnBugError: an index" in said[0]
+    assert "could not be read" in comfy.report(model)
+    with pytest.raises(OwnBugError):
+        comfy.patched(wan, strict=True, **SPARSE)
+
+
+def test_a_run_serves_its_own_model_and_its_copies():
+    copies = {"multigpu_clones": {"cuda:1": SimpleNamespace(model="copy")}}
+    guider = SimpleNamespace(model_patcher=SimpleNamespace(model="own"), model_options=copies)
+    run = HostRun(None, None, guider)
+    assert run.serves("own") and run.serves("copy") and not run.serves("other")
+    assert HostRun(None, None, object()).serves("other")  # a guider that does not tell
