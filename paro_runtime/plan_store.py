@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
 SUFFIX = ".safetensors"
+# In bytes: most file systems take 255, the suffix and a temporary one included.
+LONGEST_NAME = 200
 
 
 class PlanStore:
@@ -28,17 +31,27 @@ class PlanStore:
         self.folders = [self.writable, *(Path(f) for f in folders if Path(f) != self.writable)]
 
     def names(self) -> list[str]:
-        """File names of every plan, the user's first; of equal names the user's counts."""
+        """File names of every plan, the user's first; of equal names the user's counts. A folder that may not be read
+        has none."""
         found: dict[str, None] = {}
         for folder in self.folders:
-            for path in sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []:
-                found.setdefault(path.name)
+            try:
+                entries = sorted(entry.name for entry in os.scandir(folder) if _is_file(entry))
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                log.warning("PARO: no plans from %s (%s)", folder, error.strerror or error)
+                continue
+            found |= dict.fromkeys(name for name in entries if name.endswith(SUFFIX))
         return list(found)
 
     def _path(self, name: str) -> Path:
-        """Where a name is, or would be written. Raises PlanError for a name with a folder in it."""
-        if not name or name in (".", "..") or any(c in name for c in '/\\:\0*?"<>|') or len(name) > 200:
+        """Where a name is, or would be written. Raises PlanError for what is not a plain name, OSError where a folder
+        may not be looked into."""
+        if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in '/\\:\0*?"<>|'):
             raise PlanError(f"plan: {name!r} is not a plain file name")
+        if len(name.encode(errors="surrogatepass")) > LONGEST_NAME:
+            raise PlanError(f"plan: a name of at most {LONGEST_NAME} bytes is possible, {name[:40]!r}… is longer")
         name = name if name.endswith(SUFFIX) else name + SUFFIX
         for folder in self.folders:
             if (folder / name).is_file():
@@ -46,9 +59,13 @@ class PlanStore:
         return self.writable / name
 
     def locate(self, name: str) -> Path | None:
-        """The file of a name, or None if there is none. Raises PlanError for a name with a folder in it."""
-        path = self._path(name)
-        return path if path.is_file() else None
+        """The file of a name, or None if there is none. Raises PlanError for what is not a plain name, and where the
+        folder may not be looked into."""
+        try:
+            path = self._path(name)
+            return path if path.is_file() else None
+        except OSError as error:
+            raise PlanError(f"plan: {self.writable} cannot be read ({error.strerror or error})") from None
 
     def load(self, name: str) -> Plan:
         """Read a plan. Raises PlanError."""
@@ -81,15 +98,27 @@ class PlanStore:
         """The plan saved earlier for this model, grid and options; else None and, if one was refused, why. Only what
         the file says about itself has been read by then."""
         name = _automatic_name(identity, layout, block_q, options.as_dict())
-        path = self._path(name)
-        if not path.is_file():
-            return None, None
         try:
+            path = self.locate(name)
+            if path is None:
+                return None, None
             header = read_header(path)
         except PlanError as error:
             return None, str(error)
+        except OSError as error:
+            return None, f"plan {name}: cannot be read ({error.strerror or error})"
         reason = header.unsuitable(identity, layout)
+        # A file may have been given another one's name.
+        if reason is None and (header.settings, header.block_q) != (options.as_dict(), block_q):
+            reason = f"plan {name}: was made with other settings than its name says"
         return (None, reason) if reason else (FoundPlan(path, header), None)
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link to where nobody may look
+        return False
 
 
 class FoundPlan:

@@ -390,7 +390,12 @@ class Session:
             grid.begun = None
             self.patterns.clear()
         if self.policy.store is not None and self.policy.remember:
-            self._saving.append(self.policy.store.save_beside(grid.plan, self.note))
+            # Later runs would find no masks for what this one could not observe, and never look again.
+            missing = [site.name for site in sorted(self.sites - set(grid.plan.sites) - self.dense_block_sites)]
+            if missing:
+                self.note(f"plan: not kept, {', '.join(missing[:3])}{' …' * (len(missing) > 3)} could not be observed")
+            else:
+                self._saving.append(self.policy.store.save_beside(grid.plan, self.note))
 
     def unsuitable_reason(self, tokens: int, q: torch.Tensor) -> str | None:
         """Why no call on a grid of `tokens` with such a q `[B, H, L, D]` can be PARO's, or None; asked once each."""

@@ -104,3 +104,21 @@ def test_a_site_alone_has_masks_of_the_step_that_wants_them():
         assert alone.groups == 1
         assert torch.equal(alone.sites[SITES[0]].mask(), every.sites[SITES[0]].mask(group=group))
         assert torch.equal(alone.sites[SITES[0]].tail_bias[0], every.sites[SITES[0]].tail_bias[group])
+
+
+def test_a_plan_that_lacks_a_site_is_not_kept(tmp_path, monkeypatch):
+    """Every later run would find it, and have no masks there."""
+    observe = Calibrator.observe
+
+    def failing(self, site, *rest, **more):
+        if site == SITES[1]:
+            raise RuntimeError("no room")
+        return observe(self, site, *rest, **more)
+
+    monkeypatch.setattr(Calibrator, "observe", failing)
+    store = PlanStore([], tmp_path)
+    sample(session := Session(policy(store=store), sigmas=SIGMAS))
+    assert "plan: not kept, double.1.0 could not be observed" in session.finish().notes and store.names() == []
+    monkeypatch.undo()
+    sample(session := Session(policy(store=store), sigmas=SIGMAS))
+    assert session.finish().sites_sparse == len(SITES) and len(store.names()) == 1

@@ -1,10 +1,12 @@
 """Plan files from strangers, interrupted calibrations and moved plans."""
 
 import json
+import os
 import random
 import struct
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.falloff import packed_width
 from comfyui_paro.paro_runtime.plan import PER_GROUP, ModelIdentity, Plan, PlanError, Site, SitePlan
 from comfyui_paro.paro_runtime.plan_file import LIMITS, load_plan, read_header, save_plan
+from comfyui_paro.paro_runtime.plan_store import PlanStore, automatic_name
 from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -362,3 +365,67 @@ def test_a_row_that_keeps_nothing_is_refused_even_with_a_right_checksum(tmp_path
     save_plan(Plan(ModelIdentity("wan", "a", "b"), layout, 64, {Site("double", 0): entry}), tmp_path / "x.safetensors")
     with pytest.raises(PlanError, match=r"0000\.mask has a row that keeps no block"):
         load_plan(tmp_path / "x.safetensors")
+
+
+OPTIONS = MaskOptions(0.4, "mass", "shared", 64)
+
+
+def kept(tmp_path, **changes) -> tuple[PlanStore, Plan]:
+    """A store with one plan, whose settings are OPTIONS' but for `changes`."""
+    store, plan = PlanStore([], tmp_path), make_plan(1)
+    plan = replace(plan, settings={**OPTIONS.as_dict(), **changes})
+    store.save(plan, automatic_name(replace(plan, settings=OPTIONS.as_dict())))
+    return store, plan
+
+
+def found(store: PlanStore, plan: Plan):
+    return store.find(plan.identity, plan.layout, plan.block_q, OPTIONS)
+
+
+def test_a_plan_that_was_given_another_ones_name_is_refused(tmp_path):
+    store, plan = kept(tmp_path)
+    assert found(store, plan)[0] is not None
+    store, plan = kept(tmp_path, density=0.2)
+    assert found(store, plan) == (None, f"plan {store.names()[0]}: was made with other settings than its name says")
+
+
+def test_a_folder_that_may_not_be_read_holds_no_plans(tmp_path, monkeypatch, caplog):
+    """A shared machine, a network drive. Whoever may do anything is refused nothing, so it is pretended."""
+    store, plan = kept(tmp_path)
+    name = store.names()[0]
+
+    def refused(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    for module, function in ((os, "scandir"), (Path, "is_file")):
+        monkeypatch.setattr(module, function, refused)
+    assert store.names() == [] and "Permission denied" in caplog.text
+    plan_found, reason = found(store, plan)
+    assert plan_found is None and "cannot be read (Permission denied)" in reason
+    with pytest.raises(PlanError, match=r"cannot be read \(Permission denied\)"):
+        store.locate(name)
+
+
+def test_only_files_are_listed(tmp_path):
+    store, _ = kept(tmp_path)
+    names = store.names()
+    (tmp_path / "folder.safetensors").mkdir()
+    (tmp_path / "notes.txt").write_text("none")
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(tmp_path / "pipe.safetensors")
+    (tmp_path / "nowhere.safetensors").symlink_to(tmp_path / "gone")
+    assert store.names() == names
+
+
+@pytest.mark.parametrize("name", ["é" * 130, "a" * 201, 7, ["a"], None, "", "..", "a/b", "a\\b", "a:b"])
+def test_what_is_no_plain_name_is_refused_in_one_line(tmp_path, name):
+    with pytest.raises(PlanError) as raised:
+        PlanStore([], tmp_path).locate(name)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
+
+
+def test_a_name_of_many_bytes_can_be_saved(tmp_path):
+    store = PlanStore([], tmp_path)
+    name = "é" * 90
+    store.save(make_plan(1), name)
+    assert store.names() == [name + ".safetensors"]
