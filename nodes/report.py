@@ -44,7 +44,7 @@ class PAROReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, samples: dict) -> io.NodeOutput:
-        report = last_report(model)
+        report = last_report(model, samples.get("samples"))
         if isinstance(report, str):
             # Not an error: it would take the pictures down with it.
             return io.NodeOutput(report, json.dumps({"reason": report}), _EMPTY, ui={"text": (report,)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,21 @@ APPLY_MODEL = {"x": None, "t": None, "c_concat": None, "c_crossattn": None, "con
 
 ATTEMPTS = 4
 """Times one evaluation is run at most when its results are not finite."""
+
+
+KEPT_REPORTS = 16
+"""Runs of one patched model whose reports are kept: a workflow may sample with it several times."""
+
+MARKED_VALUES = 64
+"""Of a result, evenly spread: they tell it from others."""
+
+
+def mark_of(samples: Any) -> Hashable | None:
+    """What a result is known again by: its shape and some of its values. None for what is no plain tensor."""
+    if type(samples) is not torch.Tensor or not samples.numel():
+        return None
+    places = torch.linspace(0, samples.numel() - 1, min(samples.numel(), MARKED_VALUES)).long()
+    return tuple(samples.shape), tuple(samples.flatten()[places.to(samples.device)].tolist())
 
 
 class HostRun:
@@ -101,6 +116,11 @@ class Lifecycle:
         self.strict = strict
         self.last_report: Report | None = None
         self._start = start
+        self._reports: dict[Hashable, Report] = {}
+
+    def report_of(self, samples: Any) -> Report | None:
+        """The report of the run that made this latent, or of the last one where it is not known again."""
+        return self._reports.get(mark_of(samples), self.last_report)
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of OUTER_SAMPLE: (noise, latent_image, sampler, sigmas, ...), owner the guider."""
@@ -121,6 +141,11 @@ class Lifecycle:
         finally:
             options.pop(OPTIONS_KEY, None)
         self.last_report = self._finish(session)
+        if self.last_report is not None:
+            self._reports.pop(mark_of(result), None)
+            self._reports[mark_of(result)] = self.last_report
+            for oldest in list(self._reports)[:-KEPT_REPORTS]:
+                del self._reports[oldest]
         return result
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:

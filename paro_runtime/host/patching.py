@@ -148,11 +148,12 @@ def remove(model: Any) -> Any:
     return clone
 
 
-def last_report(model: Any) -> Report | str:
-    """The report of the last complete run of a patched model, or a one-line reason why there is none."""
+def last_report(model: Any, samples: Any = None) -> Report | str:
+    """The report of the run of a patched model that made the latent `samples`, of its last complete run where that is
+    not known, or a one-line reason why there is none."""
     found = model.get_attachment(KEY)
     if isinstance(found, Lifecycle):
-        return found.last_report or "PARO has not run yet: sample with this model first"
+        return found.report_of(samples) or "PARO has not run yet: sample with this model first"
     return f"PARO passed this model through: {found}" if found else "PARO is not on this model, or is switched off"
 
 

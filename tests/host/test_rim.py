@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_paro.paro_runtime.evaluation import Evaluation
-from comfyui_paro.paro_runtime.host import patching
+from comfyui_paro.paro_runtime.host import lifecycle, patching
 from comfyui_paro.paro_runtime.host.evaluation import HostEvaluation
 from comfyui_paro.paro_runtime.host.lifecycle import HostRun
 from comfyui_paro.paro_runtime.host.override import SLOT
@@ -185,3 +185,21 @@ def test_a_run_serves_its_own_model_and_its_copies():
     run = HostRun(None, None, guider)
     assert run.serves("own") and run.serves("copy") and not run.serves("other")
     assert HostRun(None, None, object()).serves("other")  # a guider that does not tell
+
+
+def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
+    """A second sampler with the same model, a high-resolution pass say, has a report of its own."""
+    model, other = comfy.patched(wan, **SPARSE), (5, 9, 9)
+    first, second = (comfy.sample(model, grid, steps=3) for grid in (GRID, other))
+    again = comfy.sample(model, other, steps=3, seed=1)
+    for samples, grid in ((first, GRID), (second, other), (again, other), (first.clone(), GRID)):
+        assert comfy.report(model, samples).grid == grid
+    assert comfy.report(model, second) is not comfy.report(model, again)
+    # What another node made of a latent is not known again: then it is the last run's.
+    for unknown in (first * 2, None, "a latent"):
+        assert comfy.report(model, unknown) is comfy.report(model, again)
+    for seed in range(2, 2 + lifecycle.KEPT_REPORTS):
+        comfy.sample(model, GRID, steps=2, seed=seed)
+    assert (
+        comfy.report(model, first).steps == 2 and len(model.get_attachment("paro")._reports) == lifecycle.KEPT_REPORTS
+    )
