@@ -112,6 +112,11 @@ class HostEvaluation:
         )
         return out[:, :, first:]
 
+    @property
+    def saw_nothing(self) -> bool:
+        """Whether no attention came by, not even one that is not PARO's."""
+        return not self._positions
+
     def trouble(self, where: str, error: Exception) -> None:
         """A call goes to the host because of an error of PARO's own, which is counted. Raises it with `strict`."""
         session = self._attempt.session

@@ -57,6 +57,7 @@ class HostRun:
         self.family = family
         self._guider = guider
         self._sigmas: Any = None
+        self._compiled_anew = False
 
     def serves(self, model: Any) -> bool:
         """Whether it is the model that was patched, or one of its copies on other GPUs: a guider may have a second
@@ -66,6 +67,21 @@ class HostRun:
             return True
         copies = (getattr(self._guider, "model_options", None) or {}).get("multigpu_clones", {})
         return any(each.model is model for each in (patcher, *copies.values()))
+
+    def compiles_anew(self, evaluation: HostEvaluation, options: dict[str, Any]) -> bool:
+        """Whether the evaluation is to be made again because a graph left PARO out: once in a run.
+
+        A model that was compiled in a run without PARO keeps that graph, since the host's compile node drops every
+        guard on `transformer_options`. All graphs are dropped, and compiled again when they are called next.
+        """
+        kinds = options.get("wrappers", {})
+        compiled = any("torch.compile" in kinds.get(kind, {}) for kind in ("apply_model", "diffusion_model"))
+        if self._compiled_anew or not evaluation.saw_nothing or not compiled:
+            return False
+        self._compiled_anew = True
+        self.session.note("the model had been compiled without PARO: it is compiled anew")
+        torch.compiler.reset()
+        return True
 
     def begin(
         self, model: Any, args: Sequence[Any], extra: dict[str, Any], again: bool = False, can_redo: bool = False
@@ -173,6 +189,8 @@ class Lifecycle:
                 _stand_first(options)
             its = {**bound, "control": _copied(bound["control"]), "transformer_options": options}
             result = executor(*its.values(), *args[len(APPLY_MODEL) :], **extra)
+            if evaluation is not None and can_redo and run.compiles_anew(evaluation, given):
+                continue
             if evaluation is None or not self._end(evaluation, number):
                 break
         return result

@@ -203,3 +203,26 @@ def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
     assert (
         comfy.report(model, first).steps == 2 and len(model.get_attachment("paro")._reports) == lifecycle.KEPT_REPORTS
     )
+
+
+def test_a_model_that_was_compiled_without_paro_is_compiled_anew(comfy, wan):
+    """The host's compile node drops every guard that would tell the old graph that the options are others."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    nodes = pytest.importorskip("comfy_extras.nodes_torch_compile")
+
+    def compiled(model):
+        clone = model.clone()
+        set_torch_compile_wrapper(
+            model=clone, backend="eager", options={"guard_filter_fn": nodes.skip_torch_compile_dict}
+        )
+        return clone
+
+    torch.compiler.reset()
+    comfy.sample(compiled(wan), GRID, steps=3)
+    model = compiled(comfy.patched(wan, **SPARSE))
+    out = comfy.sample(model, GRID, steps=3)
+    report = comfy.report(model)
+    assert report.calls == {"sparse": 2 * comfy.LAYERS, "dense step": comfy.LAYERS} and not report.passed
+    assert report.notes == ["the model had been compiled without PARO: it is compiled anew"]
+    assert torch.equal(out, comfy.sample(model, GRID, steps=3)) and not comfy.report(model).notes
