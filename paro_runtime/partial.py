@@ -21,11 +21,12 @@ from safetensors.torch import save_file
 from .falloff import falloff_shape
 from .orders import ALL_ORDERS
 from .plan import ModelIdentity, PlanError, Site
+from .plan_file import file_digest
 from .sums import SiteSums
 from .tokens import TokenLayout
 
 log = logging.getLogger("paro")
-KEY = "paro_partial"
+KEY, DIGEST = "paro_partial", "paro_sha256"
 FORMAT = 2
 SUFFIX = ".sums"
 DTYPES = (torch.float32, torch.bfloat16, torch.int64)
@@ -53,9 +54,8 @@ class PartialStore:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{site.name}{SUFFIX}"
         unfinished = path.with_name(path.name + ".part")
-        save_file(
-            {k: v.contiguous() for k, v in sums.tensors().items()}, unfinished, metadata={KEY: json.dumps(header)}
-        )
+        text, tensors = json.dumps(header), {k: v.contiguous() for k, v in sums.tensors().items()}
+        save_file(tensors, unfinished, metadata={KEY: text, DIGEST: file_digest(text, tensors)})
         unfinished.replace(path)
 
     def read(self) -> tuple[TokenLayout | None, dict[Site, SiteSums]]:
@@ -81,8 +81,11 @@ class PartialStore:
 
     def _read_one(self, path: Path) -> tuple[Site, TokenLayout, SiteSums]:
         with safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()[KEY])
+            text, digest = (file.metadata()[key] for key in (KEY, DIGEST))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        if digest != file_digest(text, tensors):
+            raise ValueError("its checksum does not match")
+        header = json.loads(text)
         if header["format"] != FORMAT or header["identity"] != self.identity or header["options"] != self.options:
             raise PlanError(f"calibration {self.folder.name}: belongs to another model or to other options; remove it")
         prefix, grid, suffix = header["layout"]

@@ -158,6 +158,9 @@ class _Header:
         names = header["order_names"]
         if not isinstance(names, list) or any(order not in ALL_ORDERS for order in names):
             raise PlanError(f"plan {name}: order names {names!r} are not all known")
+        target = header["settings"].get("mass_target", 0)
+        if type(target) not in (int, float) or not 0 <= target <= 1:
+            raise PlanError(f"plan {name}: a mass_target of {target!r} is no share of the attention")
         if not 0 < len(header["sites"]) <= LIMITS["sites"]:
             raise PlanError(f"plan {name}: {len(header['sites'])} sites, expected 1 to {LIMITS['sites']}")
         made = cls(text, header, layout, (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // BLOCK_K)))
@@ -245,6 +248,8 @@ def _read_site(
             raise PlanError(f"plan {name}: {key}.mask has a row that keeps no block")
         if (kept / math.prod(shape[1:]) - density).abs().max() > 1e-3:
             raise PlanError(f"plan {name}: {key}.mask does not have the density it declares")
+    if not -1e-3 <= tensors["mass_kept"].min() <= tensors["mass_kept"].max() <= 1 + 1e-3:
+        raise PlanError(f"plan {name}: {key}.mass_kept is no share of the attention")
     if tail and tensors["tail_bias"].abs().max() > 20:
         raise PlanError(f"plan {name}: {key}.tail_bias is beyond 20")
     return tensors

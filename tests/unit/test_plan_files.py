@@ -150,6 +150,8 @@ def test_mutated_plans_are_refused_in_one_line(seed, tmp_path):
         ({"tail_bias": torch.full((4,), 99.0)}, "beyond 20"),
         ({"tail_bias": torch.full((4,), float("nan"))}, "not finite"),
         ({"density": torch.zeros(4)}, "does not have the density"),
+        ({"mass_kept": torch.full((4,), 1e30)}, "mass_kept is no share"),
+        ({"mass_kept": torch.full((4,), -1.0)}, "mass_kept is no share"),
         ({"rotate": "yes"}, "rotate of 'double.1.0' is 'yes'"),
         ({"rotate": 1}, "expected true or false"),
         ({"packed": torch.zeros(13, dtype=torch.uint8)}, "keeps no block"),
@@ -367,19 +369,19 @@ def test_a_row_that_keeps_nothing_is_refused_even_with_a_right_checksum(tmp_path
         load_plan(tmp_path / "x.safetensors")
 
 
-OPTIONS = MaskOptions(0.4, "mass", "shared", 64)
+ASKED = MaskOptions(0.4, "mass", "shared", 64)
 
 
 def kept(tmp_path, **changes) -> tuple[PlanStore, Plan]:
-    """A store with one plan, whose settings are OPTIONS' but for `changes`."""
+    """A store with one plan, whose settings are ASKED' but for `changes`."""
     store, plan = PlanStore([], tmp_path), make_plan(1)
-    plan = replace(plan, settings={**OPTIONS.as_dict(), **changes})
-    store.save(plan, automatic_name(replace(plan, settings=OPTIONS.as_dict())))
+    plan = replace(plan, settings={**ASKED.as_dict(), **changes})
+    store.save(plan, automatic_name(replace(plan, settings=ASKED.as_dict())))
     return store, plan
 
 
 def found(store: PlanStore, plan: Plan):
-    return store.find(plan.identity, plan.layout, plan.block_q, OPTIONS)
+    return store.find(plan.identity, plan.layout, plan.block_q, ASKED)
 
 
 def test_a_plan_that_was_given_another_ones_name_is_refused(tmp_path):
@@ -429,3 +431,29 @@ def test_a_name_of_many_bytes_can_be_saved(tmp_path):
     name = "é" * 90
     store.save(make_plan(1), name)
     assert store.names() == [name + ".safetensors"]
+
+
+@pytest.mark.parametrize("target", ["much", None, [1], True, -1, 1.5, 10**30])
+def test_a_target_that_is_no_share_is_refused(target, tmp_path):
+    """A report compares it with what is kept."""
+    save_plan(replace(make_plan(1), settings={"mass_target": target}), tmp_path / "p.safetensors")
+    with pytest.raises(PlanError, match="a mass_target of"):
+        read_header(tmp_path / "p.safetensors")
+
+
+def test_mutated_sums_are_observed_again(tmp_path):
+    """Half of the mutations of a file leave its sums plausible."""
+    feed(Calibrator(IDENTITY, OPTIONS, partial=tmp_path / "c"), prompts=1)
+    path = next((tmp_path / "c").glob("*.sums"))
+    data, chance = path.read_bytes(), random.Random(0)
+    sites = len(list((tmp_path / "c").glob("*.sums")))
+    for number in range(60):
+        at = chance.randrange(200, len(data))
+        path.write_bytes(data[:at] + bytes([data[at] ^ (1 << chance.randrange(8))]) + data[at + 1 :])
+        try:
+            found = len(Calibrator(IDENTITY, OPTIONS, partial=tmp_path / "c").sites)
+        except PlanError:
+            continue  # the header names another calibration
+        assert found == sites - 1, number
+    path.write_bytes(data)
+    assert len(Calibrator(IDENTITY, OPTIONS, partial=tmp_path / "c").sites) == sites
