@@ -41,11 +41,15 @@ MARKED_VALUES = 64
 
 
 def mark_of(samples: Any) -> Hashable | None:
-    """What a result is known again by: its shape and some of its values. None for what is no plain tensor."""
+    """What a result is known again by: its shape and some of its values. None for what is no plain tensor, or cannot be
+    read: a result that is not known again is no reason to lose it."""
     if type(samples) is not torch.Tensor or not samples.numel():
         return None
     places = torch.linspace(0, samples.numel() - 1, min(samples.numel(), MARKED_VALUES)).long()
-    return tuple(samples.shape), tuple(samples.flatten()[places.to(samples.device)].tolist())
+    try:
+        return tuple(samples.shape), tuple(samples.flatten()[places.to(samples.device)].tolist())
+    except RuntimeError:  # no memory, no values
+        return None
 
 
 class HostRun:

@@ -196,7 +196,7 @@ def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
         assert comfy.report(model, samples).grid == grid
     assert comfy.report(model, second) is not comfy.report(model, again)
     # What another node made of a latent is not known again: then it is the last run's.
-    for unknown in (first * 2, None, "a latent"):
+    for unknown in (first * 2, None, "a latent", torch.empty(2, device="meta"), torch.eye(3).to_sparse(), first[:0]):
         assert comfy.report(model, unknown) is comfy.report(model, again)
     for seed in range(2, 2 + lifecycle.KEPT_REPORTS):
         comfy.sample(model, GRID, steps=2, seed=seed)
