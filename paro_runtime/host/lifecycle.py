@@ -140,7 +140,8 @@ class Lifecycle:
 
     def report_of(self, samples: Any) -> Report | None:
         """The report of the run that made this latent, or of the last one where it is not known again."""
-        return self._reports.get(mark_of(samples), self.last_report)
+        mark = mark_of(samples)
+        return self.last_report if mark is None else self._reports.get(mark, self.last_report)
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of OUTER_SAMPLE: (noise, latent_image, sampler, sigmas, ...), owner the guider."""
@@ -161,9 +162,10 @@ class Lifecycle:
         finally:
             options.pop(OPTIONS_KEY, None)
         self.last_report = self._finish(session)
-        if self.last_report is not None:
-            self._reports.pop(mark_of(result), None)
-            self._reports[mark_of(result)] = self.last_report
+        mark = mark_of(result)
+        if self.last_report is not None and mark is not None:
+            self._reports.pop(mark, None)
+            self._reports[mark] = self.last_report
             for oldest in list(self._reports)[:-KEPT_REPORTS]:
                 del self._reports[oldest]
         return result
@@ -174,7 +176,10 @@ class Lifecycle:
         bound = {**APPLY_MODEL, **dict(zip(APPLY_MODEL, args, strict=False))}
         bound |= {name: kwargs[name] for name in APPLY_MODEL if name in kwargs}
         run = (bound["transformer_options"] or {}).get(OPTIONS_KEY)
-        if not isinstance(run, HostRun) or not run.serves(executor.class_obj):
+        if not isinstance(run, HostRun):
+            return executor(*args, **kwargs)
+        if not run.serves(executor.class_obj):
+            run.session.decline("an evaluation of another model than the one that was patched")
             return executor(*args, **kwargs)
         extra = {name: value for name, value in kwargs.items() if name not in APPLY_MODEL}
         model, given = executor.class_obj.diffusion_model, bound["transformer_options"]

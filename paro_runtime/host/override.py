@@ -98,21 +98,23 @@ def _ours(args: tuple, kwargs: dict[str, Any]) -> tuple[HostEvaluation, Attentio
 
 
 def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention, plain: bool) -> torch.Tensor:
-    """The call by PARO. Trouble of PARO's own, and a result that is none, end in `dense`; an error of the host's own
-    attention is the host's."""
+    """The call by PARO. Trouble of PARO's own, and a result of its own that is none, end in `dense`; what the host's
+    attention gives or raises is the host's."""
     evaluation, call, claim = ours
-    of_host: list[BaseException] = []
+    of_host: list[BaseException | None] = []  # of each time it was asked: its error, or None for a result
 
     def host() -> torch.Tensor:
         try:
-            return call.from_caller(dense())
+            out = call.from_caller(dense())
         except BaseException as error:
             of_host.append(error)
             raise
+        of_host.append(None)
+        return out
 
     try:
         out = evaluation.attend(call, claim, host, plain)
-        wrong = call.unlike_result(out)
+        wrong = None if of_host else call.unlike_result(out)
         if wrong is None:
             return call.to_caller(out)
         raise RuntimeError(wrong)

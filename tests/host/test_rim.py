@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_paro.paro_runtime.evaluation import Evaluation
-from comfyui_paro.paro_runtime.host import lifecycle, patching
+from comfyui_paro.paro_runtime.host import calls as calls_module
+from comfyui_paro.paro_runtime.host import lifecycle, override, patching
 from comfyui_paro.paro_runtime.host.evaluation import HostEvaluation
 from comfyui_paro.paro_runtime.host.lifecycle import HostRun
 from comfyui_paro.paro_runtime.host.override import SLOT
@@ -97,6 +98,23 @@ def test_an_error_of_the_hosts_own_attention_is_the_hosts(comfy, wan):
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_what_the_hosts_own_attention_gives_is_not_judged(kind):
+    """Another attention may answer in another dtype, and models take it."""
+    q = torch.randn(1, 2, 9, 8)
+    call, calls = calls_module.read_call(q, q, q, 2, skip_reshape=True, skip_output_reshape=True), []
+
+    def theirs():
+        calls.append(1)
+        return q.to(kind)
+
+    given = SimpleNamespace(attend=lambda call, claim, dense, plain: dense(), trouble=raising)
+    assert override._attend((given, call, SimpleNamespace(site=None)), theirs, True).dtype == kind and len(calls) == 1
+    given = SimpleNamespace(attend=lambda call, claim, dense, plain: q.to(kind), trouble=lambda *args: calls.append(2))
+    out = override._attend((given, call, SimpleNamespace(site=SimpleNamespace(name="it"))), theirs, True)
+    assert out.dtype == kind and calls == [1, 2, 1]
+
+
 @pytest.mark.parametrize("index", ["seven", (1, 2), None])
 def test_a_block_number_that_is_none(comfy, wan, index):
     """Another node writes what it likes into the options of a call."""
@@ -165,7 +183,8 @@ def test_a_guider_of_two_models_keeps_each_as_it_was_patched(comfy, wan, wan_fil
         noise = comfy.comfy.sample.prepare_noise(empty, 0)
         guider.sample(noise, empty, comfy.comfy.samplers.sampler_object("euler"), sigmas, disable_pbar=True, seed=0)
     report = comfy.report(model)
-    assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS} and not report.passed
+    assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS}
+    assert report.passed == [("an evaluation of another model than the one that was patched", 4)]
 
 
 def test_a_model_that_cannot_be_read_passes_through(comfy, wan, monkeypatch):
@@ -198,6 +217,10 @@ def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
     # What another node made of a latent is not known again: then it is the last run's.
     for unknown in (first * 2, None, "a latent", torch.empty(2, device="meta"), torch.eye(3).to_sparse(), first[:0]):
         assert comfy.report(model, unknown) is comfy.report(model, again)
+    # A run whose result is no plain tensor is the last one, until the next.
+    kept = model.get_attachment("paro")
+    kept.last_report = comfy.report(model, first)
+    assert comfy.report(model, None) is comfy.report(model, first)
     for seed in range(2, 2 + lifecycle.KEPT_REPORTS):
         comfy.sample(model, GRID, steps=2, seed=seed)
     assert (
