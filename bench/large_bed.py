@@ -1,7 +1,7 @@
 """Make and use large-Wan, a trained video model of real sizes (`bench/large_wan`, its model card is README.md there).
 
     python bench/large_bed.py plan                                       what a training costs at an assumed speed
-    python bench/large_bed.py train --out out/large --seconds 560 [--photos DIR] [--real DIR] [--start FILE]
+    python bench/large_bed.py train --out out/large --seconds 560 [--photos DIR] [--real DIR] [--resume-from FILE]
     torchrun --nproc_per_node 2 bench/large_bed.py train --out out/large --seconds 560
     python bench/large_bed.py pack --weights out/large/checkpoint.pt --out out/large/paro-large-wan.safetensors
     python bench/large_bed.py sheet --weights FILE --out out/large/sheet.png
@@ -156,7 +156,7 @@ def main() -> None:
     training.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
     training.add_argument("--photos", type=Path, help="folder of photographs for backgrounds")
     training.add_argument("--real", type=Path, help="folder of clips to ask the held-out loss of, never trained")
-    training.add_argument("--start", type=Path, help="packed weights to go on from where --out has no checkpoint")
+    training.add_argument("--resume-from", dest="start", type=Path, help="packed weights to go on from where --out has no checkpoint")
     command(run_pack, weights, out, ("--limit", {"type": int, "default": pack.LIMIT, "help": "bytes"}))
     command(run_unpack, weights, out)
     command(run_sheet, weights, out, device, toy)

@@ -77,7 +77,7 @@ class Evaluation:
         watched = session.calibrator is not None
         too_short = None if watched else session.too_short_to_drop(self.layout.grid_tokens, q.device)
         if too_short is not None and not self._wants_dense(q, too_short):
-            session.sites.add(site)
+            self._meet(site)
             attempt.count("dense", too_short)
             return dense()
         with session.lasting():
@@ -85,7 +85,7 @@ class Evaluation:
         if reason is not None and reason != COMPILING:
             attempt.count("passed", reason)
             return dense()
-        session.sites.add(site)
+        self._meet(site)
         if reason is not None:
             attempt.count("dense", reason)
             return dense()
@@ -137,6 +137,10 @@ class Evaluation:
     def end(self, attempt: int = 0) -> bool:
         """See `Attempt.end`."""
         return self._attempt.end(attempt)
+
+    def _meet(self, site: Site) -> None:
+        self.session.sites.add(site)
+        self._grid.sites.add(site)
 
     @property
     def _plan(self) -> Plan | None:

@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -82,7 +82,7 @@ class Grid:
 
     coming: what `plan` is the beginning of, as long as its orders and masks are still being read; no sparse call may
     come before that. begun: what each site has by itself in a sparse step that finds no plan; the sites of that step
-    are observed, and share a plan from the next one on.
+    are observed, and share a plan from the next one on. sites: those that were met on this grid.
     """
 
     layout: TokenLayout
@@ -93,6 +93,7 @@ class Grid:
     check: MovedPlanCheck | None = None
     coming: FoundPlan | None = None
     begun: Plan | None = None
+    sites: set[Site] = field(default_factory=set)
 
 
 class Session:
@@ -391,7 +392,7 @@ class Session:
             self.patterns.clear()
         if self.policy.store is not None and self.policy.remember:
             # Later runs would find no masks for what this one could not observe, and never look again.
-            missing = [site.name for site in sorted(self.sites - set(grid.plan.sites) - self.dense_block_sites)]
+            missing = [site.name for site in sorted(grid.sites - set(grid.plan.sites) - self.dense_block_sites)]
             if missing:
                 self.note(f"plan: not kept, {', '.join(missing[:3])}{' …' * (len(missing) > 3)} could not be observed")
             else:

@@ -13,6 +13,7 @@ from comfyui_paro.paro_runtime.refresh import BiasRefresh
 from comfyui_paro.paro_runtime.schedule import GROUPS
 from comfyui_paro.paro_runtime.session import Session
 from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.tokens import TokenLayout
 from comfyui_paro.tests.unit.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
 
 
@@ -122,3 +123,17 @@ def test_a_plan_that_lacks_a_site_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.undo()
     sample(session := Session(policy(store=store), sigmas=SIGMAS))
     assert session.finish().sites_sparse == len(SITES) and len(store.names()) == 1
+
+
+def test_sites_of_another_grid_are_not_missed(tmp_path):
+    """A U-Net attends on several grids, each with a plan of its own."""
+    half, store = TokenLayout(0, (2, 8, 10), 0), PlanStore([], tmp_path)
+    session = Session(policy(store=store), sigmas=SIGMAS)
+    for step, sigma in enumerate(SIGMAS[:-1]):
+        for layout, sites in ((LAYOUT, SITES[:2]), (half, SITES[2:])):
+            evaluation = session.begin(layout=layout, sigma=sigma)
+            for site in sites:
+                evaluation.attend(site, *tensors(site, step, layout), dense=lambda: None)
+            evaluation.end()
+    report = session.finish()
+    assert report.sites_sparse == len(SITES) and not report.notes and len(store.names()) == 2
