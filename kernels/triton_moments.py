@@ -5,12 +5,13 @@ sums of weights times values over all keys and over the dropped ones, s and d th
 o = S / s and the dropped blocks contribute D / s - d / s o: all of it comes from the same pass, before anything is
 normalised. Keys are split over programs, since few rows alone would leave most of a GPU idle; a second kernel adds the
 parts up and the pools to them. Nothing waits for the device. Inputs are multiplied in 16 bits with float32 sums,
-float32 ones in scaled fp16; pools are float32.
+float32 ones in scaled fp16; pools are of the inputs' type.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import triton
@@ -25,6 +26,7 @@ from .triton_pools import launch_expanded_pools, launch_mean_queries
 from .triton_rows import (
     LOG2E,
     SHIFT,
+    UNSHIFT,
     bias_of,
     load_rows,
     processors,
@@ -36,17 +38,27 @@ from .triton_rows import (
 from .triton_statistics import balanced
 
 # Sums of one group of entries, and pools of one part of it, in bytes: small beside what a model's layers hold. On an
-# H100 the sums of a site of 75,600 tokens and 40 heads take three groups, its pools around 16 mean queries 14 parts:
-# the sums want many entries at a time to fill the multiprocessors, and an entry's pools are eight times as large.
+# H100 the sums of a site of 75,600 tokens and 40 heads take three groups, its pools around 16 mean queries six parts:
+# the sums want many entries at a time to fill the multiprocessors, and an entry's pools are four times as large.
 SUM_BYTES = 32 << 20
 POOL_BYTES = 64 << 20
 # Programs per multiprocessor that the keys are split for, as far as each keeps at least so many blocks.
 PROGRAMS = 4
 LEAST_BLOCKS = 4
-# Rows, pools of a step and warps of the second kernel: with fewer warps it spills.
-MOMENT_ROWS = 32
-MOMENT_POOLS = 32
-MOMENT_WARPS = 8
+
+
+class PoolTile(NamedTuple):
+    """Of the second kernel: rows of a program, pools of a step, warps."""
+
+    rows: int
+    pools: int
+    warps: int
+
+
+# Rows of a tile lie in several stretches, whose pools it goes over one after the other: the fewer rows the better.
+POOL_TILE = PoolTile(16, 64, 4)
+# Products of float32 inputs in three parts spill with fewer warps.
+WIDE_POOL_TILE = PoolTile(32, 32, 8)
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,7 @@ def _row_moments(
 ):  # fmt: skip
     """The moments of ROWS rows from the parts of `_row_sums`, of `size` rows each. Grid: (ceil(rows / ROWS), masks, e).
 
-    pooled_k, pooled_v and pool_bias: of `launch_expanded_pools`, in float32; a row looks at those of its stretch.
+    pooled_k, pooled_v and pool_bias: of `launch_expanded_pools`, in the type of q; a row looks at those of its stretch.
     result: five tables float32 `[B * Hq, masks, rows]`, stride_result apart.
     """
     entry, mask, masks = first + tl.program_id(2), tl.program_id(1), tl.num_programs(1)
@@ -188,7 +200,7 @@ def _row_moments(
     Q += batch.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
     place = tl.load(positions + within, real, 0)
     token = tl.load(tables + head.to(tl.int64) * stride_table + place) + prefix
-    q = load_rows(Q, token, stride_ql, stride_qd, channels, real, D, PADDED_D).to(tl.float32)
+    q = load_rows(Q, token, stride_ql, stride_qd, channels, real, D, PADDED_D)
     levels += (head.to(tl.int64) * q_blocks + place // BLOCK_Q) * k_blocks
     stretch = place.to(tl.int32) // BLOCK_Q * stretches // q_blocks
     pooled = tl.zeros([ROWS], tl.float32)
@@ -206,10 +218,13 @@ def _row_moments(
             score = tl.dot(q, tl.trans(keys), input_precision="tf32x3") * scale_log2 + bias[None, :]
             level = tl.load(levels[:, None] + (pool // PER_BLOCK)[None, :], (pool < pools)[None, :], 0)
             wanted = (level.to(tl.int32) > mask) & (stretch == s)[:, None]
-            weight = tl.where(wanted, tl.exp2(score - lse[:, None]), 0.0)
-            pooled += tl.sum(weight, 1)
+            # A pool weighs no more than its keys, so nothing overflows.
+            weight = tl.where(wanted, tl.exp2(score - (lse - SHIFT)[:, None]), 0.0).to(q.dtype)
+            pooled += tl.sum(weight.to(tl.float32), 1)
             values = tl.load(pooled_v + base * PADDED_D + at, (pool < pools)[:, None], 0.0)
             tail = tl.dot(weight, values, tail, input_precision="tf32x3")
+    pooled *= UNSHIFT
+    tail *= UNSHIFT
 
     out_sum = tl.zeros([ROWS, PADDED_D], tl.float32)
     dropped = tl.zeros([ROWS, PADDED_D], tl.float32)
@@ -268,13 +283,14 @@ def launch_row_moments(
     tables, levels = tables.contiguous(), levels.contiguous()
     units = units_of(q, k, v)
     result = torch.empty(5, batch, heads, masks, rows, device=device)
-    # float32 numbers of an entry: what `_row_sums` stores, pooled keys, values and their bias.
+    # Bytes of an entry: what `_row_sums` stores; mean queries, pooled keys, values and their bias.
     step = balanced(entries, SUM_BYTES // (4 * masks * splits * size * (2 * padded + 3)))
-    part = balanced(step, POOL_BYTES // (4 * stretches * (pools * (2 * padded + 1) + padded)))
+    part = balanced(step, POOL_BYTES // (stretches * (pools * (2 * padded * q.element_size() + 4) + 4 * padded)))
+    second = WIDE_POOL_TILE if wide else POOL_TILE
     peaks = torch.empty(step, masks, splits, size, device=device)
     totals = torch.empty(step, masks, splits, 2, size, device=device)
     sums = torch.empty(step, masks, splits, 2, size, padded, device=device)
-    pooled_k, pooled_v = (torch.empty(part, stretches, pools, padded, device=device) for _ in range(2))
+    pooled_k, pooled_v = (torch.empty(part, stretches, pools, padded, dtype=q.dtype, device=device) for _ in range(2))
     pool_bias = torch.empty(part, stretches, pools, device=device)
     means = torch.empty(part, stretches, padded, device=device) if expansions else None
     for first in range(0, entries, step):
@@ -296,13 +312,13 @@ def launch_row_moments(
                 around, k, v, g, tables, None, pool, pooled_k[:count], pooled_v[:count], pool_bias[:count],
                 scale=scale, q_heads=heads, key_bias=key_bias, first=begin,
             )  # fmt: skip
-            _row_moments[(-(-rows // MOMENT_ROWS), masks, count)](
+            _row_moments[(-(-rows // second.rows), masks, count)](
                 q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks[its], totals[its], sums[its],
                 result, *q.stride(), tables.stride(0), result.stride(0),
                 begin, heads, rows, size, g.prefix, g.q_blocks, g.k_blocks, pools, stretches, splits, entries,
                 scale * LOG2E,
-                D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=MOMENT_ROWS, POOLS=MOMENT_POOLS,
-                PER_BLOCK=g.block_k // pool, WIDE=wide, num_warps=MOMENT_WARPS, num_stages=2,
+                D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=second.rows, POOLS=second.pools,
+                PER_BLOCK=g.block_k // pool, WIDE=wide, num_warps=second.warps, num_stages=2,
             )  # fmt: skip
     return RowMoments(*result)
 

@@ -15,7 +15,7 @@ UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "add", "shares")
 class CalibrationRow:
     """One kernel to compile with bf16 inputs: `lse`, `blocks`, `orders` and `shares`, which follows it, `rows`,
     `costs`, `sums`, `few` (the same for few rows), `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the
-    correction wants them), `pools+` (in float32, as the moments do), `means32` and `pools32` (of float32 inputs)."""
+    correction wants them), `pools+` (in float32, as block costs do), `means32` and `pools32` (of float32 inputs)."""
 
     capability: int
     dim: int
@@ -109,8 +109,9 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
             rows, kernel = triton_query_sums.SUM_ROWS, triton_query_sums._query_sums
             constants["BLOCKS"] = triton_query_sums.SUM_BLOCKS
     elif row.kernel == "moments":
-        rows, keys = triton_moments.MOMENT_ROWS, triton_moments.MOMENT_POOLS
-        warps, stages = triton_moments.MOMENT_WARPS, 2
+        rows, keys, warps = triton_moments.POOL_TILE
+        stages = 2
+        pointers |= dict.fromkeys(("pooled_k", "pooled_v"), "*bf16")
         kernel = triton_moments._row_moments
         constants |= {"POOLS": keys, "PER_BLOCK": 1}
     else:
@@ -131,7 +132,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         found = _compile.Compiled(registers, spills, 0, compiled.metadata.shared, 0.0, tuple(products), False)
         return {**asdict(row), "tile": tile, **asdict(found), "problems": problems}
     found = _compile.inspect(compiled, warps, rows * keys)
-    # Few rows in TF32: no warpgroup's product.
+    # Few rows: no warpgroup's product.
     expected = DEFAULT if row.kernel in ("moments", "finish") else EXPECTED.get(row.capability, DEFAULT)
     problems = []
     if not {name.split(".")[0] for name in found.mma} & expected:
