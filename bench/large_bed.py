@@ -156,7 +156,8 @@ def main() -> None:
     training.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
     training.add_argument("--photos", type=Path, help="folder of photographs for backgrounds")
     training.add_argument("--real", type=Path, help="folder of clips to ask the held-out loss of, never trained")
-    training.add_argument("--resume-from", dest="start", type=Path, help="packed weights to go on from where --out has no checkpoint")
+    resume = "packed weights to go on from where --out has no checkpoint"
+    training.add_argument("--resume-from", dest="start", type=Path, help=resume)
     command(run_pack, weights, out, ("--limit", {"type": int, "default": pack.LIMIT, "help": "bytes"}))
     command(run_unpack, weights, out)
     command(run_sheet, weights, out, device, toy)

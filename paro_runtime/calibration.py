@@ -18,6 +18,7 @@ from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site
 from .planning import Method, Planner
 from .recipes import MaskOptions, query_block
+from .refresh import is_short
 from .schedule import GROUPS
 from .stability import Glimpse, Stability, compare, glimpse
 from .statistics import Observation, StatisticsOptions, observe
@@ -39,10 +40,12 @@ class Calibrator:
         method: Method | None = None,
         partial: Path | None = None,
         own: bool = False,
+        bias_later: bool = False,
     ) -> None:
         """partial: folder that keeps the sums after every observation; what it holds already is taken up again.
         own: the plan is for the run that is observed, and no other: what moves a plan to other grids and what
-        `stability` compares are left out.
+        `stability` compares are left out. bias_later: that run measures the tail's bias under its masks before it uses
+        them, if the calls are not short (`refresh`): none is worked out here.
 
         Raises PlanError when the folder belongs to another model, grid or options.
         """
@@ -54,7 +57,7 @@ class Calibrator:
         self._sums: dict[Site, SiteSums] = {}
         self._of_groups: dict[tuple[Site, int], SiteSums] = {}
         self._glimpses: dict[tuple[Site, int, int], Glimpse] = {}
-        self._own = own
+        self._own, self._bias_later = own, bias_later
         self._room = Room()
         self._lock = threading.Lock()
         self._device = torch.device("cpu")  # where what was last observed was
@@ -113,6 +116,7 @@ class Calibrator:
             method.alpha,
             method.sigma,
             not self._own,
+            not self._bias_later or is_short(q),
         )
         block_q = query_block(layout.grid_tokens)
         before = (None, None) if previous is None else (previous.scores, previous.choice)
@@ -192,7 +196,7 @@ class Calibrator:
         with self._lock:
             self._room.finish()
             sums = {site: self._sums[site] for site in sites}
-        return Planner(self.layout, self.options, self.method, sums, self._of_groups, group)
+        return Planner(self.layout, self.options, self.method, sums, self._of_groups, group, self._bias_later)
 
     def _plan(self, planner: Planner, made: dict, forget: Callable[[Site], object] | None) -> Plan:
         made = {"criterion": "mass" if planner.by_mass else "error", **made}

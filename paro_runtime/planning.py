@@ -94,20 +94,22 @@ class Planner:
         sums: dict[Site, SiteSums],
         of_groups: dict[tuple[Site, int], SiteSums],
         group: int | None = None,
+        bias_later: bool = False,
     ) -> None:
         """sums: of every observation, by site, in the plan's order; of_groups: of the steps of one group, where masks
-        of groups follow from their own. group: of steps, the only one that the plan is for, and has masks of."""
+        of groups follow from their own. group: of steps, the only one that the plan is for, and has masks of.
+        bias_later: sites without curves have a bias of zero, until it is measured."""
         self.layout, self.options, self.method = layout, options, method
         self.sites = tuple(sums)
         self._sums = list(sums.values())
         self._of_groups = of_groups
-        self._group = group
+        self._group, self._bias_later = group, bias_later
         measured = [n for n, s in enumerate(self._sums) if s.logit_errors is not None]
         errors = root_means([(self._sums[n].logit_errors, self._sums[n].weight) for n in measured])
         self._errors = dict(zip(measured, errors, strict=True))
         # Sites whose bias follows from one set of curves, for every group of steps.
-        alike = method.time_groups is None and options.pool is not None
-        self._of_curves = [n for n, s in enumerate(self._sums) if alike and self._bias_by_error(s)]
+        alike = method.time_groups is None and options.pool is not None and method.bias == "error"
+        self._of_curves = [n for n, s in enumerate(self._sums) if alike and s.curves is not None]
 
     @property
     def by_mass(self) -> bool:
@@ -275,12 +277,12 @@ class Planner:
         return Worth(s.error, s.energy.clamp_min(1e-20))
 
     def _bias_by_error(self, s: SiteSums) -> bool:
-        return s.curves is not None and self.method.bias == "error"
+        return (s.curves is not None or self._bias_later) and self.method.bias == "error"
 
     def _bias(self, s: SiteSums, mask: torch.Tensor, density: torch.Tensor) -> torch.Tensor | None:
         """The tail's bias under a mask whose heads have these densities `[H]`, float32 `[H]`."""
         if self.options.pool is None:
             return None
         if self._bias_by_error(s):
-            return bias_at(s.curves.to(density.device), density)
+            return torch.zeros_like(density) if s.curves is None else bias_at(s.curves.to(density.device), density)
         return None if s.pooled is None else tail_bias(s.mass.to(mask.device), s.pooled.to(mask.device), mask)

@@ -362,8 +362,11 @@ class Session:
 
     def _calibrator(self, step: int) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
-        method = self.method.in_passing(self._noisy(max(step, self.schedule.dense_steps - 1)))
-        return Calibrator(self.policy.identity, self.options, method=method, own=not self.policy.remember)
+        seen, own = max(step, self.schedule.dense_steps - 1), not self.policy.remember
+        method = self.method.in_passing(self._noisy(seen))
+        # A sparse step that sees its masks itself goes by what it saw.
+        later = own and self.refresh is not None and self.schedule.is_dense_step(seen)
+        return Calibrator(self.policy.identity, self.options, method=method, own=own, bias_later=later)
 
     def _noisy(self, step: int) -> bool:
         """Whether a step begins with hardly anything but noise."""

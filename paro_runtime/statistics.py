@@ -50,6 +50,7 @@ class StatisticsOptions:
 
     density: at which orders are compared. order: `mass`, `paper` or `original`. tiles: offer tiled orders to `mass`.
     pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels.pools`).
+    curves: try biases on sampled rows, for a plan whose first run does not measure them under its masks anyway.
     pooled_mass: also measure the mass of pooled keys, plain means, for a bias that only makes the total mass right.
     by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
     tail's sampled rows would tell them; on large grids no errors of single blocks then.
@@ -66,6 +67,7 @@ class StatisticsOptions:
     alpha: float = 0.5
     sigma: float = 1.0
     falloff: bool = True
+    curves: bool = True
 
     def candidates(self, grid: tuple[int, int, int]) -> tuple[str, ...]:
         """Names of the orders to compare on this grid, FHW first."""
@@ -168,9 +170,10 @@ def observe(
     if v is not None and options.pool is not None:
         pools = {"pool": options.pool, "expansions": options.expansions}
         if large and options.by_mass and mass is not None:
-            tail = TailObservation(curves=bias_curves(q, k, v, geometry, rows, mass, **pools, **rest))
+            if options.curves:
+                tail = TailObservation(curves=bias_curves(q, k, v, geometry, rows, mass, **pools, **rest))
         else:
-            sizes = {"rows": LARGE_TAIL_ROWS} if large else {}
+            sizes = {"curves": options.curves} | ({"rows": LARGE_TAIL_ROWS} if large else {})
             tail = observe_tail(q, k, v, geometry, rows, density=options.density, **sizes, **pools, **rest)
     if mass is None and pool is None and tail is not None and not options.by_mass:
         mass = tail.mass

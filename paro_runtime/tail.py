@@ -41,14 +41,15 @@ MASK_DENSITIES = (0.05, 0.1, 0.2, 0.4)
 class TailObservation:
     """Squared errors, in units of the squared output, summed over rows and channels; mean over the batch.
 
-    curves float32 [H, len(MASK_DENSITIES), len(BIASES)]: of the whole output, over CURVE_ROWS rows of some blocks.
+    curves float32 [H, len(MASK_DENSITIES), len(BIASES)]: of the whole output, over CURVE_ROWS rows of some blocks; None
+           where biases were not tried.
     error  float32 [H, q_blocks, k_blocks]: of leaving a block to the tail, estimated for all of the block's rows.
     mass   float32 [H, q_blocks, k_blocks]: attention in each block, likewise estimated.
     energy float32 [H]: squared output itself over the sampled rows.
     All but the curves are None where single blocks were not measured.
     """
 
-    curves: torch.Tensor
+    curves: torch.Tensor | None
     error: torch.Tensor | None = None
     mass: torch.Tensor | None = None
     energy: torch.Tensor | None = None
@@ -128,13 +129,14 @@ def observe_tail(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     rows: int = ROWS_PER_BLOCK,
+    curves: bool = True,
     backend: str = "auto",
 ) -> TailObservation:
-    """What each block costs and which bias suits; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, tables int `[Hq, N]`.
+    """What each block costs, and which bias suits; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, tables int `[Hq, N]`.
 
-    tables: grid index at each position of the head's order. expansions: of the pools that the biases are for.
-    rows: looked at in each query block, a power of two up to 64. On a GPU costs three times rows / block_q of a dense
-    attention, and less than half of one on top for the biases.
+    tables: grid index at each position of the head's order. expansions: of the pools that the biases are for. curves:
+    whether biases are tried. rows: looked at in each query block, a power of two up to 64. On a GPU costs three times
+    rows / block_q of a dense attention, and less than half of one on top for the biases.
     """
     g, heads = geometry, q.shape[1]
     positions = sampled_rows(g, q.device, rows)
@@ -144,17 +146,17 @@ def observe_tail(
     judged = slice(None) if rows >= ROWS_PER_BLOCK else sample[0]
     group = heads // k.shape[1]
     rest = {"pool": pool, "scale": scale, "key_bias": key_bias, "backend": backend}
-    parts: list[tuple[torch.Tensor, ...]] = []
+    parts: list[tuple[torch.Tensor | None, ...]] = []
     for some in head_groups(heads, group, 32 * g.q_blocks * g.k_blocks):
         its = of_key_heads(some, group)
         call = (q[:, some], k[:, its], v[:, its], g, tables[some])
         costs = block_costs(*call, positions, expanded=expansions > 0, **rest)
         factor = _small_block_factor(costs.mass[:, judged], costs.pooled[:, judged], density)[:, None, None]
         error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
-        curves = _curves(*call, error, sample, expansions=expansions, **rest)
+        found = _curves(*call, error, sample, expansions=expansions, **rest) if curves else None
         share = size[:, None] / rows
-        parts.append((curves, error.mul_(share), costs.mass.mul_(share), costs.energy))
-    return TailObservation(*(torch.cat(part) for part in zip(*parts, strict=True)))
+        parts.append((found, error.mul_(share), costs.mass.mul_(share), costs.energy))
+    return TailObservation(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
 
 
 def bias_curves(

@@ -98,6 +98,11 @@ def no_second_look(session: Session) -> None:
     session.second_look = None
 
 
+def look_at_once(session: Session) -> None:
+    """Masks of pure noise are measured anew in the first sparse step."""
+    session.second_look.at_once = True
+
+
 def second_look_alone(session: Session) -> None:
     """Without measuring biases and corrections a session would not look again either."""
     session.second_look = SecondLook()
@@ -174,6 +179,7 @@ def mechanism_rows(dense_steps: int, backend: str, precision: str) -> list[Row]:
         made.append(Row("falling schedule", prepare=scheduled("falling")))
     if dense_steps <= 1:
         made.append(Row("second look off", prepare=no_second_look))
+        made.append(Row("look in the first sparse step", prepare=look_at_once))
         made.append(Row("blocks by error", {"method": Method(criterion="error")}))
     if PRECISIONS[precision].qk == "int8" and not PRECISIONS[precision].hadamard and backend == "triton":
         made.append(Row("rotation off", edit=never_rotated))
