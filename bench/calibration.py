@@ -46,6 +46,7 @@ from comfyui_paro.kernels.api import (  # noqa: E402
     query_corrections,
     row_logsumexp,
 )
+from comfyui_paro.kernels.problem import SparsePattern  # noqa: E402
 from comfyui_paro.paro_runtime.attention import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.calibration import Calibrator  # noqa: E402
 from comfyui_paro.paro_runtime.correction import rows_per_mean_query  # noqa: E402
@@ -55,7 +56,7 @@ from comfyui_paro.paro_runtime.plan import ModelIdentity, Site  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import MaskOptions, query_block  # noqa: E402
 from comfyui_paro.paro_runtime.refresh import measured_rows  # noqa: E402
 from comfyui_paro.paro_runtime.rotation import logit_errors  # noqa: E402
-from comfyui_paro.paro_runtime.second_look import masks_anew  # noqa: E402
+from comfyui_paro.paro_runtime.routing import routed_bits  # noqa: E402
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, order_scores  # noqa: E402
 from comfyui_paro.paro_runtime.tail import observe_bias, observe_tail, sampled_rows  # noqa: E402
 from comfyui_paro.paro_runtime.tokens import TokenLayout  # noqa: E402
@@ -134,16 +135,21 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     peak = peak_mib(observe, device)
     plans: list = []
     times["plan_ms"] = median_ms(lambda: plans.append(calibrators[0].plan({})), 1, device)
-    mask = plans[0].sites[SITE].mask(device, 1)
+    entry = plans[0].sites[SITE]
+
+    def look(pattern: SparsePattern) -> torch.Tensor:
+        return routed_bits(entry, 1, q, k, pattern, scale=None, key_bias=None)
+
+    pattern = pattern_of(
+        entry, layout, group=1, block_q=g.block_q, pool=POOL, expansions=plans[0].expansions, kv_heads=heads,
+        device=device, measure=look,
+    )  # fmt: skip
+    mask = pattern.mask
 
     def refresh():
         return observe_bias(q, k, v, g, rows, mask, pool=POOL, rows=measured_rows(g.grid_tokens))
 
     times["refresh_ms"] = median_ms(refresh, repeats, device)
-    pattern = pattern_of(
-        plans[0].sites[SITE], layout, group=1, block_q=g.block_q, pool=POOL, expansions=plans[0].expansions,
-        kv_heads=heads, device=device,
-    )  # fmt: skip
     corrected = torch.arange(0, heads, 2, dtype=torch.int32, device=device)
     shares, out = torch.ones(heads, device=device), torch.zeros_like(q)
 
@@ -157,9 +163,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     kept = query_corrections(q, k, v, pattern, corrected, rows=each).to(q.dtype)
     carry = (out, kept, shares, pattern, corrected)
     times["carried_ms"] = median_ms(lambda: add_corrections(*carry, rows=each), repeats, device)
-    entry = plans[0].sites[SITE]
-    look = (entry, 1, q, k, pattern)
-    times["look_ms"] = median_ms(lambda: masks_anew(*look, scale=None, key_bias=None), repeats, device)
+    times["look_ms"] = median_ms(lambda: look(pattern), repeats, device)
     return {
         "length": shape.length,
         "heads": heads,

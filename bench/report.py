@@ -73,6 +73,7 @@ PARTS = {
     "rest_of_model": "rest of the model",
     "observing": "observing",
     "planning": "planning",
+    "masks": "masks",
     "bias_and_corrections": "bias, corrections",
     "compiling": "compiling",
     "loading_plan": "loading the plan",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -78,14 +78,15 @@ def pattern_of(
     expansions: int,
     kv_heads: int,
     device: torch.device,
-    bits: torch.Tensor | None = None,
+    measure: Callable[[SparsePattern], torch.Tensor] | None = None,
 ) -> SparsePattern:
-    """The kernels' pattern of a planned site, on `device`; bits: of its mask, where they are there already."""
+    """The kernels' pattern of a planned site, on `device`. measure: gives the bits of its mask, uint8 `[bytes]` on the
+    device, for the pattern without one, where the plan has none."""
     bias = None if entry.tail_bias is None else entry.tail_bias[group]
     sizes = {"block_q": block_q, "pool": pool, "expansions": expansions, "kv_heads": kv_heads}
     pattern = build_pattern(layout, entry.orders, None, bias, device=device, **sizes)
     # From bits to bits: the mask itself would take eight times as much.
-    bits = sent(entry.packed[group], device) if bits is None else bits
+    bits = sent(entry.packed[group], device) if entry.has_masks else measure(pattern)
     words = words_of_bits(bits, len(entry.orders), pattern.geometry)
     return replace(pattern, kept_words=words)
 

@@ -112,11 +112,12 @@ class Calibrator:
             method.expansions,
             method.tiles,
             options.pool is not None and method.bias == "mass",
-            method.by_mass_alone(options, layout),
+            method.by_mass_alone(layout),
             method.alpha,
             method.sigma,
             not self._own,
             not self._bias_later or is_short(q),
+            method.routes(layout),
         )
         block_q = query_block(layout.grid_tokens)
         before = (None, None) if previous is None else (previous.scores, previous.choice)
@@ -138,7 +139,7 @@ class Calibrator:
     def _add(self, site: Site, step: int, seen: Observation) -> None:
         look = glimpse(seen, self.options.compared_density) if not self._own else None
         # Many observations are added up on the CPU, one or two of a run where they were made.
-        fresh = stored(seen, not self.method.by_mass_alone(self.options, self.layout), coded=self._partial is None)
+        fresh = stored(seen, not self.method.by_mass_alone(self.layout), coded=self._partial is None)
         if self._partial is not None:
             look, fresh = look and look.on_cpu(), fresh.on_cpu()
         with self._lock:

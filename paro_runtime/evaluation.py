@@ -19,8 +19,8 @@ from .patterns import with_bias
 from .plan import Plan, Site
 from .readiness import COMPILING
 from .refresh import is_short
+from .routing import routed_bits
 from .schedule import GROUPS
-from .second_look import masks_anew
 from .self_check import site_precision
 from .tokens import TokenLayout
 
@@ -245,51 +245,23 @@ class Evaluation:
         # Masks that each site has by itself hold for this step only, with what calibration tells.
         if session.refresh is None or self._grid.plan is None or self._plan.sites[site].tail_bias is None:
             return False
-        if self._awaits_look(site) and is_short(q):
-            return False  # the next step has other masks, and measures under them
         return session.refresh.due(key, self.step, self._group, is_short(q))
 
-    def _look_again(self, site: Site, q, k, pattern: SparsePattern, scale, key_bias) -> SparsePattern:
-        """The site's pattern with masks that are measured anew, if its plan was made of pure noise and this is the time
-        for it. Trouble leaves the masks as they are, and ends that for the run."""
-        session, grid = self.session, self._grid
-        look, key = session.second_look, (site, self.layout.grid)
-        if look is not None and grid.plan is None:
-            look.passes(key, self.step)
-        if look is None or grid.plan is None or not session.of_pure_noise(grid.plan) or not look.due(key, self.step):
-            return pattern
-        began = time.perf_counter()
-        group, entry = self._group, grid.plan.sites[site]
-        rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
-        try:
-            fresh = masks_anew(entry, group, q, k, pattern, **rest)
-            entry = look.keep(entry, group, fresh)
-            # The run's own copy: the plan itself may be another run's too.
-            plan = replace(grid.plan, sites={**grid.plan.sites, site: entry})
-            pattern = session.patterns.get(site, plan, group, self.layout, k.shape[1], q.device, fresh[0])
-        except Exception as error:
-            if session.settings.strict:
-                raise
-            session.end_second_look()
-            session.note(f"masks are not measured anew: {one_line(error)}")
-            return pattern
-        with session.lock:
-            grid.plan = replace(grid.plan, sites={**grid.plan.sites, site: entry})
-        session.tail_seconds += time.perf_counter() - began
-        return pattern
+    def _pattern(self, site: Site, q, k, scale, key_bias) -> SparsePattern:
+        """The site's pattern in this step; where its plan has no masks, with one that is measured on this call, if none
+        of this group of steps is at hand."""
+        session, plan, group = self.session, self._plan, self._group
 
-    def _awaits_look(self, site: Site) -> bool:
-        """Whether the site's masks are measured anew in the next step."""
-        session, plan = self.session, self._grid.plan
-        look = session.second_look
-        if look is None or plan is None or self.step + 1 >= session.steps:
-            return False
-        return session.of_pure_noise(plan) and look.pending((site, self.layout.grid))
+        def measure(pattern: SparsePattern) -> torch.Tensor:
+            began = time.perf_counter()
+            rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
+            bits = routed_bits(plan.sites[site], group, q, k, pattern, **rest)
+            with session.lock:
+                session.routed_sites.add(site)
+                session.tail_seconds += time.perf_counter() - began
+            return bits
 
-    def _looked_again(self, site: Site) -> bool:
-        """Whether the site's masks were measured anew in this step."""
-        look = self.session.second_look
-        return look is not None and look.looks((site, self.layout.grid), self.step)
+        return session.patterns.get(site, plan, group, self.layout, k.shape[1], q.device, measure)
 
     def _measured_bias(self, site: Site, measures: bool, q, k, v, pattern, scale, key_bias) -> torch.Tensor | None:
         """The tail's bias as this run measured it, float32 `[H]`; None where it did not, and the plan's holds."""
@@ -312,7 +284,7 @@ class Evaluation:
             return
         began = time.perf_counter()
         key = (site, self.layout.grid)
-        due = session.refresh.begins(key, self.step) or self._looked_again(site)
+        due = session.refresh.begins(key, self.step)
         call = (key, self.call, self.step, due, q, k, v, out, pattern)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
         try:
@@ -359,9 +331,8 @@ class Evaluation:
         if site is None:
             pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
         else:
-            pattern = session.patterns.get(site, self._plan, self._group, self.layout, k.shape[1], q.device)
-            pattern = self._look_again(site, q, k, pattern, scale, key_bias)
-            measures = self._measures(site, q) or self._looked_again(site)
+            pattern = self._pattern(site, q, k, scale, key_bias)
+            measures = self._measures(site, q)
             pattern = with_bias(pattern, self._measured_bias(site, measures, q, k, v, pattern, scale, key_bias))
         rotate = site is not None and self._plan.sites[site].rotate and session.readiness.late_ready
         sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)

@@ -25,13 +25,15 @@ def mean_query_masses(
     *,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
+    q_blocks: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """Attention of MEANS_PER_BLOCK mean queries of each query block in each block of keys: float32
     `[Hq, q_blocks, k_blocks]`, mean over the batch.
 
-    Arguments as in `observe`; tables int `[Hq, N]`. What a block of queries looks at shows in few of its means; of
-    single rows it takes more. Costs half of MEANS_PER_BLOCK / block_q of a dense attention.
+    Arguments as in `observe`; tables int `[Hq, N]`. q_blocks int64 `[n]`: only of these query blocks, which must be
+    whole. What a block of queries looks at shows in few of its means; of single rows it takes more. Costs half of
+    MEANS_PER_BLOCK / block_q of a dense attention.
     """
     g, heads = geometry, q.shape[1]
     group = heads // k.shape[1]
@@ -39,9 +41,13 @@ def mean_query_masses(
     found = []
     for some in head_groups(heads, group, 2 * q.shape[0] * g.length * q.shape[3] * q.element_size()):
         keys, its = k[:, of_key_heads(some, group)], tables[some]
-        queries = mean_queries_of_blocks(q[:, some], g, its, MEANS_PER_BLOCK, backend)
+        if q_blocks is None:
+            queries = mean_queries_of_blocks(q[:, some], g, its, MEANS_PER_BLOCK, backend)
+        else:
+            wanted = its.unfold(1, g.block_q, g.block_q)[:, q_blocks].flatten(1)
+            queries = _of_whole_blocks(q[:, some], g, wanted, g.block_q // MEANS_PER_BLOCK, backend)
         found.append(query_sums(queries, keys, g, its[None], MEANS_PER_BLOCK, **rest)[0])
-    sizes = block_sizes(g, torch.arange(g.q_blocks, device=q.device))
+    sizes = block_sizes(g, torch.arange(g.q_blocks, device=q.device) if q_blocks is None else q_blocks)
     return torch.cat(found) * (sizes[:, None] / MEANS_PER_BLOCK)
 
 
@@ -54,29 +60,28 @@ def mean_queries_of_blocks(
     g = geometry
     whole = g.grid_tokens // g.block_q * g.block_q
     rest = g.grid_tokens - whole
-    index = tables.long() + g.prefix
     means = []
     if whole:
-        means.append(_of_whole_blocks(q, g, tables, index[:, :whole], g.block_q // parts, backend))
+        means.append(_of_whole_blocks(q, g, tables[:, :whole], g.block_q // parts, backend))
     if rest >= parts:
-        last = take_rows(q, index[:, whole:])
+        last = take_rows(q, tables[:, whole:].long() + g.prefix)
         ends = [part * rest // parts for part in range(parts + 1)]
         means += [last[:, :, a:b].mean(2, keepdim=True, dtype=torch.float32).to(q.dtype) for a, b in pairwise(ends)]
     elif rest:
-        means.append(take_rows(q, index[:, sampled_rows(g, q.device, parts)[-1]]))
+        means.append(take_rows(q, tables[:, sampled_rows(g, q.device, parts)[-1]].long() + g.prefix))
     return torch.cat(means, 2)
 
 
-def _of_whole_blocks(q, g: Geometry, tables: torch.Tensor, index: torch.Tensor, size: int, backend: str):
-    """Means of every `size` rows of the blocks that are whole, `[B, H, n, D]`; index: their rows."""
+def _of_whole_blocks(q, g: Geometry, tokens: torch.Tensor, size: int, backend: str) -> torch.Tensor:
+    """Means of every `size` grid tokens of int `[H, n * size]`, one after the other, `[B, H, n, D]`."""
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
-        return take_rows(q, index).unflatten(2, (-1, size)).mean(3, dtype=torch.float32).to(q.dtype)
+        return take_rows(q, tokens.long() + g.prefix).unflatten(2, (-1, size)).mean(3, dtype=torch.float32).to(q.dtype)
     from ..kernels.call import padded_dim
     from ..kernels.triton_pools import launch_mean_queries
 
     batch, heads, _, dim = q.shape
-    count = index.shape[1] // size
+    count = tokens.shape[1] // size
     means = torch.empty(batch * heads, count, padded_dim(dim), dtype=q.dtype, device=q.device)
     # The parts are to the kernel what stretches of query blocks are elsewhere: as many, of a block each.
-    launch_mean_queries(q, replace(g, grid=(1, 1, index.shape[1]), block_q=size), tables, None, means)
+    launch_mean_queries(q, replace(g, grid=(1, 1, tokens.shape[1]), block_q=size), tokens, None, means)
     return means.view(batch, heads, count, -1)[..., :dim]

@@ -27,9 +27,7 @@ CACHE_BYTES = 1 << 30  # where the device does not tell its memory
 class PatternCache:
     """Patterns of one group of steps by site, layout and device. Safe to call from several threads."""
 
-    def __init__(self, before_reading: Callable[[], None] = lambda: None) -> None:
-        """before_reading: called before masks of a plan are read."""
-        self._before_reading = before_reading
+    def __init__(self) -> None:
         self._groups: dict[TokenLayout, int] = {}
         self._patterns: dict[tuple, SparsePattern] = {}
         self._bytes = 0
@@ -46,25 +44,26 @@ class PatternCache:
         layout: TokenLayout,
         kv_heads: int,
         device: torch.device,
-        bits: torch.Tensor | None = None,
+        measure: Callable[[SparsePattern], torch.Tensor] | None = None,
     ) -> SparsePattern:
         """The site's pattern in a group of steps. Asking for another group of a layout drops the patterns of the one
-        before. bits: the site's mask is another one from now on, packed uint8 `[bytes]` on the device."""
+        before. measure: as in `pattern_of`; what does not fit is measured anew every time."""
         key = (site, layout, device)
         with self._lock:
             if self._groups.get(layout) != group:
                 self._drop(layout)
                 self._groups[layout] = group
-            if bits is not None:
-                self._drop(layout, site)
             pattern = self._patterns.get(key)
         if pattern is None:
-            if bits is None:
-                self._before_reading()
             sizes = {"block_q": plan.block_q, "pool": plan.pool, "expansions": plan.expansions, "kv_heads": kv_heads}
-            pattern = pattern_of(plan.sites[site], layout, group=group, device=device, bits=bits, **sizes)
+            pattern = pattern_of(plan.sites[site], layout, group=group, device=device, measure=measure, **sizes)
             self._keep(key, group, pattern)
         return pattern
+
+    def drop(self, site: Site, layout: TokenLayout) -> None:
+        """Make the site's pattern anew when it is asked for."""
+        with self._lock:
+            self._drop(layout, site)
 
     def clear(self) -> None:
         """Drop everything."""

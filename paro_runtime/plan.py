@@ -54,7 +54,8 @@ PER_GROUP = ("packed", "tail_bias", "density", "mass_kept")
 @dataclass(frozen=True, eq=False)
 class SitePlan:
     """Heads of one site. orders: name per head. packed uint8 [groups, bytes]: for each group of sparse steps the bits
-    of its mask `[heads, q_blocks, k_blocks]`, which is `shape`.
+    of its mask `[heads, q_blocks, k_blocks]`, which is `shape`; [groups, 0] where runs measure their masks themselves
+    (`routing`), as many blocks of each head as density says.
 
     tail_bias float32 [groups, heads] or None; density and mass_kept float32 [groups, heads], as calibrated. falloff
     uint8 [heads, packed_width(grid)] as `falloff.pack_falloff` makes it, or None: the plan then serves its grid only.
@@ -106,8 +107,13 @@ class SitePlan:
         """Groups of sparse steps, each with a mask of its own."""
         return self.packed.shape[0]
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether there are masks, or runs measure them."""
+        return self.packed.shape[1] > 0
+
     def mask(self, device: torch.device | str = "cpu", group: int = 0) -> torch.Tensor:
-        """bool `[heads, q_blocks, k_blocks]` on `device`."""
+        """bool `[heads, q_blocks, k_blocks]` on `device`, of a site that has masks."""
         return unpack_bits(self.packed[group].to(device), self.shape)
 
 

@@ -42,10 +42,11 @@ def save_plan(plan: Plan, path: Path) -> None:
     tensors, sites = {}, []
     for number, (site, entry) in enumerate(sorted(plan.sites.items())):
         key = f"{number:04d}"
-        optional = {"tail": entry.tail_bias is not None, "falloff": entry.falloff is not None}
+        optional = {"tail": entry.tail_bias is not None, "falloff": entry.falloff is not None, "mask": entry.has_masks}
         sites.append({"name": site.name, "shape": list(entry.shape), **optional, "rotate": entry.rotate})
         tensors[f"{key}.orders"] = torch.tensor([ALL_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
-        tensors[f"{key}.mask"] = entry.packed
+        if entry.has_masks:
+            tensors[f"{key}.mask"] = entry.packed
         tensors[f"{key}.density"] = entry.density
         tensors[f"{key}.mass_kept"] = entry.mass_kept
         if entry.tail_bias is not None:
@@ -175,13 +176,15 @@ class _Header:
                 raise PlanError(
                     f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}"
                 )
-            budget -= heads * (self.content["groups"] * math.prod(blocks) // 8 + self.falloff_width(entry))
+            # Absent from plans made before they could be chosen.
+            for key, default in (("rotate", False), ("mask", True)):
+                value = entry.get(key, default)
+                if type(value) is not bool:
+                    raise PlanError(f"plan {name}: {key} of {entry['name']!r} is {value!r}, expected true or false")
+            masks = self.content["groups"] * math.prod(blocks) // 8 if entry.get("mask", True) else 0
+            budget -= heads * (masks + self.falloff_width(entry))
             if budget < 0:
                 raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
-            # Absent from plans made before it could be chosen.
-            rotate = entry.get("rotate", False)
-            if type(rotate) is not bool:
-                raise PlanError(f"plan {name}: rotate of {entry['name']!r} is {rotate!r}, expected true or false")
 
     def falloff_width(self, entry: dict) -> int:
         """Bytes per head of a site's falloff, 0 without one."""
@@ -201,7 +204,8 @@ def _read(file, name: str) -> Plan:
     sites, tensors = {}, {}
     for number, entry in enumerate(header.content["sites"]):
         key, shape = f"{number:04d}", (entry["shape"][0], *header.blocks)
-        found = _read_site(file, name, key, groups, shape, names, entry["tail"], header.falloff_width(entry))
+        parts = (entry["tail"], header.falloff_width(entry), entry.get("mask", True))
+        found = _read_site(file, name, key, groups, shape, names, *parts)
         tensors |= {f"{key}.{part}": tensor for part, tensor in found.items()}
         sites[Site.parse(entry["name"])] = _site_plan(found, shape, names, entry.get("rotate", False))
     if len(sites) != len(header.content["sites"]):
@@ -214,15 +218,24 @@ def _read(file, name: str) -> Plan:
 
 
 def _read_site(
-    file, name: str, key: str, groups: int, shape: tuple[int, int, int], names: list[str], tail: bool, width: int
+    file,
+    name: str,
+    key: str,
+    groups: int,
+    shape: tuple[int, int, int],
+    names: list[str],
+    tail: bool,
+    width: int,
+    masks: bool,
 ) -> dict:
     heads = shape[0]
     expected = {
         "orders": ("U8", [heads]),
-        "mask": ("U8", [groups, -(-math.prod(shape) // 8)]),
         "density": ("F32", [groups, heads]),
         "mass_kept": ("F32", [groups, heads]),
     }
+    if masks:
+        expected["mask"] = ("U8", [groups, -(-math.prod(shape) // 8)])
     if tail:
         expected["tail_bias"] = ("F32", [groups, heads])
     if width:
@@ -242,7 +255,9 @@ def _read_site(
     for part in ("density", "mass_kept", "tail_bias"):
         if part in tensors and not tensors[part].isfinite().all():
             raise PlanError(f"plan {name}: {key}.{part} holds a value that is not finite")
-    for packed, density in zip(tensors["mask"], tensors["density"], strict=True):
+    if not 0 < tensors["density"].min() <= tensors["density"].max() <= 1:
+        raise PlanError(f"plan {name}: {key}.density is no share of the blocks")
+    for packed, density in zip(tensors["mask"] if masks else (), tensors["density"] if masks else (), strict=True):
         kept, least = _kept_blocks(packed, shape)
         if not least:
             raise PlanError(f"plan {name}: {key}.mask has a row that keeps no block")
@@ -271,4 +286,5 @@ def _kept_blocks(packed: torch.Tensor, shape: tuple[int, int, int]) -> tuple[tor
 def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str], rotate) -> SitePlan:
     orders = tuple(names[i] for i in tensors["orders"].tolist())
     rest = (tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"], tensors.get("falloff"), rotate)
-    return SitePlan(orders, tensors["mask"], shape, *rest)
+    masks = tensors.get("mask", torch.empty(len(tensors["density"]), 0, dtype=torch.uint8))
+    return SitePlan(orders, masks, shape, *rest)

@@ -12,10 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.kept_words import pack_bits
-from ..kernels.problem import MOST_EXPANSIONS
+from ..kernels.problem import BLOCK_K, MOST_EXPANSIONS
 from .falloff import falloff_bytes, pack_falloff
 from .plan import Site, SitePlan
-from .recipes import MaskOptions
+from .recipes import MaskOptions, query_block
 from .rotation import CASES, root_means, rotates
 from .schedule import GROUPS, Schedule
 from .selection import PerHeadBudget, SharedBudget, density_for, mass_kept, tail_bias
@@ -40,6 +40,8 @@ class Method:
     bias: the tail's bias by least `error`, or so that the total `mass` is right.
     tiles: offer tiled orders. expansions: of the tail's pools; with a bias by mass they are plain means.
     alpha, sigma: of the paper's metric.
+    masks: kept in the `plan`, or measured in the `run` (`routing`); `auto`: in the run on large grids and in plans made
+    in passing of little but noise, where criterion is auto and time_groups None.
     time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
     all observations for all masks. What a resumed calibration had observed before counts for all groups.
     """
@@ -50,12 +52,22 @@ class Method:
     expansions: int = MOST_EXPANSIONS
     alpha: float = 0.5
     sigma: float = 1.0
+    masks: str = "auto"
     time_groups: Schedule | None = None
 
     def in_passing(self, noisy: bool) -> Method:
         """This method for a plan that a run makes of one of its own steps; noisy: that begins with hardly anything but
         noise."""
-        return replace(self, criterion="mass") if noisy and self.criterion == "auto" else self
+        if not noisy or self.criterion != "auto":
+            return self
+        return replace(self, criterion="mass", masks="run" if self.masks == "auto" else self.masks)
+
+    def routes(self, layout: TokenLayout) -> bool:
+        """Whether the runs that a plan is for measure their masks themselves."""
+        if self.masks != "auto":
+            return self.masks == "run"
+        large = layout.grid_tokens > SHARED_TOKENS
+        return large and self.criterion == "auto" and self.time_groups is None
 
     @property
     def by_mass(self) -> bool:
@@ -66,9 +78,9 @@ class Method:
         """Whether masks serve from the first step on, which begins with nothing but noise."""
         return self.criterion == "auto" and options.density_schedule == "steep"
 
-    def by_mass_alone(self, options: MaskOptions, layout: TokenLayout) -> bool:
+    def by_mass_alone(self, layout: TokenLayout) -> bool:
         """Whether errors of single blocks are not even kept, so that masses of every block are."""
-        return self.by_mass or (self.steep(options) and layout.grid_tokens > SHARED_TOKENS)
+        return self.by_mass or self.routes(layout)
 
 
 @dataclass
@@ -76,7 +88,6 @@ class _Masks:
     """What a site's masks come to, of each group of steps: packed uint8 `[groups, bytes]` on the CPU; density and kept
     float32 `[groups, H]` where they were made; bias alike, where it follows from the masks themselves."""
 
-    shape: tuple[int, int, int]
     packed: torch.Tensor
     density: torch.Tensor
     kept: torch.Tensor
@@ -189,8 +200,11 @@ class Planner:
         if number not in self._of_curves:
             biases = [self._bias(s, *rest) for s, *rest in zip(its, masks, density, strict=True)]
             bias = None if biases[0] is None else torch.stack(biases)
-        packed = torch.stack([pack_bits(mask) for mask in masks])
-        return _Masks(tuple(masks[0].shape), to_cpu(packed), density, torch.stack(kept), bias)
+        if self.method.routes(self.layout):
+            packed = torch.empty(len(masks), 0, dtype=torch.uint8)
+        else:
+            packed = torch.stack([pack_bits(mask) for mask in masks])
+        return _Masks(to_cpu(packed), density, torch.stack(kept), bias)
 
     def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor | None, torch.Tensor | None]:
         """Of all heads of all sites: their orders; their falloffs, packed, on the CPU, if they were measured; the
@@ -213,7 +227,9 @@ class Planner:
         return to_cpu(torch.cat([pack_falloff(falloff[its], received[its], orders[its], grid) for its in parts]))
 
     def _joined(self, made: list[_Masks], orders: list[str], falloff, curves) -> dict[Site, SitePlan]:
-        heads = [each.shape[0] for each in made]
+        heads = [each.density.shape[1] for each in made]
+        block_q = query_block(self.layout.grid_tokens)
+        blocks = tuple(-(-self.layout.grid_tokens // size) for size in (block_q, BLOCK_K))
         device = made[-1].density.device  # the first that was made: a GPU if there was room at all
         biases = {n: each.bias for n, each in enumerate(made) if each.bias is not None}
         if curves is not None:
@@ -229,7 +245,7 @@ class Planner:
             entries[site] = SitePlan(
                 tuple(orders[some]),
                 each.packed,
-                each.shape,
+                (heads[number], *blocks),
                 # Copies: a slice would hold every site's numbers as long as one of them lives.
                 None if bias is None else to_cpu(bias).clone(),
                 density[number].clone(),
@@ -268,7 +284,8 @@ class Planner:
         return replace(total, **parts)
 
     def _by_mass(self, s: SiteSums) -> bool:
-        return s.error is None or self.method.by_mass or self.method.steep(self.options)
+        method = self.method
+        return s.error is None or method.by_mass_alone(self.layout) or method.steep(self.options)
 
     def _worth(self, s: SiteSums) -> Worth:
         """What a block is worth, `[H, q_blocks, k_blocks]`, comparable across heads and sites."""

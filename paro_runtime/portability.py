@@ -26,7 +26,7 @@ from .orders import order_table
 from .plan import Plan, PlanError, Site, SitePlan
 from .recipes import query_block
 from .selection import mass_kept
-from .statistics import StatisticsOptions, first_best
+from .statistics import SHARED_TOKENS, StatisticsOptions, first_best
 from .tail import kept_on_rows
 from .tokens import TokenLayout
 
@@ -202,7 +202,19 @@ class _Move:
         return chosen
 
     def sites(self, orders: dict[Site, list[str]]) -> dict[Site, SitePlan]:
-        """Masks under these orders."""
+        """Masks under these orders; on large grids runs measure them themselves."""
+        if math.prod(self.grid) > SHARED_TOKENS:
+            blocks = tuple(-(-math.prod(self.grid) // size) for size in (self.block_q, BLOCK_K))
+            return {
+                site: replace(
+                    entry,
+                    orders=tuple(orders[site]),
+                    packed=entry.packed.new_empty(entry.groups, 0),
+                    shape=(len(entry.orders), *blocks),
+                    falloff=None,
+                )
+                for site, entry in self.plan.sites.items()
+            }
         moved = {}
         for order in {name for names in orders.values() for name in names}:
             pairs = _Pairs.of(order, self.grid, self.block_q, device=self.device)
@@ -262,7 +274,7 @@ class MovedPlanCheck:
         """Look at one site's call, q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`; a site counts once. layout: of this call, on
         the plan's grid; what stands beside the grid may differ from site to site."""
         entry = self.plan.sites.get(site)
-        if entry is None or site in self._kept:
+        if entry is None or site in self._kept or not entry.has_masks:
             return
         geometry = Geometry(layout.prefix, layout.grid, layout.suffix, self.plan.block_q)
         tables = torch.stack([order_table(name, layout.grid) for name in entry.orders]).to(q.device)

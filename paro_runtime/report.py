@@ -58,7 +58,7 @@ class Report:
     sites_dense_blocks: int
     sites_rotated: int
     heads_corrected: int
-    sites_looked_at_again: int
+    sites_routed: int
     attention_error: tuple[float, float] | None
     density: float
     densities: list[float]
@@ -98,7 +98,7 @@ class Report:
             sites_dense_blocks=len(session.dense_block_sites),
             sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
             heads_corrected=session.correction.heads[0] if session.correction is not None else 0,
-            sites_looked_at_again=session.second_look.sites if session.second_look is not None else 0,
+            sites_routed=len(session.routed_sites),
             attention_error=session.correction.error if session.correction is not None else None,
             density=plan.density if plan else 1.0,
             densities=plan.densities if plan else [],
@@ -159,7 +159,7 @@ class Report:
             f"attention kept {self._kept()}",
             f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
             f"corrected by their mean queries: {self.heads_corrected} heads",
-            f"masks measured anew after a plan of pure noise: {self.sites_looked_at_again} of {self.sites} sites",
+            f"masks measured in this run: {self.sites_routed} of {self.sites} sites",
             f"attention error: {self._error()}",
             f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
         ]

@@ -33,7 +33,6 @@ from .recipes import Recipe, mask_options, query_block
 from .refresh import BiasRefresh
 from .report import Report
 from .schedule import Schedule, StepClock, StepFinder
-from .second_look import SecondLook
 from .settings import Settings
 from .tokens import TokenLayout
 
@@ -138,6 +137,7 @@ class Session:
         self.sparse_sites: set[Site] = set()
         self.dense_block_sites: set[Site] = set()
         self.off_sites: dict[Site, str] = {}
+        self.routed_sites: set[Site] = set()  # whose masks the run measured itself
         self.dense_off = False
         self.lasting = lasting
         self.calibration_seconds = 0.0
@@ -147,7 +147,7 @@ class Session:
         self.device = ""
         self._on_status = on_status
         self._grids: dict[tuple[int, int, int], Grid] = {}
-        self.patterns = PatternCache(before_reading=self._masks_arrive)
+        self.patterns = PatternCache()
         # Who wants every fallback as an error wants no step that waits for a compiler on the host's attention.
         self.readiness = Readiness(self.options, compile_ahead=not self.settings.strict)
         self._unsuitable: dict[tuple, str | None] = {}
@@ -156,7 +156,6 @@ class Session:
         self._saving: list[threading.Thread] = []
         self.refresh = BiasRefresh() if refresh else None
         self.correction = QueryCorrection() if refresh and correct else None
-        self.second_look = SecondLook() if refresh else None
         self._evaluations: Counter = Counter()  # of the present step, by grid and conditionings
         self.lock = threading.RLock()
         self._time_gone = time_gone
@@ -173,8 +172,6 @@ class Session:
             self.steps = self.schedule.steps
             self._finder = StepFinder(self.sigmas)
             self.clock.step = -1
-            if self.second_look is not None:
-                self.second_look.at_once = self.schedule.before > self.schedule.dense_whole
 
     def begin(
         self,
@@ -229,7 +226,6 @@ class Session:
                     self._close_calibration(grid)
             for saving in self._saving:
                 saving.join()
-            self._masks_arrive()
             self.clock.next(self.steps, "", self.counts.sparse)
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self.patterns.clear()
@@ -245,11 +241,10 @@ class Session:
     def saved(self) -> Callable[[], None]:
         """What puts back everything that sparse calls measure for later ones to how it is now."""
         with self.lock:
-            parts = [known.saved() for known in (self.refresh, self.correction, self.second_look) if known is not None]
+            parts = [known.saved() for known in (self.refresh, self.correction) if known is not None]
 
         def restore() -> None:
-            # Masks that were measured anew stay until the sites are looked at again, which is at once: what they were
-            # before would be as large as the plan.
+            # Masks that the run measured are measured again.
             for part in parts:
                 part()
             self.patterns.clear()
@@ -325,18 +320,6 @@ class Session:
         from_noise = made.get("by") == IN_PASSING and made.get("criterion") == "mass" and made.get("step") == 0
         return from_noise and self.options.pool is not None and self.method.criterion == "auto"
 
-    def end_second_look(self) -> None:
-        """No masks are measured anew from here on; those that were are kept."""
-        with self.lock:
-            look, self.second_look = self.second_look, None
-        if look is not None:
-            look.finish()
-
-    def _masks_arrive(self) -> None:
-        """What was measured anew on a GPU may be read on the CPU."""
-        if self.second_look is not None:
-            self.second_look.finish()
-
     def _judge_moved_plan(self, grid: Grid, step: int) -> None:
         verdict = grid.check.verdict()
         if verdict is None:
@@ -347,7 +330,7 @@ class Session:
         if not stays:
             grid.plan = None
             self.patterns.clear()
-            for known in (self.refresh, self.correction, self.second_look):
+            for known in (self.refresh, self.correction):
                 if known is not None:
                     known.forget()
             if self.settings.calibrate:

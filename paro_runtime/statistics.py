@@ -4,8 +4,8 @@ No pass looks at more rows than it must. To choose, some rows under every candid
 for all orders, all of them on the smallest; on large ones some rows of some query blocks of each. Then, under the
 chosen orders and where the values are at hand, the tail's errors on a few rows of every block, which tell the block
 sums too. Without values, or for masks by mass, block sums come from every row of small grids, and from a few mean
-queries of every block of large ones. The falloff with distance, if asked for, comes from a few hundred rows at
-most.
+queries of every block of large ones; where runs measure their masks themselves, of some blocks, which tell how many
+blocks each head wants. The falloff with distance, if asked for, comes from a few hundred rows at most.
 What is looked at shrinks with the size of the grid: up to three dense attentions on the smallest, a third of one on
 75,600 tokens (`tests/unit/test_calibration_cost.py`). Nothing waits for the device on large grids.
 """
@@ -38,6 +38,8 @@ ORDER_BLOCKS, ORDER_ROWS = 24, 16
 PAPER_BLOCKS, PAPER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
 # On large grids: rows of each block for the tail's errors, and of all for the falloff.
 LARGE_TAIL_ROWS, LARGE_FALLOFF_ROWS = 4, 64
+# Query blocks, evenly spread, that tell how many blocks a head wants.
+BUDGET_BLOCKS = 128
 # What an order must be better by, as a share of its score, for a head to leave the one that it was observed under.
 LEAST_LEAD = 0.01
 # Attention weights of one chunk of rows: what a CPU's cache holds, and half of a large GPU's.
@@ -53,7 +55,8 @@ class StatisticsOptions:
     curves: try biases on sampled rows, for a plan whose first run does not measure them under its masks anyway.
     pooled_mass: also measure the mass of pooled keys, plain means, for a bias that only makes the total mass right.
     by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
-    tail's sampled rows would tell them; on large grids no errors of single blocks then.
+    tail's sampled rows would tell them; on large grids no errors of single blocks then. sampled: on large grids, block
+    sums of some blocks only (`budget_blocks`), since runs measure their masks themselves.
     alpha, sigma: of the paper's metric. falloff: measure the falloff with distance, for plans that may move.
     """
 
@@ -68,6 +71,7 @@ class StatisticsOptions:
     sigma: float = 1.0
     falloff: bool = True
     curves: bool = True
+    sampled: bool = False
 
     def candidates(self, grid: tuple[int, int, int]) -> tuple[str, ...]:
         """Names of the orders to compare on this grid, FHW first."""
@@ -83,7 +87,7 @@ class Observation:
     scores  float32 [H, candidates], higher is better; the names are in `candidates`.
     choice  int64 [H]: index of the order under which the rest was taken.
     mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's or from
-            mean queries.
+            mean queries; of those of `budget_blocks` only where the options say so.
     falloff float32 [H, bins]: mean weight of a key by its distance, see `falloff.observe_falloff`, or None.
     pooled  the same as mass with pooled keys, or None unless asked for.
     tail    errors of the tail, or None without a tail or without values.
@@ -166,12 +170,14 @@ def observe(
     if masses is not None and pool is None:
         mass = torch.stack([masses[order][head] for head, order in enumerate(choice.tolist())])
     elif large and pool is None and (options.by_mass or v is None or options.pool is None):
-        mass = mean_query_masses(q, k, geometry, rows, **rest)
+        seen = budget_blocks(geometry, q.device) if options.sampled else None
+        mass = mean_query_masses(q, k, geometry, rows, q_blocks=seen, **rest)
     if v is not None and options.pool is not None:
         pools = {"pool": options.pool, "expansions": options.expansions}
         if large and options.by_mass and mass is not None:
             if options.curves:
-                tail = TailObservation(curves=bias_curves(q, k, v, geometry, rows, mass, **pools, **rest))
+                seen = torch.arange(geometry.q_blocks, device=q.device) if seen is None else seen
+                tail = TailObservation(curves=bias_curves(q, k, v, geometry, rows, mass, seen, **pools, **rest))
         else:
             sizes = {"curves": options.curves} | ({"rows": LARGE_TAIL_ROWS} if large else {})
             tail = observe_tail(q, k, v, geometry, rows, density=options.density, **sizes, **pools, **rest)
@@ -188,6 +194,13 @@ def observe(
         falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias, **few)
     errors = logit_errors(q, k, geometry, rows, scale=scale)
     return Observation(candidates, scores, choice, mass, falloff, pooled, tail, errors)
+
+
+@lru_cache(maxsize=8)
+def budget_blocks(g: Geometry, device: torch.device) -> torch.Tensor:
+    """The query blocks that tell how many blocks a head wants: int64, rising, all of them whole."""
+    whole = g.grid_tokens // g.block_q
+    return torch.linspace(0, whole - 1, min(whole, BUDGET_BLOCKS)).round().long().to(device)
 
 
 def order_scores(

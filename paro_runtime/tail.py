@@ -141,9 +141,9 @@ def observe_tail(
     g, heads = geometry, q.shape[1]
     positions = sampled_rows(g, q.device, rows)
     size = block_sizes(g, torch.arange(g.q_blocks, device=q.device))
-    sample = _curve_sample(g, positions)
+    sample = _spread(g.q_blocks, q.device)
     # Many blocks and few rows of each: some blocks tell one factor for all.
-    judged = slice(None) if rows >= ROWS_PER_BLOCK else sample[0]
+    judged = slice(None) if rows >= ROWS_PER_BLOCK else sample
     group = heads // k.shape[1]
     rest = {"pool": pool, "scale": scale, "key_bias": key_bias, "backend": backend}
     parts: list[tuple[torch.Tensor | None, ...]] = []
@@ -153,7 +153,9 @@ def observe_tail(
         costs = block_costs(*call, positions, expanded=expansions > 0, **rest)
         factor = _small_block_factor(costs.mass[:, judged], costs.pooled[:, judged], density)[:, None, None]
         error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
-        found = _curves(*call, error, sample, expansions=expansions, **rest) if curves else None
+        found = None
+        if curves:
+            found = _curves(*call, error[:, sample], sample, positions, expansions=expansions, **rest)
         share = size[:, None] / rows
         parts.append((found, error.mul_(share), costs.mass.mul_(share), costs.energy))
     return TailObservation(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
@@ -166,6 +168,7 @@ def bias_curves(
     geometry: Geometry,
     tables: torch.Tensor,
     worth: torch.Tensor,
+    q_blocks: torch.Tensor,
     *,
     pool: int,
     expansions: int = MOST_EXPANSIONS,
@@ -173,25 +176,27 @@ def bias_curves(
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """The curves of `observe_tail` where what masks keep blocks by is known: worth `[Hq, q_blocks, k_blocks]`."""
-    sample = _curve_sample(geometry, sampled_rows(geometry, q.device, CURVE_ROWS))
+    """The curves of `observe_tail` where what masks keep blocks by is known: worth `[Hq, n, k_blocks]` of the query
+    blocks q_blocks int64 `[n]`."""
+    g = geometry
+    some = _spread(q_blocks.numel(), q.device)
+    positions = sampled_rows(g, q.device, CURVE_ROWS)
     rest = {"pool": pool, "expansions": expansions, "scale": scale, "key_bias": key_bias, "backend": backend}
-    return _curves(q, k, v, geometry, tables, worth, sample, **rest)
+    return _curves(q, k, v, g, tables, worth[:, some], q_blocks[some], positions, **rest)
 
 
-def _curve_sample(g: Geometry, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query blocks on which biases are tried, int64, and CURVE_ROWS of the positions `[q_blocks, rows]` of each."""
-    count = min(g.q_blocks, CURVE_BLOCKS)
-    some_blocks = torch.linspace(0, g.q_blocks - 1, count, device=positions.device).round().long()
+def _spread(blocks: int, device: torch.device) -> torch.Tensor:
+    """Numbers of so many things on which biases are tried, int64."""
+    return torch.linspace(0, blocks - 1, min(blocks, CURVE_BLOCKS), device=device).round().long()
+
+
+def _curves(q, k, v, g: Geometry, tables, worth: torch.Tensor, q_blocks: torch.Tensor, positions, **rest):
+    """Squared error of every bias under masks that keep the blocks of most worth: `TailObservation.curves`. worth
+    `[H, n, k_blocks]` of the blocks q_blocks `[n]`, on CURVE_ROWS of the positions `[all q_blocks, rows]` of each."""
     every = max(1, positions.shape[1] // CURVE_ROWS)
-    return some_blocks, positions[some_blocks, every // 2 :: every].flatten()
-
-
-def _curves(q, k, v, g: Geometry, tables, worth: torch.Tensor, sample, **rest) -> torch.Tensor:
-    """Squared error of every bias under masks that keep the blocks of most worth: `TailObservation.curves`."""
-    some_blocks, rows = sample
-    levels = torch.zeros(worth.shape, dtype=torch.uint8, device=worth.device)
-    levels[:, some_blocks] = _levels(worth[:, some_blocks])
+    rows = positions[q_blocks, every // 2 :: every].flatten()
+    levels = torch.zeros(worth.shape[0], g.q_blocks, g.k_blocks, dtype=torch.uint8, device=worth.device)
+    levels[:, q_blocks] = _levels(worth)
     return _bias_errors(row_moments(q, k, v, g, tables, rows, levels, len(MASK_DENSITIES), **rest))
 
 

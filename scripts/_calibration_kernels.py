@@ -58,7 +58,8 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     constants |= dict.fromkeys(("BIASED", "WIDE", "ACCUMULATE"), False) | dict.fromkeys(("key_bias", "units"))
     constants |= dict.fromkeys(("stride_qd", "stride_kd", "stride_vd"), 1)
     if row.kernel in ("lse", "blocks", "orders"):
-        tile = triton_statistics.statistics_tile(capability, row.dim, wide=False)
+        tile_of = triton_query_sums.logs_tile if row.kernel == "orders" else triton_statistics.statistics_tile
+        tile = tile_of(capability, row.dim, wide=False)
         rows, keys, warps, stages = tile.rows, tile.keys, tile.warps, tile.stages
         kernel = {
             "lse": triton_statistics._row_logsumexp,

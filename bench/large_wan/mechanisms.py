@@ -115,7 +115,7 @@ def measure(bench: TimedBench, setup: Setup, row: Row, density: float) -> dict:
     result |= {"flicker": round(statistics.mean(flickers), 4), "flicker_each": [round(one, 4) for one in flickers]}
     result |= _timed(times) | {"attention_error": report.attention_error, "plan": report.plan_source}
     result |= {"backend": report.backend, "precision": report.precision, "densities": report.densities}
-    result |= {"heads_corrected": report.heads_corrected, "looked_again": report.sites_looked_at_again}
+    result |= {"heads_corrected": report.heads_corrected, "sites_routed": report.sites_routed}
     result |= {"rotated": report.sites_rotated, "orders": report.orders_histogram, "free_masks": row.free}
     return result | {"calls": report.calls, "notes": report.notes}
 

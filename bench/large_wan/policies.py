@@ -11,7 +11,6 @@ from ...kernels.problem import PRECISIONS
 from ...paro_runtime.calibration import Method
 from ...paro_runtime.plan import Plan, SitePlan
 from ...paro_runtime.refresh import BiasRefresh
-from ...paro_runtime.second_look import SecondLook
 from ...paro_runtime.session import Session
 from ...paro_runtime.settings import Settings
 from ..paro_bench.tiny import TinyBench, Variant, _side_by_side
@@ -93,22 +92,6 @@ def refreshing(kind: type[BiasRefresh]) -> Callable[[Session], None]:
     return prepare
 
 
-def no_second_look(session: Session) -> None:
-    """Masks of pure noise are kept."""
-    session.second_look = None
-
-
-def look_at_once(session: Session) -> None:
-    """Masks of pure noise are measured anew in the first sparse step."""
-    session.second_look.at_once = True
-
-
-def second_look_alone(session: Session) -> None:
-    """Without measuring biases and corrections a session would not look again either."""
-    session.second_look = SecondLook()
-    session.second_look.at_once = session.schedule.before > session.schedule.dense_whole
-
-
 def scheduled(name: str) -> Callable[[Session], None]:
     """Has densities over the sparse steps that no setting chooses with this many dense steps."""
 
@@ -159,28 +142,22 @@ def mechanism_rows(dense_steps: int, backend: str, precision: str) -> list[Row]:
         Row("default"),
         Row("model's own order only", {"order": "original"}),
         Row("axis orders only", {"method": Method(tiles=False)}),
-        Row("blocks by mass", {"method": Method(criterion="mass")}),
+        Row("masks of the plan, by mass", {"method": Method(criterion="mass")}),
+        Row("masks of the plan, by error", {"method": Method(criterion="error")}),
         Row("budget per head", {"budget": "per_head"}),
-        Row("blocks by mass, budget per head", {"method": Method(criterion="mass"), "budget": "per_head"}),
         Row("tail off", {"tail": False}),
         *(Row(f"expansions {n}", {"method": Method(expansions=n)}) for n in (0, 1, 4)),
         Row("bias kept", prepare=refreshing(_Kept)),
-        Row("bias and correction off", {"refresh": False}, prepare=second_look_alone),
+        Row("bias and correction off", {"refresh": False}),
         Row("correction off", {"correct": False}),
         Row("correction made in every sparse step", prepare=refreshing(_EveryStep)),
         Row("bias and correction in every group", prepare=refreshing(_EveryGroup)),
         Row("constant density", {"schedule": "constant"}),
     ]
-    # A steep schedule would choose blocks by mass; here they are chosen as in the default.
-    criterion = {"method": Method(criterion="error")} if dense_steps > 1 else {}
     if dense_steps:
-        made.append(Row("steep schedule", criterion, prepare=scheduled("steep")))
+        made.append(Row("steep schedule", prepare=scheduled("steep")))
     else:
         made.append(Row("falling schedule", prepare=scheduled("falling")))
-    if dense_steps <= 1:
-        made.append(Row("second look off", prepare=no_second_look))
-        made.append(Row("look in the first sparse step", prepare=look_at_once))
-        made.append(Row("blocks by error", {"method": Method(criterion="error")}))
     if PRECISIONS[precision].qk == "int8" and not PRECISIONS[precision].hadamard and backend == "triton":
         made.append(Row("rotation off", edit=never_rotated))
     if backend == "triton" and precision != "int8":
@@ -193,13 +170,12 @@ def mechanism_rows(dense_steps: int, backend: str, precision: str) -> list[Row]:
 
 def policy_rows() -> list[Row]:
     """Where masks may come from instead of the run's own plan."""
-    routed = {"kind": POLICY, "prepare": no_second_look}
+    routed = {"kind": POLICY}
 
     def router(worth: routing.Worth, once: bool = False) -> Callable[[], Router]:
         return lambda: Router(worth, once)
 
     def every_step(session: Session) -> None:
-        no_second_look(session)
         session.refresh = _EveryStep()
 
     made = [
@@ -214,9 +190,6 @@ def policy_rows() -> list[Row]:
     made.append(Row("routed by means of 16, corrected, every step", kind=POLICY, prepare=every_step, router=pooled))
     means = routing.mean_queries
     made.append(Row("routed by mean queries, every step", **routed, router=router(means)))
-    made.append(Row("routed by mean queries, each group", **routed, router=router(means, True)))
-    by_mass = routed | {"changes": {"method": Method(criterion="mass")}}
-    made.append(Row("blocks by mass, routed by mean queries, each group", **by_mass, router=router(means, True)))
     made.append(Row("oracle by mass", **routed, router=router(routing.true_mass), free=True))
     made.append(Row("oracle by error", **routed, router=router(routing.true_error), free=True))
     for kind in ("window", "radial", "random"):

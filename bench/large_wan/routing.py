@@ -7,12 +7,13 @@ masks come from differs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from ...kernels.api import block_statistics, row_logsumexp
 from ...kernels.kept_words import pack_bits
-from ...kernels.problem import BLOCK_K, Geometry
+from ...kernels.problem import BLOCK_K, Geometry, SparsePattern
 from ...paro_runtime.attention import sent
 from ...paro_runtime.evaluation import Evaluation
 from ...paro_runtime.mean_queries import mean_query_masses
@@ -54,7 +55,7 @@ def pooled_scores(size: int) -> Worth:
 
 
 def mean_queries(q, k, v, g: Geometry, tables) -> torch.Tensor:
-    """A few mean queries of each block with every key, as the product's second look does it."""
+    """A few mean queries of each block with every key, as the product does it."""
     return mean_query_masses(q, k, g, tables)
 
 
@@ -95,13 +96,21 @@ class Router:
         if self._once and site in self._routed and self._routed[site][0] == group:
             self._kept.append(self._routed[site][1])
             return
-        where = (site, plan, group, layout, k.shape[1], q.device)
-        pattern = session.patterns.get(*where)
-        worth = self._worth(q, k, v, pattern.geometry, pattern.tables_of_heads(q.shape[1]))
-        counts = (plan.sites[site].density[group : group + 1] * worth[0].numel()).round().long()
-        mask = masks_of_counts(worth, sent(counts, q.device))[0]
-        self._routed[site] = group, mask.float().mean()
-        self._kept.append(self._routed[site][1])
-        made = session.patterns.get(*where, pack_bits(mask))
-        if session.patterns.get(*where) is not made:
+        entry = plan.sites[site]
+
+        def measure(pattern: SparsePattern) -> torch.Tensor:
+            worth = self._worth(q, k, v, pattern.geometry, pattern.tables_of_heads(q.shape[1]))
+            counts = (entry.density[group : group + 1] * worth[0].numel()).round().long()
+            mask = masks_of_counts(worth, sent(counts, q.device))[0]
+            self._routed[site] = group, mask.float().mean()
+            self._kept.append(self._routed[site][1])
+            return pack_bits(mask)
+
+        def refused(pattern: SparsePattern) -> torch.Tensor:
             raise RuntimeError(f"{site.name}: no room to keep a pattern, so other masks cannot be given to the session")
+
+        bare = replace(entry, packed=entry.packed.new_empty(entry.groups, 0))
+        where = (site, replace(plan, sites={**plan.sites, site: bare}), group, layout, k.shape[1], q.device)
+        session.patterns.drop(site, layout)
+        session.patterns.get(*where, measure)
+        session.patterns.get(*where, refused)

@@ -27,8 +27,8 @@ HOOKS = {
     "bias_and_corrections": (
         f"{PACK}.refresh:BiasRefresh.measure",
         f"{PACK}.correction:QueryCorrection.apply",
-        f"{PACK}.evaluation:masks_anew",
     ),
+    "masks": (f"{PACK}.evaluation:routed_bits",),
     "loading_plan": (
         f"{PACK}.plan_store:PlanStore.find",
         f"{PACK}.session:Session._receive_plan",
@@ -43,8 +43,8 @@ HOOKS = {
     # In runs without PARO the host's attention is timed in its override slot, see `attentions.watch`.
     "dense_attention": (f"{PACK}.host.override:run_host", f"{PACK}.dense:cudnn_attention"),
 }
-PARTS = ("dense_attention", "sparse_attention", REST, "observing", "planning", "bias_and_corrections")
-PARTS += ("compiling", "loading_plan")
+PARTS = ("dense_attention", "sparse_attention", REST, "observing", "planning", "masks")
+PARTS += ("bias_and_corrections", "compiling", "loading_plan")
 
 
 class HookMissingError(RuntimeError):

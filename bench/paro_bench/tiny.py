@@ -279,6 +279,14 @@ def _side_by_side(plans: list[Plan]) -> Plan:
     for site in plans[0].sites:
         entries = [plan.sites[site] for plan in plans]
         orders = [name for entry in entries for name in entry.orders]
+        if not entries[0].has_masks:
+            columns = {
+                name: [getattr(entry, name) for entry in entries] for name in ("tail_bias", "density", "mass_kept")
+            }
+            joined = {name: None if parts[0] is None else torch.cat(parts, 1) for name, parts in columns.items()}
+            shape = (len(orders), *entries[0].shape[1:])
+            sites[site] = replace(entries[0], orders=tuple(orders), shape=shape, falloff=None, rotate=False, **joined)
+            continue
         groups = []
         for group in range(plans[0].groups):
             mask = torch.cat([entry.mask(group=group) for entry in entries])

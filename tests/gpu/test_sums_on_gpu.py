@@ -103,4 +103,4 @@ def test_steps_that_measure_biases_and_corrections_wait_for_nothing(monkeypatch)
                     torch.cuda.set_sync_debug_mode("default")
                 assert not evaluation.end()
             report = session.finish()
-            assert report.sites_sparse == report.sites_looked_at_again == len(SITES) and not report.fallbacks
+            assert report.sites_sparse == report.sites_routed == len(SITES) and not report.fallbacks

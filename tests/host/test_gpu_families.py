@@ -62,7 +62,7 @@ def test_family(comfy, tiny, tmp_path, name, dtype):
             check(report, case, run, SPARSE["dense_steps"], STEPS)
             difference = relative_error(out, dense)
             assert 0 < difference < 0.5
-            assert (report.plan_source, report.sites_looked_at_again) == (source, report.sites)
+            assert (report.plan_source, report.sites_routed) == (source, report.sites)
             assert report.backend == BACKEND and report.device.startswith(DEVICE)
 
         # One made for another grid and the same sites.

@@ -35,7 +35,7 @@ def test_a_run_in_passing_and_one_with_its_plan(comfy, wan, store, recorder):
         comfy.sample(model, GRID, steps=4)
         report = comfy.report(model)
         assert report.plan_source == source and report.sites_sparse == comfy.LAYERS and not report.fallbacks
-    assert report.sites_looked_at_again == comfy.LAYERS
+    assert report.sites_routed == comfy.LAYERS
 
 
 def test_without_the_host_s_pause_it_is_noticed(comfy, wan, store, recorder, monkeypatch):

@@ -24,7 +24,7 @@ def test_sparse_run_and_its_report(comfy, wan, store):
     assert report.sites == report.sites_sparse == comfy.LAYERS
     assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS}
     assert abs(report.density - 0.4) < 0.05 and report.plan.made["criterion"] == "mass"  # seen in pure noise
-    assert report.sites_looked_at_again == comfy.LAYERS
+    assert report.sites_routed == comfy.LAYERS
     assert not report.fallbacks and not report.passed
     assert torch.isfinite(out).all() and (out - dense).abs().max() > 0.01  # the exact tests' tolerance is far below
     assert said[-1] == report.status()

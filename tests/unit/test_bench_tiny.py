@@ -27,13 +27,14 @@ def test_videos_side_by_side_are_what_each_is_alone(dense, monkeypatch):
     for number, seed in enumerate(bench.seeds):
         session = bench.session(variant)
         alone = bench.sample([seed], session)
-        # As it was made: a plan of pure noise gets other masks in the run.
-        plan, looked = made[-1], session.finish().sites_looked_at_again
-        assert looked == (len(plan.sites) if dense == 1 else 0)
+        # As it was made: a plan of pure noise gets its masks in the run.
+        plan, routed = made[-1], session.finish().sites_routed
+        assert routed == (len(plan.sites) if dense == 1 else 0)
         for site, entry in plan.sites.items():
             assert entry.orders == plans[number].sites[site].orders
-            same = (entry.mask() == plans[number].sites[site].mask()).float().mean()
-            assert same > 0.98  # batches sum in another order
+            if dense > 1:
+                same = (entry.mask() == plans[number].sites[site].mask()).float().mean()
+                assert same > 0.98  # batches sum in another order
         assert plan.densities == pytest.approx(plans[number].densities, abs=0.01)
         likeness = psnr(data.decode(alone)[0], bench.dense_video[number])
         assert likeness == pytest.approx(together["psnr_each"][number], abs=0.5)

@@ -11,7 +11,6 @@ from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.portability import MovedPlanCheck
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.second_look import SecondLook
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -53,11 +52,11 @@ def test_a_moved_plan_that_fits_is_used(plan):
 
 def test_a_moved_plan_that_does_not_fit_is_replaced(plan, monkeypatch):
     there, forgotten = make_problem(NEW, HARD), []
-    for kind in (BiasRefresh, QueryCorrection, SecondLook):
+    for kind in (BiasRefresh, QueryCorrection):
         monkeypatch.setattr(kind, "forget", lambda self: forgotten.append(type(self)))
     was_dense, report = run(plan, torch.zeros_like(there.q[:1]), there.k[:1], there.v[:1])
     assert was_dense == [True, False, False, False]
-    assert forgotten == [BiasRefresh, QueryCorrection, SecondLook]
+    assert forgotten == [BiasRefresh, QueryCorrection]
     assert report.plan_source == "calibrated on the way"
     assert any(note.endswith("calibrating anew") for note in report.notes)
 

@@ -489,18 +489,18 @@ def test_a_calibrating_run_is_dense_and_feeds_the_chosen_steps():
 def test_what_blocks_are_kept_by_depends_on_the_step_that_was_seen(tmp_path, change, criterion):
     """A first step of pure noise: by mass; a later one, or one with a picture in it: by error. The plan says which."""
     own = {name: change.pop(name) for name in ("method", "highest_noise") if name in change}
-    masks = {}
+    kept = {}
     for name, more in (("found", own), *((kind, {"method": Method(criterion=kind)}) for kind in ("mass", "error"))):
         store = PlanStore([], tmp_path / name)
         session = Session(policy(Settings(**change), store), sigmas=SIGMAS, **more)
         sample(session)
         session.finish()
         plan = load_plan(next(store.writable.glob("*.safetensors")))
-        masks[name] = plan.sites[SITES[0]].packed
+        kept[name] = plan.sites[SITES[0]].density
         if name == "found":
             assert plan.made["criterion"] == criterion
-    assert torch.equal(masks["found"], masks[criterion])
-    assert torch.equal(masks["mass"], masks["error"]) == (change.get("tail") == "off")
+    assert torch.equal(kept["found"], kept[criterion])
+    assert torch.equal(kept["mass"], kept["error"]) == (change.get("tail") == "off")
 
 
 def test_a_grid_that_comes_later_is_not_seen_in_pure_noise():
@@ -515,11 +515,11 @@ def test_a_grid_that_comes_later_is_not_seen_in_pure_noise():
 
 @pytest.mark.parametrize("noise, criterion", [(0.96, "mass"), (0.92, "error")])
 def test_what_is_seen_in_much_noise_is_told_by_attention(noise, criterion):
-    """Errors of blocks mislead there. Only masks of a first step of nothing but noise are measured anew later."""
+    """Errors of blocks mislead there, and the run measures its masks itself."""
     sigmas = [1.0, noise, 0.6, 0.4, 0.2, 0.0]
     sample(session := Session(policy(), sigmas=sigmas, highest_noise=1.0), sigmas=sigmas)
     report = session.finish()
-    assert report.plan.made["criterion"] == criterion and report.sites_looked_at_again == 0
+    assert report.plan.made["criterion"] == criterion and report.sites_routed == (3 if criterion == "mass" else 0)
     # In a model whose highest noise is not known only the first step is certain.
     sample(session := Session(policy(), sigmas=sigmas), sigmas=sigmas)
     assert session.finish().plan.made["criterion"] == "error"

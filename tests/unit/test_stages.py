@@ -152,8 +152,7 @@ def test_a_stage_that_must_calibrate_needs_no_dense_step_for_it(tmp_path):
     assert stage(store, [1.0, 0.75]).why_dense == "the first 1 of about 4 are"
     report = stage(store, [0.75, 0.5])
     assert (report.plan_source, report.dense_steps, report.sites_sparse) == ("plan found", 0, 2)
-    assert report.plan.made["criterion"] == "mass" and report.sites_looked_at_again == 0
-    assert stage(store, [0.5, 0.25]).sites_looked_at_again == 2  # there is a picture by now
+    assert report.plan.made["criterion"] == "mass" and report.sites_routed == 2
 
 
 def test_a_stage_that_sees_more_than_noise_in_a_dense_step_makes_a_better_plan(tmp_path):

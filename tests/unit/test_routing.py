@@ -1,29 +1,31 @@
-"""Masks measured anew in runs whose plan was made of pure noise: what is measured, when, and what trouble does."""
+"""Masks that runs measure themselves: what is measured, when, and what trouble does."""
 
 import itertools
-from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.kernels.support import interpreted
 from comfyui_paro.paro_runtime import evaluation as evaluation_module
-from comfyui_paro.paro_runtime import second_look as second_look_module
+from comfyui_paro.paro_runtime import routing as routing_module
 from comfyui_paro.paro_runtime.attempt import Attempt
 from comfyui_paro.paro_runtime.attention import pattern_of
-from comfyui_paro.paro_runtime.calibration import Method
+from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.correction import QueryCorrection
 from comfyui_paro.paro_runtime.mean_queries import mean_queries_of_blocks, mean_query_masses
 from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.patterns import PatternCache
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
+from comfyui_paro.paro_runtime.plan_file import load_plan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
-from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.second_look import SecondLook, masks_anew
+from comfyui_paro.paro_runtime.routing import routed_bits
+from comfyui_paro.paro_runtime.schedule import GROUPS
 from comfyui_paro.paro_runtime.selection import masks_of_counts
-from comfyui_paro.paro_runtime.session import IN_PASSING, Policy, Session
+from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.statistics import budget_blocks
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 LAYOUT = TokenLayout(3, (5, 8, 9), 2)
@@ -131,91 +133,90 @@ def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q,
     torch.testing.assert_close(mean_query_masses(*call, **rest), found)
 
 
-def test_looks_in_the_first_call_of_the_second_sparse_step():
-    look = SecondLook()
-    assert [look.due("a", step) for step in (3, 3, 4, 4, 5)] == [False, False, True, False, False]
-    assert [look.due("b", step) for step in (4, 6, 7)] == [False, True, False]
-    assert look.sites == 2 and look.looks("a", 4) and look.looks("b", 6)
-    assert not look.looks("a", 5) and not look.looks("c", 4)
-    look.forget()
-    assert look.sites == 0 and not look.looks("a", 4) and not look.due("a", 8) and look.due("a", 9)
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_masses_of_some_query_blocks_are_those_of_all(kv_heads):
+    g = Geometry(3, (5, 8, 9), 2, 64)
+    q, k = torch.randn(2, 4, g.length, 16), torch.randn(2, kv_heads, g.length, 16)
+    tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(kv_heads)]).int()
+    tables = tables.repeat_interleave(4 // kv_heads, 0)
+    some = budget_blocks(g, q.device)
+    assert some.tolist() == [0, 1, 2, 3, 4]  # the last of six has 40 rows
+    found, every = (mean_query_masses(q, k, g, tables, q_blocks=blocks) for blocks in (some, None))
+    torch.testing.assert_close(found, every[:, some])
 
 
-def entry_of(masks):
-    """A site of two heads with three groups of masks."""
-    parts = [
-        SitePlan.create(("HWF", "WFH"), mask, torch.tensor([0.1 * i, 0.2]), torch.tensor([0.9, 0.8 - i / 10]))
-        for i, mask in enumerate(masks)
-    ]
-    return replace(SitePlan.joined(parts), rotate=True, falloff=torch.zeros(2, 3, dtype=torch.uint8))
+def bare_entry(density=((0.6, 0.5), (0.4, 0.3), (0.2, 0.35))):
+    """A site of two heads and three groups of steps without masks."""
+    density = torch.tensor(density)
+    return SitePlan(
+        ("HWF", "WFH"), torch.empty(3, 0, dtype=torch.uint8), (2, 6, 6), torch.zeros(3, 2), density, torch.ones(3, 2)
+    )
 
 
-@pytest.mark.parametrize("group", [0, 1])
-def test_masks_of_this_group_and_those_behind_it_are_made_anew(group):
-    masks = torch.rand(3, 2, 6, 6) < torch.tensor([0.6, 0.4, 0.2])[:, None, None, None]
-    masks |= torch.eye(6, dtype=torch.bool)
-    masks[:, 1] |= torch.rand(6, 6) < 0.3
-    entry = entry_of(masks)
+@pytest.mark.parametrize("group", [0, 2])
+def test_heads_keep_the_heaviest_blocks_as_many_as_the_plan_says(group):
+    entry = bare_entry()
     q, k = torch.randn(2, 1, 2, LAYOUT.length, 16)
     sizes = {"block_q": 64, "pool": 64, "expansions": 16, "kv_heads": 2, "device": torch.device("cpu")}
-    pattern = pattern_of(entry, LAYOUT, group=group, **sizes)
-    look = SecondLook()
-    bits = masks_anew(entry, group, q, k, pattern, scale=None, key_bias=None)
-    fresh = look.keep(entry, group, bits)
-    look.finish()
-    assert torch.equal(pattern_of(fresh, LAYOUT, group=group, **sizes).mask, fresh.mask(group=group))
-    assert torch.equal(pattern_of(entry, LAYOUT, group=group, bits=bits[0], **sizes).mask, fresh.mask(group=group))
-    assert (fresh.orders, fresh.shape, fresh.groups, fresh.rotate) == (entry.orders, entry.shape, 3, True)
-    for name in ("falloff", "tail_bias", "mass_kept", "density"):
-        torch.testing.assert_close(getattr(fresh, name), getattr(entry, name))
-    masses = mean_query_masses(q, k, pattern.geometry, pattern.tables[pattern.order_of_head.long()])
-    for each in range(3):
-        mask = fresh.mask(group=each)
-        if each < group:
-            assert torch.equal(mask, masks[each])
-        else:
-            assert not torch.equal(mask, masks[each])
-            assert torch.equal(mask, masks_of_counts(masses, masks[each].sum((1, 2))[None])[0])
+    seen = []
+
+    def measure(pattern):
+        seen.append(pattern)
+        return routed_bits(entry, group, q, k, pattern, scale=None, key_bias=None)
+
+    made = pattern_of(entry, LAYOUT, group=group, measure=measure, **sizes)
+    assert seen[0].kept_words is None
+    masses = mean_query_masses(q, k, made.geometry, made.tables_of_heads(2))
+    counts = (entry.density[group] * 36).round().long()
+    assert torch.equal(made.mask, masks_of_counts(masses, counts[None])[0])
+    assert torch.equal(made.tail_bias, entry.tail_bias[group])
 
 
-def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, skip=(), **more):
-    """A run of one site, without the steps `skip`; the session, with the masks after every evaluation."""
+def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, **more):
+    """A run of one site; the session, with the masks in use after every sparse evaluation, by step."""
     settings = {"preset": "custom", "density": 0.3, "precision": "16bit", "dense_steps": dense_steps}
     settings = Settings(**settings | more.pop("settings", {}))
     policy = Policy(IDENTITY, recipe_for("wan"), settings, more.pop("plan", None), more.pop("store", None), True)
     session = Session(policy, sigmas=sigmas, **more)
     generator = torch.Generator().manual_seed(seed)
-    session.masks = []
-    for sigma in (sigma for step, sigma in enumerate(sigmas[:-1]) if step not in skip):
+    session.masks = {}
+    for step, sigma in enumerate(sigmas[:-1]):
         for its in conditionings:
             q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
             evaluation = session.begin(layout=LAYOUT, sigma=sigma, conditionings=its)
             evaluation.attend(SITE, q, k, v, dense=lambda v=v: v.clone(), blocks=1)
             evaluation.end()
-            plan = session._grids[LAYOUT.grid].plan
-            # A plan that was found has no sites yet in a dense step.
-            session.masks.append(plan.sites[SITE].packed.clone() if plan is not None and plan.sites else None)
+            found = list(session.patterns._patterns.values())
+            if found:
+                session.masks.setdefault(step, []).append(found[0].mask)
     return session
 
 
-def test_a_run_whose_plan_is_of_pure_noise_looks_again_once(tmp_path):
-    session = run(store=PlanStore([], tmp_path))
-    assert session.masks[0] is None  # the dense step
-    first, second, *others = session.masks[1:]
-    assert not torch.equal(first, second) and all(torch.equal(each, second) for each in others)
-    # Two groups are over or under way; the first has one step and keeps what it had.
-    assert torch.equal(first[0], second[0])
+# Eight sparse steps, of which three are in the first group, two in the second.
+LONG = [1 - step / 9 for step in range(10)]
+
+
+def test_a_run_of_little_but_noise_measures_its_masks_in_each_group(tmp_path):
+    session = run(store=PlanStore([], tmp_path), sigmas=LONG)
+    plan = session._grids[LAYOUT.grid].plan
+    groups = [session.schedule.group(step, GROUPS) for step in session.masks]
+    assert list(session.masks) == list(range(1, 9)) and set(groups) == {0, 1, 2}
+    masks = [its[0] for its in session.masks.values()]
+    for (before, mask), (group, following) in zip(itertools.pairwise(masks), itertools.pairwise(groups), strict=True):
+        assert torch.equal(before, mask) == (group == following)
+    for mask, group in zip(masks, groups, strict=True):
+        torch.testing.assert_close(mask.float().mean((1, 2)), plan.sites[SITE].density[group], atol=0.02, rtol=0)
     report = session.finish()
-    assert report.sites_looked_at_again == 1 and not report.fallbacks and not report.notes
-    assert "masks measured anew after a plan of pure noise: 1 of 1 sites" in report.text()
-    # The plan that was saved is what the dense step showed; a run that finds it looks again as well.
-    again = run(store=PlanStore([], tmp_path), seed=1)
-    assert again.finish().plan_source == "plan found" and torch.equal(again.masks[1], first)
-    assert not torch.equal(again.masks[-1], first) and not torch.equal(again.masks[-1], second)
+    assert report.sites_routed == 1 and not report.fallbacks and not report.notes
+    assert "masks measured in this run: 1 of 1 sites" in report.text()
+    # The plan that was saved has none; a run that finds it measures its own.
+    assert not load_plan(next(tmp_path.iterdir())).sites[SITE].has_masks
+    again = run(store=PlanStore([], tmp_path), seed=1, sigmas=LONG)
+    assert again.finish().plan_source == "plan found" and again.finish().sites_routed == 1
+    assert not torch.equal(again.masks[1][0], masks[0])
 
 
-@pytest.mark.parametrize("at_once", [False, True])
-def test_nothing_stays_of_an_attempt_that_fails(at_once):
+def test_nothing_stays_of_an_attempt_that_fails():
     """Masks, bias and corrections of a site that saw what is not finite in the step that measures them."""
     runs = []
     for fails in (False, True):
@@ -224,9 +225,8 @@ def test_nothing_stays_of_an_attempt_that_fails(at_once):
         generator = torch.Generator().manual_seed(0)
         for step, sigma in enumerate(SIGMAS[:4]):
             q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
-            session.second_look.at_once = at_once
             # A site at fault in the first attempt, and with it what comes after.
-            for again in (False, True) if fails and step == (1 if at_once else 2) else (True,):
+            for again in (False, True) if fails and step == 2 else (True,):
                 attempt = Attempt(session, can_redo=True)
                 evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt, again=not again)
                 bad = v if again else v * torch.nan
@@ -237,23 +237,28 @@ def test_nothing_stays_of_an_attempt_that_fails(at_once):
         runs.append(session)
     clean, redone = runs
     key = (SITE, LAYOUT.grid)
-    plans = [session._grids[LAYOUT.grid].plan.sites[SITE] for session in runs]
-    assert torch.equal(plans[0].packed, plans[1].packed) and plans[0].mask().any(2).all()
+    masks = [{key[0]: its.mask for key, its in session.patterns._patterns.items()}[SITE] for session in runs]
+    assert torch.equal(*masks) and masks[0].any(2).all()
     assert torch.equal(clean.refresh.bias(key), redone.refresh.bias(key))
     assert torch.equal(clean.correction._shares[key].shares, redone.correction._shares[key].shares)
 
 
 def test_calls_of_one_step_share_the_masks():
-    session = run(conditionings=((0,), (1,)))
-    masks = session.masks[2:]
-    assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[1], masks[2])
-    assert all(torch.equal(each, masks[2]) for each in masks[2:])
+    session = run(conditionings=((0,), (1,)), sigmas=LONG)
+    assert all(torch.equal(*pair) for pair in session.masks.values())
 
 
-@pytest.mark.parametrize("short, measured", [(False, [1, 3, 6, 11]), (True, [3])])
-def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch, short, measured):
-    """The site looks again in its third step here, where no group begins. Calls that are short on a GPU are measured
-    once, and not under the masks that are given up."""
+def test_without_room_for_patterns_masks_are_measured_every_time(monkeypatch):
+    monkeypatch.setattr("comfyui_paro.paro_runtime.patterns.CACHE_BYTES", 0)
+    measured = []
+    monkeypatch.setattr(evaluation_module, "routed_bits", lambda *a, **k: measured.append(1) or routed_bits(*a, **k))
+    report = run(sigmas=LONG).finish()
+    assert len(measured) == 8 and report.calls == {"sparse": 8, "dense step": 1}
+
+
+@pytest.mark.parametrize("short, measured", [(False, [1, 4, 6]), (True, [1])])
+def test_what_goes_by_the_masks_is_measured_with_them(monkeypatch, short, measured):
+    """In the step that measures the masks of a group; of calls that are short on a GPU only in the first."""
     monkeypatch.setattr(evaluation_module, "is_short", lambda q: short)
     biases, corrections = [], []
     measure, apply = BiasRefresh.measure, QueryCorrection.apply
@@ -263,101 +268,77 @@ def test_what_goes_by_the_masks_is_measured_with_the_new_ones(monkeypatch, short
         return measure(self, key, step, q, k, v, pattern, **rest)
 
     def watched_apply(self, key, call, step, due, q, k, v, out, pattern, **rest):
-        corrections.append((step, due, pattern.mask))
+        corrections.append((step, due))
         return apply(self, key, call, step, due, q, k, v, out, pattern, **rest)
 
     monkeypatch.setattr(BiasRefresh, "measure", watched_measure)
     monkeypatch.setattr(QueryCorrection, "apply", watched_apply)
-    # Fifteen sparse steps, five in each group, of which the second is left out.
-    session = run(sigmas=[1 - step / 16 for step in range(17)], skip=(2,))
-    assert [step for step, _ in biases] == measured
-    due = {step: due for step, due, _ in corrections}
-    assert [step for step in due if due[step]] == measured
-    new = session.finish().plan.sites[SITE].mask()
-    assert all(torch.equal(mask, new) == (step > 1) for step, mask in biases if step < 6)
-    assert all(torch.equal(mask, new) == (step > 1) for step, _, mask in corrections if step < 6)
+    session = run(sigmas=LONG)
+    assert [step for step, _ in biases] == measured == [step for step, due in corrections if due]
+    assert all(torch.equal(mask, session.masks[step][0]) for step, mask in biases)
 
 
-def test_a_run_with_one_sparse_step_measures_in_that(monkeypatch):
-    """No second look will come that would do it."""
-    steps = []
-
-    def watched(self, key, step, *rest, measure=BiasRefresh.measure, **more):
-        steps.append(step)
-        return measure(self, key, step, *rest, **more)
-
-    monkeypatch.setattr(BiasRefresh, "measure", watched)
-    assert run(sigmas=[1.0, 0.5, 0.0]).finish().sites_looked_at_again == 0 and steps == [1]
-
-
-def test_other_sites_keep_their_patterns():
+def test_one_site_of_a_layout_is_made_anew():
     entry = SitePlan.create(("FHW",) * 4, torch.rand(4, 6, 6) < 0.4, torch.zeros(4), torch.ones(4))
     other = Site("block", 1)
     plan, cache = Plan(IDENTITY, LAYOUT, 64, {SITE: entry, other: entry}), PatternCache()
 
-    def words(site, bits=None):
-        return cache.get(site, plan, 0, LAYOUT, 4, torch.device("cpu"), bits).kept_words
+    def words(site):
+        return cache.get(site, plan, 0, LAYOUT, 4, torch.device("cpu")).kept_words
 
     first, second = words(SITE), words(other)
-    fresh = words(SITE, entry.packed[0].clone())
+    cache.drop(SITE, LAYOUT)
+    fresh = words(SITE)
     assert fresh is not first and torch.equal(fresh, first)
     assert words(SITE) is fresh and words(other) is second and len(cache) == 2
-
-
-def test_masks_have_arrived_before_they_are_read(monkeypatch):
-    """Where the device has no room for patterns, those of masks measured anew are made of what was kept of them."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.patterns.CACHE_BYTES", 0)
-    arrived, session = [], run(sigmas=[1.0, 0.5, 0.0])
-    monkeypatch.setattr(session.second_look, "finish", lambda: arrived.append(1))
-    entry = session._grids[LAYOUT.grid].plan.sites[SITE]
-    where = (SITE, session._grids[LAYOUT.grid].plan, 0, LAYOUT, 4, torch.device("cpu"))
-    session.patterns.get(*where, entry.packed[0])
-    assert not arrived
-    session.patterns.get(*where)
-    assert len(arrived) == 1
-    session.finish()
-    assert len(arrived) == 2
 
 
 @pytest.mark.parametrize(
     "more",
     [
         {"dense_steps": 2},  # saw more than noise
-        {"settings": {"tail": "off"}},
-        {"refresh": False},
         {"method": Method(criterion="mass")},
         {"method": Method(criterion="error")},
+        {"method": Method(masks="plan")},
         {"highest_noise": 2.0},  # began with a picture
     ],
 )
-def test_other_runs_keep_their_masks(more):
+def test_other_runs_of_small_grids_have_masks_in_their_plan(more):
     session = run(**more)
-    first = next(mask for mask in session.masks if mask is not None)
-    assert torch.equal(session.masks[-1], first)
-    assert session.finish().sites_looked_at_again == 0
+    assert session._grids[LAYOUT.grid].plan.sites[SITE].has_masks
+    assert session.finish().sites_routed == 0
 
 
-@pytest.mark.parametrize(
-    "made", [{"by": "PARO Calibrate", "criterion": "mass"}, {"by": IN_PASSING, "criterion": "error"}]
-)
-def test_plans_of_more_than_noise_keep_their_masks(made):
+def test_large_grids_have_none_in_theirs(monkeypatch):
+    monkeypatch.setattr("comfyui_paro.paro_runtime.planning.SHARED_TOKENS", 300)
+    for dense_steps in (0, 1, 2):
+        session = run(dense_steps=dense_steps, sigmas=LONG)
+        plan = session._grids[LAYOUT.grid].plan
+        assert plan.made["criterion"] == "mass" and not plan.sites[SITE].has_masks
+        report = session.finish()
+        assert report.sites_routed == 1 and report.calls["sparse"] == 9 - dense_steps
+    calibrator = Calibrator(IDENTITY, mask_options(Settings(density=0.3), recipe_for("wan")))
+    q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32)
+    calibrator.observe(SITE, LAYOUT, q, k, v)
+    assert not calibrator.plan({}).sites[SITE].has_masks
+
+
+def test_a_given_plan_with_masks_is_followed():
     masks = torch.rand(1, 4, 6, 6) < 0.4
-    entry = SitePlan.create(("FHW",) * 4, masks[0], torch.zeros(4), torch.ones(4))
-    plan = Plan(IDENTITY, LAYOUT, 64, {SITE: entry}, made=made)
-    session = run(plan=plan)
-    assert torch.equal(session.masks[-1], entry.packed) and session.finish().sites_looked_at_again == 0
+    entry = SitePlan.create(("FHW",) * 4, masks[0] | torch.eye(6, dtype=torch.bool), torch.zeros(4), torch.ones(4))
+    session = run(plan=Plan(IDENTITY, LAYOUT, 64, {SITE: entry}, made={"by": "PARO Calibrate"}))
+    assert all(torch.equal(mask, entry.mask()) for its in session.masks.values() for mask in its)
+    assert session.finish().sites_routed == 0
 
 
-def test_trouble_leaves_the_masks_and_the_run(monkeypatch):
+def test_trouble_ends_in_the_hosts_attention(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel\nsecond line")
 
-    monkeypatch.setattr(second_look_module, "mean_query_masses", broken)
-    session = run()
-    report = session.finish()
-    assert torch.equal(session.masks[-1], session.masks[1])
-    assert report.notes == ["masks are not measured anew: RuntimeError: no such kernel"]
-    assert report.sites_sparse == 1 and not report.fallbacks and report.sites_looked_at_again == 0
+    monkeypatch.setattr(routing_module, "mean_query_masses", broken)
+    report = run().finish()
+    assert report.sites_sparse == 0 and report.calls == {"sparse": 0, "dense step": 1}
+    assert report.fallbacks == [("block.0.0: RuntimeError: no such kernel", 4)]
     with pytest.raises(RuntimeError, match="no such kernel"):
         run(settings={"strict": True})
 
