@@ -1,14 +1,14 @@
 """Calibration: collect what passes by, then make a plan of it.
 
 One calibrator serves one model and grid. A run in passing feeds it the last dense step, and nothing leaves the GPU
-before the plan is made but tables that find no room there. *PARO Calibrate* feeds it chosen steps of several prompts
+before the plan is made. *PARO Calibrate* feeds it chosen steps of several prompts
 and keeps the sums in a folder, so that it can be stopped at any moment and resumed: those live on the CPU.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from .refresh import is_short
 from .schedule import GROUPS
 from .stability import Glimpse, Stability, compare, glimpse
 from .statistics import Observation, StatisticsOptions, observe
-from .sums import Room, SiteSums, stored
+from .sums import SiteSums, stored
 from .tokens import TokenLayout
 
 
@@ -58,7 +58,6 @@ class Calibrator:
         self._of_groups: dict[tuple[Site, int], SiteSums] = {}
         self._glimpses: dict[tuple[Site, int, int], Glimpse] = {}
         self._own, self._bias_later = own, bias_later
-        self._room = Room()
         self._lock = threading.Lock()
         self._device = torch.device("cpu")  # where what was last observed was
         self._partial = PartialStore(partial, identity, options.as_dict()) if partial is not None else None
@@ -139,7 +138,7 @@ class Calibrator:
     def _add(self, site: Site, step: int, seen: Observation) -> None:
         look = glimpse(seen, self.options.compared_density) if not self._own else None
         # Many observations are added up on the CPU, one or two of a run where they were made.
-        fresh = stored(seen, not self.method.by_mass_alone(self.layout), coded=self._partial is None)
+        fresh = stored(seen, not self.method.by_mass_alone(self.layout), compact=self._partial is None)
         if self._partial is not None:
             look, fresh = look and look.on_cpu(), fresh.on_cpu()
         with self._lock:
@@ -147,10 +146,9 @@ class Calibrator:
             if look is not None:
                 self._glimpses[(site, *label)] = look
             if site in self._sums:
-                self._room.finish()
                 self._sums[site].add(fresh)
             else:
-                self._sums[site] = self._room.settled(fresh)
+                self._sums[site] = fresh
             sums = self._sums[site]
             sums.done.add(label)
             if self.method.time_groups is not None:
@@ -171,11 +169,8 @@ class Calibrator:
         if self._partial is not None:
             self._partial.remove()
 
-    def plan(self, made: dict, *, last: bool = False) -> Plan:
-        """Orders, masks and biases from everything observed. Raises PlanError when nothing was.
-
-        last: nothing is asked of this object any more; tables are given up as they have served.
-        """
+    def plan(self, made: dict) -> Plan:
+        """Orders, masks and biases from everything observed. Raises PlanError when nothing was."""
         if not self._sums:
             raise PlanError("calibration: no self-attention call was observed")
         planner = self._planner(self.sites)
@@ -186,21 +181,20 @@ class Calibrator:
             "int8_logit_error": planner.logit_errors(),
             **made,
         }
-        return self._plan(planner, made, self._sums.pop if last else None)
+        return self._plan(planner, made)
 
     def plan_of(self, site: Site, group: int) -> Plan:
         """What one site that was observed would have in one of the GROUPS of sparse steps if it were the only site:
         nothing is shared with others. A plan of that group alone."""
-        return self._plan(self._planner([site], group), {}, None)
+        return self._plan(self._planner([site], group), {})
 
     def _planner(self, sites: Sequence[Site], group: int | None = None) -> Planner:
         with self._lock:
-            self._room.finish()
             sums = {site: self._sums[site] for site in sites}
         return Planner(self.layout, self.options, self.method, sums, self._of_groups, group, self._bias_later)
 
-    def _plan(self, planner: Planner, made: dict, forget: Callable[[Site], object] | None) -> Plan:
+    def _plan(self, planner: Planner, made: dict) -> Plan:
         made = {"criterion": "mass" if planner.by_mass else "error", **made}
         block_q, pool, expansions = query_block(self.layout.grid_tokens), self.options.pool or 64, planner.expansions
-        entries = planner.entries(self._device, forget)
+        entries = planner.entries(self._device)
         return Plan(self.identity, self.layout, block_q, entries, pool, self.options.as_dict(), made, expansions)

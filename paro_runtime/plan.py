@@ -10,7 +10,6 @@ import torch
 from ..kernels.kept_words import pack_bits, unpack_bits
 from ..kernels.problem import BLOCK_K
 from .orders import ALL_ORDERS
-from .tables import to_cpu
 from .tokens import TokenLayout
 
 
@@ -86,11 +85,11 @@ class SitePlan:
         """From what each group of steps has, in lists, on any device; falloff and rotate as they are."""
 
         def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            return to_cpu(torch.stack([part.float() for part in parts]))
+            return torch.stack([part.float() for part in parts]).cpu()
 
         bias = None if tail_bias is None else joined(tail_bias)
         rest = (bias, joined(density), joined(mass_kept), falloff, rotate)
-        return cls(tuple(orders), to_cpu(torch.stack(list(packed))), tuple(shape), *rest)
+        return cls(tuple(orders), torch.stack(list(packed)).cpu(), tuple(shape), *rest)
 
     @classmethod
     def joined(cls, groups: Sequence[SitePlan]) -> SitePlan:

@@ -6,7 +6,6 @@ together, and nothing but masks is brought to the CPU one site at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,7 +20,7 @@ from .schedule import GROUPS, Schedule
 from .selection import PerHeadBudget, SharedBudget, density_for, mass_kept, tail_bias
 from .statistics import SHARED_TOKENS
 from .sums import SiteSums
-from .tables import Worth, to_cpu
+from .tables import Worth
 from .tail import bias_at
 from .tokens import TokenLayout
 
@@ -137,13 +136,8 @@ class Planner:
         found = zip(*self._errors.values(), strict=True)
         return {name: round(max(values), 5) for name, values in zip(CASES, found, strict=False)}
 
-    def entries(self, device: torch.device, forget: Callable[[Site], None] | None = None) -> dict[Site, SitePlan]:
-        """Every site's part of the plan, worked out on `device`, or on the CPU as soon as that has no more room: a GPU
-        takes seconds where a CPU takes a minute.
-
-        forget: called with every site whose large tables have served. They are dropped here, so that the masks do not
-        stand beside all of them; nothing can be made of this planner again.
-        """
+    def entries(self, device: torch.device) -> dict[Site, SitePlan]:
+        """Every site's part of the plan, worked out on `device`, or on the CPU as soon as that has no more room."""
         try:
             budgets = self._budgets(device)
         except torch.OutOfMemoryError:
@@ -154,20 +148,14 @@ class Planner:
         except torch.OutOfMemoryError:
             device = torch.device("cpu")
             small = self._small(device)
-        made = {}
-        # Backwards: the tables of the last sites found no room on the GPU, and wait on the CPU, where masks go.
-        for number in reversed(range(len(self.sites))):
+        made = []
+        for number in range(len(self.sites)):
             try:
-                made[number] = self._masks(number, budgets, device)
+                made.append(self._masks(number, budgets, device))
             except torch.OutOfMemoryError:
                 device = torch.device("cpu")
-                made[number] = self._masks(number, budgets, device)
-            if forget is not None:
-                self._sums[number] = None
-                for budget in budgets:
-                    budget.forget(number)
-                forget(self.sites[number])
-        return self._joined([made[number] for number in range(len(self.sites))], *small)
+                made.append(self._masks(number, budgets, device))
+        return self._joined(made, *small)
 
     def _budgets(self, device: torch.device) -> list[SharedBudget | PerHeadBudget]:
         """One for all groups of steps, or one for each."""
@@ -204,7 +192,7 @@ class Planner:
             packed = torch.empty(len(masks), 0, dtype=torch.uint8)
         else:
             packed = torch.stack([pack_bits(mask) for mask in masks])
-        return _Masks(to_cpu(packed), density, torch.stack(kept), bias)
+        return _Masks(packed.cpu(), density, torch.stack(kept), bias)
 
     def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor | None, torch.Tensor | None]:
         """Of all heads of all sites: their orders; their falloffs, packed, on the CPU, if they were measured; the
@@ -224,20 +212,20 @@ class Planner:
         received = torch.cat([s.received.to(device) for s in sums])
         step = max(1, FALLOFF_BYTES // falloff_bytes(grid))
         parts = (slice(first, first + step) for first in range(0, len(orders), step))
-        return to_cpu(torch.cat([pack_falloff(falloff[its], received[its], orders[its], grid) for its in parts]))
+        return torch.cat([pack_falloff(falloff[its], received[its], orders[its], grid) for its in parts]).cpu()
 
     def _joined(self, made: list[_Masks], orders: list[str], falloff, curves) -> dict[Site, SitePlan]:
         heads = [each.density.shape[1] for each in made]
         block_q = query_block(self.layout.grid_tokens)
         blocks = tuple(-(-self.layout.grid_tokens // size) for size in (block_q, BLOCK_K))
-        device = made[-1].density.device  # the first that was made: a GPU if there was room at all
+        device = made[0].density.device  # a GPU if there was room at all
         biases = {n: each.bias for n, each in enumerate(made) if each.bias is not None}
         if curves is not None:
             its = torch.cat([made[n].density.to(device) for n in self._of_curves], 1)
-            found = to_cpu(bias_at(curves.to(device), its)).split([heads[n] for n in self._of_curves], 1)
+            found = bias_at(curves.to(device), its).cpu().split([heads[n] for n in self._of_curves], 1)
             biases |= zip(self._of_curves, found, strict=True)
-        density = to_cpu(torch.cat([each.density.to(device) for each in made], 1)).split(heads, 1)
-        kept = to_cpu(torch.cat([each.kept.to(device) for each in made], 1)).split(heads, 1)
+        density = torch.cat([each.density.to(device) for each in made], 1).cpu().split(heads, 1)
+        kept = torch.cat([each.kept.to(device) for each in made], 1).cpu().split(heads, 1)
         entries, first = {}, 0
         for number, (site, each) in enumerate(zip(self.sites, made, strict=True)):
             some, first = slice(first, first + heads[number]), first + heads[number]
@@ -247,7 +235,7 @@ class Planner:
                 each.packed,
                 (heads[number], *blocks),
                 # Copies: a slice would hold every site's numbers as long as one of them lives.
-                None if bias is None else to_cpu(bias).clone(),
+                None if bias is None else bias.cpu().clone(),
                 density[number].clone(),
                 kept[number].clone(),
                 None if falloff is None else falloff[some].clone(),

@@ -129,10 +129,6 @@ class SharedBudget:
             for sample, density in zip(samples, densities, strict=True)
         ]
 
-    def forget(self, site: int) -> None:
-        """No masks of this site will be asked for: what it is worth is dropped."""
-        self._worths[site] = None
-
     def masks(self, site: int, device: torch.device | str | None = None) -> list[torch.Tensor]:
         """bool `[H, q_blocks, k_blocks]`, one for each density; on another device than the object's if one is given."""
         value = self._worths[site].on(self._device if device is None else device)
@@ -155,10 +151,6 @@ class PerHeadBudget:
 
     def __init__(self, worths: Sequence[Worth], densities: Sequence[float], device: torch.device | str = "cpu") -> None:
         self._worths, self._densities, self._device = list(worths), densities, device
-
-    def forget(self, site: int) -> None:
-        """See `SharedBudget.forget`."""
-        self._worths[site] = None
 
     def masks(self, site: int, device: torch.device | str | None = None) -> list[torch.Tensor]:
         """See `SharedBudget.masks`."""

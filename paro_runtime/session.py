@@ -361,7 +361,7 @@ class Session:
         began = time.perf_counter()
         made = {"by": IN_PASSING, "step": grid.seen_step, "steps": self.steps}
         try:
-            grid.plan = grid.calibrator.plan(made, last=True)
+            grid.plan = grid.calibrator.plan(made)
         except Exception as error:
             if self.settings.strict:
                 raise

@@ -39,7 +39,7 @@ PAPER_BLOCKS, PAPER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
 # On large grids: rows of each block for the tail's errors, and of all for the falloff.
 LARGE_TAIL_ROWS, LARGE_FALLOFF_ROWS = 4, 64
 # Query blocks, evenly spread, that tell how many blocks a head wants.
-BUDGET_BLOCKS = 128
+BUDGET_BLOCKS = 48
 # What an order must be better by, as a share of its score, for a head to leave the one that it was observed under.
 LEAST_LEAD = 0.01
 # Attention weights of one chunk of rows: what a CPU's cache holds, and half of a large GPU's.

@@ -8,18 +8,12 @@ from functools import lru_cache
 import torch
 
 from .statistics import Observation
-from .tables import CodedTable, Offload, Table, to_cpu
 
-# Larger tables of blocks are kept in 16 bits where many observations are added up: 40 sites of a 720p model would not
-# fit the memory otherwise. bfloat16, since errors span many powers of ten.
-FULL_PRECISION_ELEMENTS = 1 << 22
-# Where a run has one or two observations, larger tables than this are kept in 8 bits: it has them all on its GPU.
-UNCODED_ELEMENTS = 1 << 18
+# Where a run has one or two observations, larger tables of blocks are kept in 16 bits: it has them all on its GPU.
+# bfloat16, since errors span many powers of ten.
+FULL_PRECISION_ELEMENTS = 1 << 18
 # Query blocks whose mass is kept where blocks are not chosen by it.
 MASS_BLOCKS = 128
-# Tables of a run stay on its GPU up to this share of its memory and so many bytes, the others wait on the CPU.
-DEVICE_SHARE, DEVICE_BYTES = 1 / 128, 640 << 20
-TABLES = ("mass", "pooled", "error")
 
 
 def some_blocks(q_blocks: int, device: torch.device) -> torch.Tensor:
@@ -48,25 +42,24 @@ class SiteSums:
     scores: torch.Tensor
     choice: torch.Tensor
     weight: torch.Tensor
-    mass: Table
+    mass: torch.Tensor
     falloff: torch.Tensor | None
     received: torch.Tensor
-    pooled: Table | None = None
-    error: Table | None = None
+    pooled: torch.Tensor | None = None
+    error: torch.Tensor | None = None
     curves: torch.Tensor | None = None
     energy: torch.Tensor | None = None
     logit_errors: torch.Tensor | None = None
     done: set[tuple[int, int]] = field(default_factory=set)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Everything that is a tensor, by field name, coded tables as float32."""
+        """Everything that is a tensor, by field name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        values = {name: value.float() if isinstance(value, CodedTable) else value for name, value in values.items()}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
     def on_cpu(self) -> SiteSums:
         """The same on the CPU."""
-        return replace(self, **{name: to_cpu(value) for name, value in self.tensors().items()})
+        return replace(self, **{name: value.cpu() for name, value in self.tensors().items()})
 
     def mask_of_mass(self, mask: torch.Tensor) -> torch.Tensor:
         """The rows of a mask `[H, q_blocks, k_blocks]` that `mass` is about."""
@@ -85,21 +78,16 @@ class SiteSums:
             total, new = getattr(self, name), getattr(more, name)
             if total is None or new is None:
                 continue
-            keep = same.view(-1, *[1] * (len(total.shape) - 1))
-            summed = total.to(new.device).float().where(keep, 0) + new.float()
-            coded = isinstance(total, CodedTable)
-            setattr(self, name, (CodedTable.of(summed) if coded else summed.to(total.dtype)).to(total.device))
+            keep = same.view(-1, *[1] * (total.dim() - 1))
+            setattr(self, name, (total.float().where(keep, 0) + new.float()).to(total.dtype))
 
 
-def stored(seen: Observation, with_error: bool, coded: bool) -> SiteSums:
+def stored(seen: Observation, with_error: bool, compact: bool) -> SiteSums:
     """One observation as sums of one, where it was made; the errors of single blocks are large and kept only where they
-    are wanted. coded: large tables in 8 bits rather than in 16."""
-    large = seen.mass.numel() > (UNCODED_ELEMENTS if coded else FULL_PRECISION_ELEMENTS)
+    are wanted. compact: large tables in 16 bits."""
 
-    def table(x: torch.Tensor | None) -> Table | None:
-        if x is None or not large:
-            return x
-        return CodedTable.of(x) if coded else x.bfloat16()
+    def table(x: torch.Tensor | None) -> torch.Tensor | None:
+        return x.bfloat16() if x is not None and compact and x.numel() > FULL_PRECISION_ELEMENTS else x
 
     tail, mass = seen.tail, seen.mass
     with_error = with_error and tail is not None and tail.error is not None
@@ -119,32 +107,3 @@ def stored(seen: Observation, with_error: bool, coded: bool) -> SiteSums:
         None if tail is None else tail.energy,
         seen.logit_errors,
     )
-
-
-class Room:
-    """What a run may keep on its GPU of what it sees, and how much of that is taken. Not for several threads."""
-
-    def __init__(self) -> None:
-        self._taken = 0
-        self._offload = Offload()
-
-    def settled(self, sums: SiteSums) -> SiteSums:
-        """The same sums, with large tables on the CPU that find no more room on their GPU. What they hold is there
-        after the next call or `finish`."""
-        moved = {}
-        for name in TABLES:
-            table = getattr(sums, name)
-            if table is None or table.device.type != "cuda":
-                continue
-            most = min(torch.cuda.get_device_properties(table.device).total_memory * DEVICE_SHARE, DEVICE_BYTES)
-            if self._taken + table.nbytes <= most:
-                self._taken += table.nbytes
-            elif isinstance(table, CodedTable):
-                moved[name] = CodedTable(self._offload.take(table.codes), to_cpu(table.peak))
-            else:
-                moved[name] = self._offload.take(table)
-        return replace(sums, **moved)
-
-    def finish(self) -> None:
-        """Whatever was moved has arrived."""
-        self._offload.finish()

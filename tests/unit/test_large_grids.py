@@ -1,14 +1,12 @@
 """What is done on large grids instead of looking at everything: sampled rows and thresholds, tables in 8 bits."""
 
 import math
-import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
 from comfyui_paro.kernels.api import block_statistics, query_sums, row_logsumexp
-from comfyui_paro.kernels.kept_words import pack_bits
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.kernels.statistics_reference import BlockStatistics
 from comfyui_paro.kernels.support import interpreted
@@ -28,7 +26,7 @@ from comfyui_paro.paro_runtime.selection import (
 )
 from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, sampled_sums
 from comfyui_paro.paro_runtime.sums import stored
-from comfyui_paro.paro_runtime.tables import STEPS_PER_OCTAVE, CodedTable, Worth
+from comfyui_paro.paro_runtime.tables import Worth
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
 IDENTITY = ModelIdentity("wan", "a", "b")
@@ -42,32 +40,14 @@ def planted():
     return make_problem(GRID, HARD, samples=(1, 2))
 
 
-def test_a_byte_keeps_a_number_to_a_few_percent():
-    table = torch.exp2(-31 * torch.rand(3, 40, 50)) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
-    table[:, 3] = 0
-    coded = CodedTable.of(table)
-    assert coded.nbytes == coded.numel() == table.numel() and coded.shape == table.shape
-    found = coded.float()
-    assert (found[:, 3] == 0).all() and (found[:, 4:] > 0).all()
-    torch.testing.assert_close(found, table, rtol=2 ** (0.5 / STEPS_PER_OCTAVE) - 1 + 1e-3, atol=0)
-    assert torch.equal(found.argmax(2), CodedTable.of(found).float().argmax(2))
-    torch.testing.assert_close(coded[:, ::7].float(), found[:, ::7])
-    # Nothing at all, and less than a byte can tell from nothing.
-    assert not CodedTable.of(torch.zeros(2, 4, 4)).float().any()
-    assert CodedTable.of(torch.tensor([[1.0, 2.0**-33]])).float().tolist() == [[1.0, 0.0]]
-
-
-def test_worths_of_coded_tables_are_over_their_unit():
-    table, unit = torch.rand(3, 8, 9) + 0.1, torch.tensor([1, 2, 4])
-    found = Worth(CodedTable.of(table), unit).on("cpu")
-    torch.testing.assert_close(found, table / unit[:, None, None], rtol=0.05, atol=0)
-    half = table.bfloat16()
+def test_worths_are_over_their_unit():
+    half, unit = (torch.rand(3, 8, 9) + 0.1).bfloat16(), torch.tensor([1, 2, 4])
     assert torch.equal(Worth(half, unit)[:, ::2].on("cpu"), half[:, ::2].float() / unit[:, None, None])
 
 
-def test_two_observations_of_coded_tables_add_up(planted, monkeypatch):
+def test_two_observations_of_tables_in_16_bits_add_up(planted, monkeypatch):
     """Conditionings that the host runs apart; a head that changes its order starts anew."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.UNCODED_ELEMENTS", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.FULL_PRECISION_ELEMENTS", 0)
     options = StatisticsOptions(0.25)
     seen = [
         statistics_module.observe(planted.q[i : i + 1], planted.k[i : i + 1], LAYOUT, 64, options, v=planted.v[:1])
@@ -75,10 +55,10 @@ def test_two_observations_of_coded_tables_add_up(planted, monkeypatch):
     ]
     seen[1] = replace(seen[1], choice=seen[0].choice.clone())
     seen[1].choice[4] = (seen[0].choice[4] + 1) % 6
-    sums, more = (stored(each, True, coded=True) for each in seen)
-    assert isinstance(sums.error, CodedTable)
+    sums, more = (stored(each, True, compact=True) for each in seen)
+    assert sums.error.dtype == torch.bfloat16
     sums.add(more)
-    assert sums.weight.tolist() == [2] * 4 + [1] + [2] * 7 and isinstance(sums.error, CodedTable)
+    assert sums.weight.tolist() == [2] * 4 + [1] + [2] * 7 and sums.error.dtype == torch.bfloat16
     expected = seen[0].tail.error + seen[1].tail.error
     expected[4] = seen[1].tail.error[4]
     largest = expected.flatten(1).amax(1)[:, None, None]
@@ -115,14 +95,14 @@ def test_masks_of_small_tables_are_exact(dtype):
             assert torch.equal(mask, expected)
 
 
-@pytest.mark.parametrize("coded", [False, True])
-def test_masks_by_a_sample_are_nearly_the_exact_ones(coded, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masks_by_a_sample_are_nearly_the_exact_ones(dtype, monkeypatch):
     masses = [torch.exp(spread * torch.randn(4, 96, 128)) for spread in (1, 2, 3)]
     masses[1][2] *= 1e-4  # a head that keeps its floor and no more
     densities = (0.4, 0.2, 0.1)
     exact = SharedBudget([Worth(mass) for mass in masses], densities)
     monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 60_000)
-    sampled = SharedBudget([Worth(CodedTable.of(mass) if coded else mass) for mass in masses], densities)
+    sampled = SharedBudget([Worth(mass.to(dtype)) for mass in masses], densities)
     kept, wanted = [], []
     for site, mass in enumerate(masses):
         for found, expected in zip(sampled.masks(site), exact.masks(site), strict=True):
@@ -146,9 +126,9 @@ def test_blocks_that_are_worth_nothing_are_not_kept_to_fill_a_density(monkeypatc
     assert torch.equal(mask, mass > 0)
 
 
-def test_the_same_density_in_every_head_of_a_coded_table():
+def test_the_same_density_in_every_head():
     mass = torch.rand(3, 40, 41) ** 4
-    for mask in PerHeadBudget([Worth(CodedTable.of(mass))], [0.3]).masks(0)[0]:
+    for mask in PerHeadBudget([Worth(mass)], [0.3]).masks(0)[0]:
         assert mask.float().mean() == pytest.approx(0.3, abs=1e-3)
 
 
@@ -214,13 +194,13 @@ def test_the_kernel_of_query_sums(dim, dtype, per_block, own, wide, monkeypatch)
 
 @pytest.mark.parametrize("criterion", ["mass", "error"])
 def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, monkeypatch):
-    """With the reference: mean queries or a quarter of the rows, orders from few rows, tables in 8 bits, thresholds by
+    """With the reference: mean queries or a quarter of the rows, orders from few rows, tables in 16 bits, thresholds by
     a sample. Judged by the exact sums of every row."""
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     kept = {}
     for large in (False, True):
         if large:
-            for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.UNCODED_ELEMENTS"):
+            for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.FULL_PRECISION_ELEMENTS"):
                 monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
             monkeypatch.setattr("comfyui_paro.paro_runtime.planning.SHARED_TOKENS", 0)
             monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 2000)
@@ -228,7 +208,7 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
         calibrator = Calibrator(IDENTITY, options, method=Method(criterion=criterion))
         calibrator.observe(SITE, LAYOUT, q, k, v)
         table = calibrator._sums[SITE].mass if criterion == "mass" else calibrator._sums[SITE].error
-        assert isinstance(table, CodedTable) == large
+        assert (table.dtype == torch.bfloat16) == large
         plan = calibrator.plan({})
         entry = plan.sites[SITE]
         assert plan.density == pytest.approx(0.3, abs=0.02) and plan.made["criterion"] == criterion
@@ -263,33 +243,3 @@ def test_masks_that_serve_from_the_first_step_on_have_every_block(planted, monke
     plan = calibrator.plan({})
     blocks = geometry_of(LAYOUT, 64).q_blocks
     assert plan.made["criterion"] == "mass" and plan.sites[SITE].shape == (12, blocks, blocks)
-
-
-@pytest.mark.parametrize("budget", ["shared", "per_head"])
-@pytest.mark.parametrize("criterion", ["mass", "error"])
-def test_a_last_plan_gives_its_tables_up_as_it_goes(planted, budget, criterion, monkeypatch):
-    """Every site's tables are gone once its masks are made, and the plan is the one that keeps them all."""
-    from comfyui_paro.paro_runtime import planning
-
-    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.UNCODED_ELEMENTS", 0)
-    sites, plans, held = [SITE, Site("double", 7), Site("double", 9)], [], []
-    for last in (False, True):
-        options, method = MaskOptions(0.3, "mass", budget, 64, 0.0, "falling"), Method(criterion=criterion)
-        calibrator = Calibrator(IDENTITY, options, method=method)
-        for number, site in enumerate(sites):
-            its = [x[:1, number : number + 3] for x in (planted.q, planted.k, planted.v)]
-            calibrator.observe(site, LAYOUT, *its)
-        tables = [weakref.ref(calibrator._sums[site].mass.codes) for site in calibrator.sites]
-
-        def watched(mask, tables=tables):
-            held.append(sum(table() is not None for table in tables))
-            return pack_bits(mask)
-
-        monkeypatch.setattr(planning, "pack_bits", watched)
-        plans.append(calibrator.plan({}, last=last))
-    assert held == [3] * 9 + [3] * 3 + [2] * 3 + [1] * 3
-    for site in sites:
-        kept, given_up = plans[0].sites[site], plans[1].sites[site]
-        assert kept.orders == given_up.orders and kept.rotate == given_up.rotate and kept.shape == given_up.shape
-        for name in ("packed", "tail_bias", "density", "mass_kept", "falloff"):
-            assert torch.equal(getattr(kept, name), getattr(given_up, name)), name

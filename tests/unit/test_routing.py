@@ -103,8 +103,10 @@ def test_masses_of_mean_queries_are_alike_in_the_interpreter(dtype, block_q):
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("parts", [4, 16])
 @pytest.mark.parametrize("kv_heads, biased, block_q", [(4, False, 64), (2, True, 64), (2, False, 128)])
-def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q, monkeypatch):
+def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q, parts, monkeypatch):
+    monkeypatch.setattr("comfyui_paro.paro_runtime.mean_queries.FEW_TOKENS", 8192 if parts == 16 else 0)
     g = Geometry(3, (5, 8, 9), 2, block_q)
     q = torch.randn(2, 4, g.length, 16)
     k = torch.randn(2, kv_heads, g.length, 16)
@@ -120,12 +122,12 @@ def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q,
         keys = k[:, head // (4 // kv_heads)].double()
         for block in range(g.q_blocks):
             its = order[block * block_q : (block + 1) * block_q]
-            ends = [part * len(its) // 4 for part in range(5)]
+            ends = [part * len(its) // parts for part in range(parts + 1)]
             means = torch.stack([q[:, head, its[a:b]].double().mean(1) for a, b in itertools.pairwise(ends)], 1)
             logits = means @ keys.mT * 0.3
             if biased:
                 logits += bias[:, None].double()
-            weights = logits.softmax(2)[:, :, order].mean(0).sum(0) * len(its) / 4
+            weights = logits.softmax(2)[:, :, order].mean(0).sum(0) * len(its) / parts
             expected = torch.stack([part.sum() for part in weights.split(64)])
             torch.testing.assert_close(found[head, block].double(), expected, atol=1e-4, rtol=1e-4)
     # Heads in groups that fit the memory give the same.

@@ -308,7 +308,7 @@ def test_the_bias_measured_in_the_run_replaces_the_plans():
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_run_dense(monkeypatch):
-    def fail(self, made, last):
+    def fail(self, made):
         raise MemoryError("no room for the masks")
 
     monkeypatch.setattr(Calibrator, "plan", fail)
