@@ -23,7 +23,7 @@ from .orders import AXIS_ORDERS
 from .recipes import COMPARED_DENSITY, query_block
 from .refresh import LEAST_ROWS
 from .self_check import errors_of
-from .statistics import StatisticsOptions, geometry_of, observe
+from .statistics import SHARED_TOKENS, StatisticsOptions, geometry_of, observe
 from .tail import observe_bias
 from .tokens import TokenLayout
 
@@ -102,7 +102,8 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
     check = {"block_q": block_q, "pool": job.pool}
     errors_of(q.device, dtype, job.head_dim, precision, "triton", **check)
     looks = {"key_bias": bias, "backend": "triton"}
-    for by_mass in (False, True):
+    # Errors of blocks are measured on small grids only.
+    for by_mass in (True,) if layout.grid_tokens > SHARED_TOKENS else (False, True):
         options = StatisticsOptions(COMPARED_DENSITY, job.order, job.pool, by_mass=by_mass)
         observe(q, k, layout, block_q, options, v=v, **looks)
     if tail is not None:
