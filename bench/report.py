@@ -220,7 +220,7 @@ def calibration_tables(reports: list[dict]) -> list[str]:
         "From `bench/results/calibration*.json`, which `python bench/calibration.py` printed: one site of each model, "
         "in ms. `in all` is what a calibrating step pays for a site beside its dense attention; its largest parts "
         "stand before it. The bias is measured again in a few sparse steps, in fewer of them corrections are made, and "
-        "added in all; masks are measured anew once, after a plan of pure noise. A plan's masks are made at the end.",
+        "added in all; masks are measured in the first step of each group of sparse steps. A plan is made at the end.",
         "",
     ]
     for report in reports:

@@ -18,7 +18,6 @@ from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site
 from .planning import Method, Planner
 from .recipes import MaskOptions, query_block
-from .refresh import is_short
 from .schedule import GROUPS
 from .stability import Glimpse, Stability, compare, glimpse
 from .statistics import Observation, StatisticsOptions, observe
@@ -45,7 +44,7 @@ class Calibrator:
         """partial: folder that keeps the sums after every observation; what it holds already is taken up again.
         own: the plan is for the run that is observed, and no other: what moves a plan to other grids and what
         `stability` compares are left out. bias_later: that run measures the tail's bias under its masks before it uses
-        them, if the calls are not short (`refresh`): none is worked out here.
+        them: none is worked out here.
 
         Raises PlanError when the folder belongs to another model, grid or options.
         """
@@ -115,7 +114,7 @@ class Calibrator:
             method.alpha,
             method.sigma,
             not self._own,
-            not self._bias_later or is_short(q),
+            not self._bias_later,
             method.routes(layout),
         )
         block_q = query_block(layout.grid_tokens)

@@ -174,11 +174,13 @@ class QueryCorrection:
         scale: float | None,
         key_bias: torch.Tensor | None,
         nonfinite: torch.Tensor | None = None,
+        last: bool = False,
         backend: str = "auto",
     ) -> None:
         """Correct `out` `[B, Hq, L, D]` in place. key: the site; call: which of its calls in a step this is, since
         conditionings that the host runs apart miss different things. due: make the corrections and measure the shares,
-        as after every change of the masks; else they are those of the last time. Otherwise as `sparse_attention`.
+        as after every change of the masks; else they are those of the last time. last: no later step wants those that
+        are made. Otherwise as `sparse_attention`.
 
         For the shares the calls of one step add up.
         """
@@ -200,7 +202,7 @@ class QueryCorrection:
             none = (shares == 0)[:, None, None]
             carried = _Carried(corrections.masked_fill(none, 0).to(out.dtype), every_head)
             # Where there is no room for all heads, those that have a share are waited for.
-            if not self._carry(where, carried):
+            if not last and not self._carry(where, carried):
                 self._carry(where, carried.reduced(its))
         else:
             carried = carried.reduced(its)

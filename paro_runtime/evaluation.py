@@ -152,6 +152,12 @@ class Evaluation:
         """The group of sparse steps, of those its grid's plan has, that this step belongs to."""
         return self.session.schedule.group(self.step, self._plan.groups)
 
+    @property
+    def _ends_group(self) -> bool:
+        """Whether no later step belongs to this one's group of sparse steps."""
+        after = self.step + 1
+        return after >= self.session.steps or self.session.schedule.group(after, self._plan.groups) != self._group
+
     def _calibrates(self) -> bool:
         session, grid = self.session, self._grid
         if session.calibrator is not None:
@@ -288,7 +294,7 @@ class Evaluation:
         call = (key, self.call, self.step, due, q, k, v, out, pattern)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
         try:
-            correction.apply(*call, **rest)
+            correction.apply(*call, last=not is_short(q) and self._ends_group, **rest)
         except Exception as error:
             if session.settings.strict:
                 raise

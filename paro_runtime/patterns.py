@@ -65,6 +65,20 @@ class PatternCache:
         with self._lock:
             self._drop(layout, site)
 
+    def saved(self) -> Callable[[], None]:
+        """What drops the patterns that are made from now on. Those of another group of steps are not brought back: who
+        goes back goes back within a step."""
+        with self._lock:
+            groups, keys = dict(self._groups), set(self._patterns)
+
+        def restore() -> None:
+            with self._lock:
+                for key in list(self._patterns):
+                    if key not in keys or groups.get(key[1]) != self._groups.get(key[1]):
+                        self._bytes -= _size(self._patterns.pop(key))
+
+        return restore
+
     def clear(self) -> None:
         """Drop everything."""
         with self._lock:

@@ -39,9 +39,8 @@ from .tokens import TokenLayout
 log = logging.getLogger("paro")
 # A step that begins at this share of the model's highest noise begins with nothing else.
 PURE_NOISE = 0.99
-# What is observed in a step that begins at this share or more is told by attention rather than by errors of blocks: a
-# model of 8 layers on 8,960 and 18,900 tokens, seen at 0.966, gains 1.7 to 2.4 dB by it at every density, the tiny one
-# nothing at 0.955 and loses 3 dB at 0.9 (docs/method.md).
+# What is observed on a small grid in a step that begins at this share or more is told by attention rather than by
+# errors of blocks: the tiny model gains nothing by errors at 0.955, and up to 3 dB at 0.9 (docs/method_history.md).
 MUCH_NOISE = 0.94
 # Grid tokens below which a data-centre GPU (its generation) is done with a dense call before choosing blocks has paid.
 # Eight steps on an H200: Z-Image at 9,216 tokens takes 2.4 s dense by cuDNN and 2.7 s sparse, Qwen-Image at 6,889
@@ -241,13 +240,12 @@ class Session:
     def saved(self) -> Callable[[], None]:
         """What puts back everything that sparse calls measure for later ones to how it is now."""
         with self.lock:
-            parts = [known.saved() for known in (self.refresh, self.correction) if known is not None]
+            parts = [self.patterns.saved()]
+            parts += [known.saved() for known in (self.refresh, self.correction) if known is not None]
 
         def restore() -> None:
-            # Masks that the run measured are measured again.
             for part in parts:
                 part()
-            self.patterns.clear()
 
         return restore
 

@@ -18,7 +18,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 COMMON = {"preset": "custom", "backend": BACKEND, "min_tokens": 0}
 EXACT = {"density": 1.0, "precision": "16bit", "tail": "off", "dense_steps": 0, "dense_attention": "host", **COMMON}
 SPARSE = {"density": 0.4, "dense_steps": 1, **COMMON}
-# Two sparse steps after a dense one: the second looks at the masks again.
+# Two sparse steps after a dense one, each with masks of its own.
 STEPS = 3
 
 

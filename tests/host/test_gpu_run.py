@@ -1,4 +1,4 @@
-"""The life of a run on a GPU in 16 bits: plans made, found and moved, the second look, corrections, several grids.
+"""The life of a run on a GPU in 16 bits: plans made, found and moved, masks of the run, corrections, several grids.
 
 The model is the trained one that comes with the pack, through the host's loader: its heads are worth correcting. On
 the CPU, in one dtype and with the PyTorch reference, everything here runs too, so that it stays true.

@@ -46,7 +46,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(lifecycle, "repeatable", lambda model, options: False)
 
 
-# Sparse steps 0, 1 and 3 measure biases, and 1 its masks as well; 2 measures nothing.
+# Sparse steps 0, 1 and 3 measure masks and biases; 2 measures nothing.
 @pytest.mark.parametrize("sparse_step", range(SPARSE_STEPS))
 @pytest.mark.parametrize("layer", [0, 1])
 def test_the_evaluation_is_made_again_and_only_that_one(

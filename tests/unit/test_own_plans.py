@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import calibration, tail
+from comfyui_paro.paro_runtime import tail
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.correction import QueryCorrection
 from comfyui_paro.paro_runtime.plan_store import PlanStore
@@ -145,9 +145,10 @@ def test_a_bias_that_the_run_measures_is_not_worked_out_before(monkeypatch):
     tried, results = [], []
     try_biases = tail._curves
     monkeypatch.setattr(tail, "_curves", lambda *rest, **more: tried.append(1) or try_biases(*rest, **more))
+    make = Calibrator.__init__
     for always in (False, True):
         if always:
-            monkeypatch.setattr(calibration, "is_short", lambda q: True)
+            monkeypatch.setattr(Calibrator, "__init__", lambda *a, **more: make(*a, **{**more, "bias_later": False}))
         sample_of = Session(replace(policy(), remember=False), sigmas=SIGMAS)
         results.append((sample(sample_of), sample_of.finish(), len(tried)))
     (few, report, none), (many, other, some) = results
@@ -155,11 +156,11 @@ def test_a_bias_that_the_run_measures_is_not_worked_out_before(monkeypatch):
     assert report.calls == other.calls == {"sparse": 9, "dense step": 6}
     assert all(torch.equal(few[key][0], many[key][0]) for key in few)
     # What sees its masks itself, without a dense step, goes by what it sees; plans for other runs have a bias.
+    monkeypatch.setattr(Calibrator, "__init__", make)
     for session in (
         Session(replace(policy(Settings(dense_steps=0)), remember=False), sigmas=SIGMAS),
         Session(policy(), sigmas=SIGMAS),
     ):
-        monkeypatch.setattr(calibration, "is_short", lambda q: False)
         before = len(tried)
         sample(session)
         assert len(tried) > before

@@ -218,8 +218,10 @@ def test_a_run_of_little_but_noise_measures_its_masks_in_each_group(tmp_path):
     assert not torch.equal(again.masks[1][0], masks[0])
 
 
-def test_nothing_stays_of_an_attempt_that_fails():
-    """Masks, bias and corrections of a site that saw what is not finite in the step that measures them."""
+@pytest.mark.parametrize("fails_in", [2, 3])
+def test_nothing_stays_of_an_attempt_that_fails(fails_in):
+    """Masks, bias and corrections of a site that saw what is not finite in the step that measures them, and in the one
+    that follows, where what was measured before stays."""
     runs = []
     for fails in (False, True):
         policy = Policy(IDENTITY, recipe_for("wan"), Settings(preset="custom", density=0.3, dense_steps=1))
@@ -228,7 +230,7 @@ def test_nothing_stays_of_an_attempt_that_fails():
         for step, sigma in enumerate(SIGMAS[:4]):
             q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
             # A site at fault in the first attempt, and with it what comes after.
-            for again in (False, True) if fails and step == 2 else (True,):
+            for again in (False, True) if fails and step == fails_in else (True,):
                 attempt = Attempt(session, can_redo=True)
                 evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt, again=not again)
                 bad = v if again else v * torch.nan
