@@ -91,15 +91,13 @@ class PAROCalibrate(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, calibrate_steps: str | None = None, plan_name: str | None = None) -> bool | str:
+    def validate_inputs(cls, calibrate_steps: str | None = None) -> bool | str:
+        # The page marks every input that is named here, whichever is wrong; the name of the plan is checked first
+        # thing in the run.
         try:
             parse_blocks(calibrate_steps or "", "calibrate_steps")
-            if plan_name:
-                plan_store().locate(plan_name)
         except SettingsError as error:
             return str(error)
-        except PlanError as error:
-            return f"plan_name: {error}"
         return True
 
     @classmethod
@@ -122,6 +120,11 @@ class PAROCalibrate(io.ComfyNode):
         positive_3: object = None,
         positive_4: object = None,
     ) -> io.NodeOutput:
+        if plan_name:
+            try:
+                plan_store().locate(plan_name)
+            except PlanError as error:
+                raise PlanError(f"plan_name: {error}") from None
         made = calibrate(
             model,
             negative,

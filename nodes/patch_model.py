@@ -10,7 +10,7 @@ from ..paro_runtime.host.patching import patch_model
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan import Plan, PlanError
 from ..paro_runtime.settings import Settings
-from .schema import ALIASES, CATEGORY, PlanType, SettingsType, schema
+from .schema import ALIASES, CATEGORY, SPEED, PlanType, SettingsType, schema
 from .storage import plan_store
 
 log = logging.getLogger("paro")
@@ -26,9 +26,9 @@ class PAROPatchModel(io.ComfyNode):
             node_id="PAROPatchModel",
             display_name="PARO Patch Model",
             category=CATEGORY,
-            search_aliases=[*ALIASES, "attention", "patch attention"],
-            description="Runs the model's self-attention block-sparse in INT8, each head in the token order that suits "
-            "it. Every run calibrates on the way, on its own prompt and seed. "
+            search_aliases=[*ALIASES, *SPEED],
+            description="Runs the model's self-attention block-sparse in 8 bits, each head in the token order that "
+            "suits it. Every run calibrates on the way, on its own prompt and seed. "
             "Put it after the loader and LoRAs, before the sampler.",
             inputs=[
                 io.Model.Input("model", tooltip="The diffusion model to speed up; a copy is patched."),

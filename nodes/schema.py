@@ -11,7 +11,10 @@ from comfy_api.latest import io
 CATEGORY = "model/patch/PARO"
 SettingsType = io.Custom("PARO_SETTINGS")
 PlanType = io.Custom("PARO_PLAN")
-ALIASES = ["PARO", "PAROAttention", "sparse attention", "block sparse", "int8 attention", "sage", "speed up", "faster"]
+# What people look for when they want the main node; the others answer to the pack's name and to what they do.
+ALIASES = ["PARO", "PAROAttention"]
+SPEED = ["sparse attention", "block sparse", "attention", "int8 attention", "sage", "speed", "speed up", "faster"]
+SPEED += ["accelerate", "稀疏注意力", "稀疏", "注意力", "加速"]
 
 
 def schema(**values: Any) -> io.Schema:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from comfy_api.latest import io
 
+from ..paro_runtime.host.status import status_line
 from ..paro_runtime.recipes import all_recipes
 from ..paro_runtime.settings import (
     BACKEND_NAMES,
@@ -17,10 +19,13 @@ from ..paro_runtime.settings import (
     TAIL_NAMES,
     Settings,
     SettingsError,
+    parse_blocks,
 )
 from .schema import ALIASES, CATEGORY, SettingsType, advanced, schema
 
+log = logging.getLogger("paro")
 _DEFAULT = Settings()
+DENSITY = 0.3
 BY_RECIPE = -1
 """The number that stands for "as the model's recipe says" in number widgets, which cannot be empty."""
 
@@ -46,7 +51,7 @@ class PAROSettings(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "density",
-                    default=0.3,
+                    default=DENSITY,
                     min=0.01,
                     max=1.0,
                     step=0.01,
@@ -57,7 +62,8 @@ class PAROSettings(io.ComfyNode):
                     "precision",
                     PRECISION_NAMES,
                     "Bit widths of the two matrix products. auto picks what suits the GPU; 16bit does not quantise; "
-                    "int8 is the usual choice; int4 is fast on GPUs with 4-bit units only.",
+                    "fp8 and int8 are the usual ones; int4 saves memory, not time: no GPU that PARO runs on is faster "
+                    "with it.",
                 ),
                 io.Int.Input(
                     "dense_steps",
@@ -157,26 +163,24 @@ class PAROSettings(io.ComfyNode):
                     "settings", tooltip="For the settings input of PARO Patch Model and of PARO Calibrate."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def validate_inputs(
-        cls, density: float | None = None, dense_blocks: str | None = None, mass_target: float | None = None
-    ) -> bool | str:
-        # A named input loses the host's own checks; these need more than the host checks (NaN, the grammar).
+    def validate_inputs(cls, dense_blocks: str | None = None) -> bool | str:
+        # The page marks every input that is named here, whichever is wrong; the others' bounds are the host's to check.
         try:
-            Settings(
-                preset="custom" if density is not None else _DEFAULT.preset,
-                density=density,
-                dense_blocks=dense_blocks or "",
-                mass_target=_DEFAULT.mass_target if mass_target is None else mass_target,
-            ).validated()
+            parse_blocks(dense_blocks or "", "dense_blocks")
         except SettingsError as error:
             return str(error)
         return True
 
     @classmethod
     def execute(cls, preset: str, density: float, dense_steps: int, **others: Any) -> io.NodeOutput:
+        if preset != "custom" and density != DENSITY:
+            note = f"density {density:g} is not used: it counts with the preset custom only, this is {preset}"
+            log.warning("PARO Settings: %s", note)
+            status_line(cls.hidden.unique_id)(note)
         min_tokens = others.pop("min_tokens", BY_RECIPE)
         settings = Settings(
             preset=preset,

@@ -225,6 +225,8 @@ class Session:
                     self._close_calibration(grid)
             for saving in self._saving:
                 saving.join()
+            if self.settings.dense_blocks and self.sites and not self.dense_block_sites:
+                self.note("dense_blocks: the model has none of the blocks that are named; all are treated alike")
             self.clock.next(self.steps, "", self.counts.sparse)
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self.patterns.clear()

@@ -15,7 +15,7 @@ from ..plan import Plan, PlanError
 from ..plan_store import PlanStore
 from ..recipes import mask_options
 from ..report import plan_picture, range_text
-from ..settings import Settings, in_blocks, parse_blocks
+from ..settings import Settings, SettingsError, in_blocks, parse_blocks
 from .families import family_of
 from .patching import calibration_model, policy_for
 
@@ -68,6 +68,7 @@ def calibrate(
     if isinstance(family, str):
         raise PlanError(f"model: {family}")
     ranges = parse_blocks(steps, "calibrate_steps")
+    _check_steps(ranges, sampling.steps)
     policy = policy_for(model, family, settings)
     options = mask_options(settings, policy.recipe)
     # Stopped halfway, the same calibration goes on where it was; another one starts anew.
@@ -94,6 +95,17 @@ def calibrate(
     if len(missing) < len(positives):
         text.append(f"taken up again: {len(positives) - len(missing)} prompt(s) had been observed before")
     return Calibration(plan, file, "\n".join(text), plan_picture(plan))
+
+
+def _check_steps(ranges: tuple[tuple[int, int], ...], total: int) -> None:
+    """SettingsError for a step that a sampling of so many has not got: better before it than after it."""
+    for start, end in ranges:
+        beyond = next((step for step in (start, end) if not -total <= step < total), None)
+        if beyond is not None:
+            raise SettingsError(
+                f"calibrate_steps: there is no step {beyond}, {total} steps are numbered 0 to {total - 1} "
+                f"(-{total} to -1 from the end)"
+            )
 
 
 def _digest(identity: Any, options: Any, steps: str, sampling: Sampling, positives: Sequence[Any]) -> str:

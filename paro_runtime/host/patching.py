@@ -62,9 +62,15 @@ def patch_model(
         sampling = clone.get_model_object("model_sampling")
         scale = {"highest_noise": float(sampling.sigma_max), "time_gone": time_gone(sampling)}
         session = Session(policy, sigmas=sigmas, on_status=on_status, lasting=not_recorded(), **scale)
-        session.notes.extend([note] if note else [])
+        session.notes.extend(notes)
         return session
 
+    notes = [note] if note else []
+    if isinstance(model.get_attachment(KEY), Lifecycle):
+        notes.append(
+            "the model had been through a PARO Patch Model before: this one replaces it, with its own settings"
+        )
+        _say(on_status, notes[-1])
     install(clone, Lifecycle(family, start, settings.strict))
     return clone
 

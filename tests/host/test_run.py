@@ -77,6 +77,23 @@ def test_dense_blocks_by_number(comfy, wan, store):
     assert report.sites_sparse == comfy.LAYERS - 1 and report.sites_dense_blocks == 1
 
 
+def test_settings_that_do_nothing_are_told(comfy, wan, store):
+    """Dense blocks that the model has not got, and the first of two nodes in a row."""
+    before = comfy.patched(wan, store=store, density=0.9, preset="custom")
+    said = []
+    model = comfy.patched(before, store=store, said=said, dense_blocks="90-95", **SPARSE)
+    comfy.sample(model, GRID)
+    report = comfy.report(model)
+    assert report.sites_sparse == comfy.LAYERS and abs(report.density - 0.4) < 0.05
+    replaced, named = report.notes
+    assert (
+        "this one replaces it" in replaced and replaced in said and named.startswith("dense_blocks: the model has none")
+    )
+    model = comfy.patched(wan, store=store, dense_blocks="0", **SPARSE)
+    comfy.sample(model, GRID)
+    assert not comfy.report(model).notes
+
+
 def test_image_to_video_model(comfy, store, tmp_path):
     """Twice as many latent channels, and a third attention per block that asks for full precision."""
     model = comfy.load(comfy.build_wan(tmp_path / "i2v.safetensors", "i2v", in_dim=36))

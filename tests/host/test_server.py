@@ -165,9 +165,9 @@ def change_plan(source: Path, target: Path, **changes) -> None:
 @pytest.mark.parametrize(
     "settings, expected",
     [
-        ({"density": 0}, "density: 0"),
-        ({"density": 1.5}, "density: 1.5"),
-        ({"density": float("nan")}, "density: nan"),
+        ({"density": 0}, "density"),
+        ({"density": 1.5}, "density"),
+        ({"mass_target": 1.5}, "mass_target"),
         ({"dense_blocks": "3-1"}, "dense_blocks: the range '3-1' does not rise"),
         ({"dense_steps": -2}, "dense_steps"),
     ],
@@ -176,7 +176,34 @@ def test_bad_settings_are_refused_before_anything_runs(server, settings, expecte
     with pytest.raises(ComfyError) as error:
         server.run(graph(SMALL, settings={**SPARSE, **settings}))
     assert expected in str(error.value) and "\n" not in str(error.value)
-    assert "node_errors" in error.value.details
+    # Only the input that is wrong is marked.
+    (problems,) = (node["errors"] for node in error.value.details["node_errors"].values())
+    assert {problem["extra_info"]["input_name"] for problem in problems} == set(settings)
+
+
+def test_a_density_that_is_no_number_is_refused_by_the_node(server):
+    with pytest.raises(ComfyError, match="density: nan"):
+        server.run(graph(SMALL, settings={**SPARSE, "density": float("nan")}))
+
+
+@pytest.mark.parametrize(
+    "inputs, expected",
+    [
+        ({"calibrate_steps": "99"}, "calibrate_steps: there is no step 99, 3 steps are numbered 0 to 2"),
+        ({"calibrate_steps": "1, -4"}, "calibrate_steps: there is no step -4"),
+        ({"plan_name": "../mine"}, "plan_name: plan"),
+    ],
+)
+def test_what_calibrate_cannot_do_is_told_before_it_samples(server, inputs, expected):
+    nodes = graph(OTHER, settings=SPARSE)
+    calibrate = {key: nodes[key] for key in ("model", "positive", "negative", "empty", "settings")}
+    common = {**nodes["sample"]["inputs"], "steps": 3, "model": ["model", 0], "settings": ["settings", 0]}
+    calibrate["calibrate"] = {
+        "class_type": "PAROCalibrate",
+        "inputs": {**common, "calibrate_steps": "", "plan_name": "", **inputs},
+    }
+    with pytest.raises(ComfyError, match=expected):
+        server.run(calibrate)
 
 
 @pytest.mark.parametrize("settings", [{"preset": "turbo"}, {"precision": "int3"}])
