@@ -84,6 +84,11 @@ class ComfyServer:
             self._process.wait()
         self._process = None
 
+    @property
+    def process_id(self) -> int:
+        """Of the running server."""
+        return self._process.pid
+
     def run(
         self, graph: dict, *, timeout: float = 600, waiting: Callable[[float], None] | None = None, extra: Any = None
     ) -> dict:
