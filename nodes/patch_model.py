@@ -9,12 +9,13 @@ from comfy_api.latest import io
 from ..paro_runtime.host.patching import patch_model
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan import Plan, PlanError
-from ..paro_runtime.settings import Settings
-from .schema import ALIASES, CATEGORY, SPEED, PlanType, SettingsType, schema
+from ..paro_runtime.settings import PRECISION_NAMES, PRESET_NAMES, Settings
+from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, schema
 from .storage import plan_store
 
 log = logging.getLogger("paro")
 AUTO, REMEMBERED = "auto", "remembered"
+DEFAULT = Settings()
 
 
 class PAROPatchModel(io.ComfyNode):
@@ -44,7 +45,35 @@ class PAROPatchModel(io.ComfyNode):
                     "the first run's plan is kept in models/paro for later ones, which are some percent faster. "
                     "A file is used where it fits the model.",
                 ),
-                SettingsType.Input("settings", optional=True, tooltip="From PARO Settings; defaults without it."),
+                io.Combo.Input(
+                    "speed",
+                    options=list(PRESET_NAMES),
+                    default=DEFAULT.preset,
+                    optional=True,
+                    tooltip="How much of the attention is computed: quality keeps the most, fast the least; the "
+                    "figures come from the model's recipe. custom takes the density below. Without PARO Settings only.",
+                ),
+                io.Float.Input(
+                    "density",
+                    default=DENSITY,
+                    min=0.01,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="With the speed custom only: the share of attention blocks that is kept. Lower is faster "
+                    "and further from the original result.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISION_NAMES),
+                    default=DEFAULT.precision,
+                    optional=True,
+                    tooltip="Bit widths of the two matrix products: auto picks what suits the GPU, 16bit does not "
+                    "quantise. Without PARO Settings only.",
+                ),
+                SettingsType.Input(
+                    "settings", optional=True, tooltip="From PARO Settings: every choice, also those above."
+                ),
                 PlanType.Input(
                     "plan", optional=True, tooltip="A plan straight from PARO Calibrate; it goes before plan_file."
                 ),
@@ -77,21 +106,40 @@ class PAROPatchModel(io.ComfyNode):
         plan_file: str = AUTO,
         settings: Settings | None = None,
         plan: Plan | None = None,
+        speed: str = DEFAULT.preset,
+        density: float = DENSITY,
+        precision: str = DEFAULT.precision,
     ) -> io.NodeOutput:
         show = status_line(cls.hidden.unique_id)
         if not enabled:
             show("off: the model is unchanged")
             return io.NodeOutput(model)
-        note = None
+        settings, note = _chosen(settings, speed, density, precision)
         remember = plan_file == REMEMBERED
         if plan is None and plan_file not in (AUTO, REMEMBERED):
             plan = _load(plan_file)
             if plan is None:
-                note = f"plan_file: {plan_file} is not in models/paro; a plan is made on the way"
-                log.warning("%s", note)
-                show(note)
-        settings, rest = settings or Settings(), {"store": plan_store(), "remember": remember}
+                missing = f"plan_file: {plan_file} is not in models/paro; a plan is made on the way"
+                note = missing if note is None else f"{missing}; {note}"
+        if note is not None:
+            log.warning("PARO: %s", note)
+            show(note)
+        rest = {"store": plan_store(), "remember": remember}
         return io.NodeOutput(patch_model(model, settings, plan=plan, on_status=show, note=note, **rest))
+
+
+def _chosen(settings: Settings | None, speed: str, density: float, precision: str) -> tuple[Settings, str | None]:
+    """The settings of a run, and a line about widgets that were changed and do not count. Raises SettingsError."""
+    if settings is not None:
+        changed = {"speed": speed != DEFAULT.preset, "density": density != DENSITY}
+        changed["precision"] = precision != DEFAULT.precision
+        names = [name for name, its in changed.items() if its]
+        return settings, f"{', '.join(names)} not used: PARO Settings is connected, and decides" if names else None
+    own = speed == "custom"
+    note = None
+    if not own and density != DENSITY:
+        note = f"density {density:g} is not used: it counts with the speed custom only, this is {speed}"
+    return Settings(preset=speed, density=density if own else None, precision=precision).validated(), note
 
 
 def _load(name: str | None) -> Plan | None:

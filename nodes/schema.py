@@ -9,6 +9,8 @@ from typing import Any
 from comfy_api.latest import io
 
 CATEGORY = "model/patch/PARO"
+# What density widgets show; it counts with the preset custom only.
+DENSITY = 0.3
 SettingsType = io.Custom("PARO_SETTINGS")
 PlanType = io.Custom("PARO_PLAN")
 # What people look for when they want the main node; the others answer to the pack's name and to what they do.

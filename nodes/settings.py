@@ -21,11 +21,10 @@ from ..paro_runtime.settings import (
     SettingsError,
     parse_blocks,
 )
-from .schema import ALIASES, CATEGORY, SettingsType, advanced, schema
+from .schema import ALIASES, CATEGORY, DENSITY, SettingsType, advanced, schema
 
 log = logging.getLogger("paro")
 _DEFAULT = Settings()
-DENSITY = 0.3
 BY_RECIPE = -1
 """The number that stands for "as the model's recipe says" in number widgets, which cannot be empty."""
 

@@ -17,7 +17,7 @@ const sampler = (id, title, model, steps, cfg, seeds, inputs) => ({
   inputs: { model: [model, 0], ...inputs },
 });
 const patch = (id, title, model) => ({
-  id, type: "PAROPatchModel", title, height: 190,
+  id, type: "PAROPatchModel", title, height: 300,
   widgets: { enabled: true, plan_file: "auto" },
   inputs: { model: [model, 0], settings: ["settings", 0] },
 });
@@ -51,7 +51,7 @@ const demo = {
     ],
     [
       { title: "PARO", nodes: [
-        { id: "settings", type: "PAROSettings",
+        { id: "settings", type: "PAROSettings", height: 450,
           widgets: { preset: "custom", density: 0.3, precision: "int8", dense_steps: 3, min_tokens: 0 } },
         patch("paro", undefined, "shift"),
         { id: "report", type: "PAROReport", height: 330, inputs: { model: ["paro", 0], samples: ["with", 0] } },
@@ -101,7 +101,7 @@ const wan = {
     ],
     [
       { title: "PARO", nodes: [
-        { id: "settings", type: "PAROSettings", widgets: { preset: "balanced" } },
+        { id: "settings", type: "PAROSettings", height: 450, widgets: { preset: "balanced" } },
         patch("paro_high", "PARO Patch Model (high noise)", "high"),
         patch("paro_low", "PARO Patch Model (low noise)", "low"),
       ] },
@@ -156,7 +156,7 @@ const flux = {
     ],
     [
       { title: "PARO", nodes: [
-        { id: "settings", type: "PAROSettings", widgets: { preset: "balanced" } }, patch("paro", undefined, "model"),
+        { id: "settings", type: "PAROSettings", height: 450, widgets: { preset: "balanced" } }, patch("paro", undefined, "model"),
       ] },
       { title: "About", nodes: [note(260,
         "## Flux 1 with PARO\n\nText tokens and Kontext references are never reordered and never dropped; only the " +

@@ -19,3 +19,41 @@ def test_a_density_that_is_not_used_is_told(comfy, monkeypatch, preset, density,
     made = module.PAROSettings.execute(preset, density, -1)
     assert made.args[0].density == (density if preset == "custom" else None)
     assert bool(said) == told and all("is not used" in text for text in said)
+
+
+@pytest.mark.parametrize(
+    "wired, given, expected, told",
+    [
+        (False, {}, ("balanced", None, "auto"), None),
+        (False, {"speed": "fast", "precision": "16bit"}, ("fast", None, "16bit"), None),
+        (False, {"speed": "custom", "density": 0.2}, ("custom", 0.2, "auto"), None),
+        (
+            False,
+            {"density": 0.2},
+            ("balanced", None, "auto"),
+            "density 0.2 is not used: it counts with the speed custom",
+        ),
+        (True, {}, ("quality", None, "auto"), None),
+        (
+            True,
+            {"speed": "fast", "precision": "int8"},
+            ("quality", None, "auto"),
+            "speed, precision not used: PARO Set",
+        ),
+    ],
+)
+def test_the_main_node_chooses_speed_by_itself(comfy, wan, store, monkeypatch, wired, given, expected, told):
+    """And says which of its widgets do not count."""
+    from comfyui_paro.nodes import patch_model as module
+    from comfyui_paro.paro_runtime.settings import Settings
+
+    said, used = [], []
+    monkeypatch.setattr(module, "status_line", lambda node: said.append)
+    monkeypatch.setattr(module, "plan_store", lambda: store)
+    monkeypatch.setattr(module, "patch_model", lambda model, settings, **more: used.append((settings, more["note"])))
+    monkeypatch.setattr(module.PAROPatchModel, "hidden", types.SimpleNamespace(unique_id="7"), raising=False)
+    settings = {"settings": Settings(preset="quality")} if wired else {}
+    module.PAROPatchModel.execute(wan, **settings, **given)
+    ((found, note),) = used
+    assert (found.preset, found.density, found.precision) == expected
+    assert note is None and not said if told is None else note.startswith(told) and said == [note]
