@@ -164,11 +164,13 @@ class Soak:
 
     def _interrupt(self) -> None:
         self.tally.faults["interrupt"] += 1
-        after, sent = self.random.uniform(0.2, 2.0), []
+        after, sent = self.random.uniform(0.2, 2.0), [0.0]
 
         def cancel(seconds: float) -> None:
-            if seconds > after and not sent:
-                sent.append(self.server.json("/interrupt", {}))
+            # Again every second: before the run has begun there is nothing to interrupt.
+            if seconds > max(after, sent[-1] + 1):
+                self.server.json("/interrupt", {})
+                sent.append(seconds)
 
         try:
             self.server.run(self._graph(steps=400), waiting=cancel)
