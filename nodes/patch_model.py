@@ -9,6 +9,7 @@ from comfy_api.latest import io
 from ..paro_runtime.host.patching import patch_model
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan import Plan, PlanError
+from ..paro_runtime.reasons import OFF, not_used
 from ..paro_runtime.settings import PRECISION_NAMES, PRESET_NAMES, Settings
 from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, schema
 from .storage import plan_store
@@ -112,7 +113,7 @@ class PAROPatchModel(io.ComfyNode):
     ) -> io.NodeOutput:
         show = status_line(cls.hidden.unique_id)
         if not enabled:
-            show("off: the model is unchanged")
+            show(not_used(OFF))
             return io.NodeOutput(model)
         settings, note = _chosen(settings, speed, density, precision)
         remember = plan_file == REMEMBERED

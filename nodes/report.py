@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 
-import torch
 from comfy_api.latest import io, ui
+from comfy_execution.graph import ExecutionBlocker
 
-from ..paro_runtime.host.patching import last_report
+from ..paro_runtime.host.patching import is_of_another_run, last_report
+from ..paro_runtime.host.status import status_line
 from .schema import ALIASES, CATEGORY, schema
 
-_EMPTY = torch.zeros(1, 64, 64, 3)
+UNKNOWN_LATENT = "This latent is not known: it was changed, or made by another model. Here is this model's last run."
 
 
 class PAROReport(io.ComfyNode):
@@ -29,10 +30,11 @@ class PAROReport(io.ComfyNode):
                 io.Latent.Input("samples", tooltip="The sampler's result: the report is read once it is there."),
             ],
             outputs=[
-                io.String.Output("report", tooltip="One fact a line."),
+                io.String.Output("report", tooltip="What the run came to, then one fact a line."),
                 io.String.Output("json", tooltip="The same for programs."),
-                io.Image.Output("picture", tooltip="Order (colour) and density (brightness) of every head."),
+                io.Image.Output("picture", tooltip="Token order (colour) and blocks kept (brightness) of every head."),
             ],
+            hidden=[io.Hidden.unique_id],
             is_output_node=True,
             # The same inputs may stand for a later run.
             not_idempotent=True,
@@ -44,13 +46,17 @@ class PAROReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, samples: dict) -> io.NodeOutput:
-        report = last_report(model, samples.get("samples"))
-        if isinstance(report, str):
-            # Not an error: it would take the pictures down with it.
-            return io.NodeOutput(report, json.dumps({"reason": report}), _EMPTY, ui={"text": (report,)})
-        picture = report.picture()
-        if picture is None:
-            picture = _EMPTY
-        text = json.dumps(report.as_dict())
-        shown = {"text": (text,), **ui.PreviewImage(picture, cls=cls).as_dict()}
-        return io.NodeOutput(report.text(), text, picture, ui=shown)
+        latent = samples.get("samples")
+        report = last_report(model, latent)
+        # No report is not an error: it would take the pictures down with it.
+        text = report if isinstance(report, str) else report.text()
+        values = {"reason": report} if isinstance(report, str) else report.as_dict()
+        if not isinstance(report, str) and is_of_another_run(model, latent):
+            text = f"{text}\n\n{UNKNOWN_LATENT}"
+        picture = None if isinstance(report, str) else report.picture()
+        # The page draws the text of progress on any node, the text of a result on none of ours. An empty list takes the
+        # picture of an earlier run away, and nothing that waits for a picture runs without one.
+        status_line(cls.hidden.unique_id)(text)
+        images = {"images": []} if picture is None else ui.PreviewImage(picture, cls=cls).as_dict()
+        shown = ExecutionBlocker(None) if picture is None else picture
+        return io.NodeOutput(text, json.dumps(values), shown, ui={"text": (text,), **images})

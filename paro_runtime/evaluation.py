@@ -103,7 +103,7 @@ class Evaluation:
             return self._dense(q, k, v, scale, key_bias, dense)
         seen = grid.plan is None and self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
         if grid.plan is None and grid.calibrator is None:
-            attempt.count("fallbacks", "no plan and calibration is off")
+            attempt.count("fallbacks", grid.lost or "no plan and calibration is off")
             return self._dense(q, k, v, scale, key_bias, dense)
         if session.schedule.is_dense_step(self.step):
             attempt.count("dense", "dense step")
@@ -131,6 +131,7 @@ class Evaluation:
         with self.session.lock:
             self._grid.plan = self._grid.begun = self._grid.calibrator = self._grid.seen_step = None
             self._grid.source = "none"
+            self._grid.lost = f"no plan: it was dropped, {reason}"
             self.session.patterns.clear()
             self.session.note(reason)
 

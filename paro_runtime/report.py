@@ -7,8 +7,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .facts import Facts
 from .orders import ALL_ORDERS
 from .plan import Plan
+from .reasons import layer_words
+from .report_text import report_text
+from .verdict import range_of, share, status, verdict
 
 if TYPE_CHECKING:
     from .session import Grid, Session
@@ -78,6 +82,7 @@ class Report:
     why_dense: str = ""
     expected_gain: tuple[float, float] | None = None
     plan: Plan | None = field(default=None, repr=False, compare=False)
+    facts: Facts = field(default_factory=Facts, repr=False, compare=False)
 
     @classmethod
     def of(cls, session: Session, grid: Grid | None) -> Report:
@@ -118,83 +123,39 @@ class Report:
             why_dense=_why_dense(session, grid),
             expected_gain=_expected_gain(session, layout, plan),
             plan=plan,
+            facts=Facts.of(session, grid),
         )
 
     def as_dict(self) -> dict:
-        """JSON-ready, without the plan."""
-        values = {key: value for key, value in self.__dict__.items() if key != "plan"}
+        """JSON-ready, for programs: without the plan, and without what only the texts need."""
+        values = {key: value for key, value in self.__dict__.items() if key not in ("plan", "facts")}
         return {**values, "grid": list(self.grid), "fallbacks": [list(f) for f in self.fallbacks]}
 
     @property
     def gain(self) -> float | None:
         """How much faster a sparse step was than a dense one, or None when there was not one of each."""
-        if not self.step_seconds.keys() >= {"dense", "sparse"}:
-            return None
-        return self.step_seconds["dense"] / self.step_seconds["sparse"]
+        return self.facts.gain
+
+    def verdict(self) -> str:
+        """One sentence."""
+        return verdict(self)
 
     def status(self) -> str:
         """One line for the node."""
-        if not self.sites:
-            reason = self.passed[0][0] if self.passed else "no self-attention call was seen"
-            return f"{self.family}: passed through · {reason}"
-        share = f"{self.sites_sparse}/{self.sites} sites sparse"
-        density = f"density {self.density:.2f}{range_text(self.densities)}"
-        parts = [self.family, f"{self.tokens:,} tokens", share, density, self.precision]
-        why = f" ({self.why_dense})" if self.why_dense else ""
-        parts.append(f"{self.dense_steps}/{self.steps} steps dense{why}")
-        if self.gain is not None and self.backend == "triton":
-            parts.append(f"sparse steps {self.gain:.2f}x as fast as dense ones")
-        if self.fallbacks:
-            parts.append(f"{sum(n for _, n in self.fallbacks)} calls fell back: {self.fallbacks[0][0]}")
-        return " · ".join(parts)
+        return status(self)
 
     def text(self) -> str:
         """Several lines, for people."""
-        grid = "x".join(map(str, self.grid))
-        lines = [
-            self.status(),
-            f"tokens: {self.prefix} + {grid} + {self.suffix} on {self.device}",
-            f"kernels: {self.backend}, {self.precision}",
-            f"plan: {self.plan_source}, density {self.density:.3f}{range_text(self.densities)}, "
-            f"attention kept {self._kept()}",
-            f"rotated before INT8: {self.sites_rotated} of {self.sites} sites",
-            f"corrected by their mean queries: {self.heads_corrected} heads",
-            f"masks measured in this run: {self.sites_routed} of {self.sites} sites",
-            f"attention error: {self._error()}",
-            f"calibration took {self.calibration_seconds:.2f} s, measuring the tail {self.tail_seconds:.2f} s",
-        ]
-        if self.backend == "reference" and self.sites_sparse:
-            lines.append("the PyTorch reference is running: right, but not faster than dense attention")
-        if self.orders_histogram:
-            lines.append("orders: " + ", ".join(f"{n} {name}" for name, n in self.orders_histogram.items()))
-        if self.expected_gain is not None:
-            low, high = self.expected_gain
-            lines.append(f"expected: sparse steps {low:.2f} to {high:.2f}x as fast as dense ones, by token count alone")
-        lines += [f"a {kind} step took {seconds:.2f} s" for kind, seconds in self.step_seconds.items()]
-        lines += [f"calls: {name} {count}" for name, count in self.calls.items()]
-        lines += [f"fell back {count} times: {reason}" for reason, count in self.fallbacks]
-        lines += [f"passed through {count} times: {reason}" for reason, count in self.passed]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-    def _error(self) -> str:
-        if self.attention_error is None:
-            return "not measured"
-        whole, worst = self.attention_error
-        return f"{whole:.1%}, worst layer {worst:.1%} (relative L2, on a sample of the rows)"
-
-    def _kept(self) -> str:
-        target = self.plan.settings.get("mass_target", 0) if self.plan else 0
-        missed = f" ({target:.1%} were wanted, the density allows no more)" if self.mass_kept < target else ""
-        return f"{self.mass_kept:.1%}{missed}"
+        return report_text(self)
 
     def picture(self) -> torch.Tensor | None:
-        """Order and density of every head: float32 `[1, height, width, 3]` in 0..1, or None without a plan."""
+        """Token order and blocks kept of every head: float32 `[1, height, width, 3]` in 0..1; None without a plan."""
         return plan_picture(self.plan) if self.plan is not None else None
 
 
-def range_text(densities: list[float]) -> str:
-    """` (0.41 to 0.20)`: densities of the first and the last group of sparse steps; nothing where all are alike."""
-    return f" ({densities[0]:.2f} to {densities[-1]:.2f})" if len(densities) > 1 else ""
+def kept_text(plan: Plan) -> str:
+    """`30 % of blocks kept (41 % to 20 %)`: on average, and in the first and the last group of sparse steps."""
+    return f"{share(plan.density)} of blocks kept{range_of([(density, 1) for density in plan.densities])}"
 
 
 def _why_dense(session: Session, grid: Grid | None) -> str:
@@ -223,7 +184,7 @@ def plan_picture(plan: Plan) -> torch.Tensor:
     sites = sorted(plan.sites.items())
     heads = max(len(entry.orders) for _, entry in sites)
     cell = max(6, min(28, 700 // max(heads, len(sites) // 2)))
-    left, top, gap, legend = 120, 66, 48, 30
+    left, top, gap, legend = 140, 66, 48, 30
     panel = heads * cell
     width = max(left + 2 * panel + gap + 90, 620)
     height = top + len(sites) * cell + legend + 24
@@ -231,17 +192,16 @@ def plan_picture(plan: Plan) -> torch.Tensor:
     draw = ImageDraw.Draw(image)
     font, ink = ImageFont.load_default(), (228, 228, 231)
     grid = "x".join(map(str, plan.layout.grid))
-    density = f"density {plan.density:.3f}{range_text(plan.densities)}"
-    title = f"{plan.identity.family}  grid {grid}  {density}  attention kept {plan.mass_kept:.1%}"
+    title = f"{plan.identity.family}   {grid} tokens   {kept_text(plan)}"
     draw.text((12, 10), title, ink, font)
     right = left + panel + gap
-    draw.text((left, top - 30), "order per head", ink, font)
-    draw.text((right, top - 30), "density per head", ink, font)
+    draw.text((left, top - 30), "token order of each head", ink, font)
+    draw.text((right, top - 30), "blocks kept of each head", ink, font)
     every = max(1, 14 // cell)
     for row, (site, entry) in enumerate(sites):
         y = top + row * cell
         if row % every == 0:
-            draw.text((12, y + cell // 2 - 6), site.name, ink, font)
+            draw.text((12, y + cell // 2 - 6), layer_words(site.name), ink, font)
         for column, (name, density) in enumerate(zip(entry.orders, entry.density.mean(0).tolist(), strict=True)):
             box = (column * cell, y, column * cell + cell - 2, y + cell - 2)
             draw.rectangle((left + box[0], box[1], left + box[2], box[3]), fill=ORDER_COLOURS[name])

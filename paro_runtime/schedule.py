@@ -161,7 +161,11 @@ def default_dense_steps(steps: int, fraction: float) -> int:
 @dataclass
 class StepClock:
     """Wall-clock seconds of each step by kind, and how many steps there were. The host waits for the device between
-    steps, so the seconds add up. A step that a sampler goes back to counts again."""
+    steps, so the seconds add up. A step that a sampler goes back to counts again.
+
+    sparse: the steps with a sparse call. compared: (step, seconds) of those that were meant to be dense or sparse, and
+    were.
+    """
 
     step: int = -1
     kind: str = ""
@@ -169,6 +173,8 @@ class StepClock:
     seconds: dict[str, list[float]] = field(default_factory=dict)
     happened: int = 0
     dense: int = 0
+    sparse: list[int] = field(default_factory=list)
+    compared: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     _sparse_calls: int = 0
 
     def next(self, step: int, kind: str, sparse_calls: int) -> None:
@@ -177,7 +183,11 @@ class StepClock:
         if self.kind:
             self.seconds.setdefault(self.kind, []).append(now - self.began)
             self.happened += 1
-            self.dense += sparse_calls == self._sparse_calls
+            was = "dense" if sparse_calls == self._sparse_calls else "sparse"
+            self.dense += was == "dense"
+            self.sparse += [self.step] * (was == "sparse")
+            if was == self.kind:
+                self.compared.setdefault(was, []).append((self.step, now - self.began))
         self.step, self.kind, self.began, self._sparse_calls = step, kind, now, sparse_calls
 
     def medians(self) -> dict[str, float]:

@@ -79,8 +79,9 @@ class Grid:
     """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw.
 
     coming: what `plan` is the beginning of, as long as its orders and masks are still being read; no sparse call may
-    come before that. begun: what each site has by itself in a sparse step that finds no plan; the sites of that step
-    are observed, and share a plan from the next one on. sites: those that were met on this grid.
+    come before that. lost: why there is no plan, where one was dropped or could not be made. begun: what each site has
+    by itself in a sparse step that finds no plan; the sites of that step are observed, and share a plan from the next
+    one on. sites: those that were met on this grid.
     """
 
     layout: TokenLayout
@@ -91,6 +92,7 @@ class Grid:
     check: MovedPlanCheck | None = None
     coming: FoundPlan | None = None
     begun: Plan | None = None
+    lost: str = ""
     sites: set[Site] = field(default_factory=set)
 
 
@@ -203,13 +205,17 @@ class Session:
             if step != self.clock.step:
                 kind = self._step_kind(step, grid)
                 self.clock.next(step, kind, self.counts.sparse)
-                self._tell(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
+                self.say(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
                 self._evaluations.clear()
             # The n-th of its kind in one step stands for the n-th in another: conditionings come in the same order.
             kind = (layout.grid, conditionings)
             self._evaluations[kind] += not again
             call = (conditionings, self._evaluations[kind])
             return Evaluation(self, layout, grid, step, attempt or Attempt(self), call=call)
+
+    def grids(self) -> list[Grid]:
+        """Those that were met, in the order they came."""
+        return list(self._grids.values())
 
     def decline(self, reason: str) -> None:
         """Count an evaluation that is not ours, with the reason."""
@@ -231,7 +237,7 @@ class Session:
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self.patterns.clear()
         release_scratch()
-        self._tell(report.status())
+        self.say(report.status())
         return report
 
     @property
@@ -366,7 +372,9 @@ class Session:
             if self.settings.strict:
                 raise
             # Out of memory, say: the run goes on dense, and does not try again at every evaluation.
-            self.note(f"calibration: no plan could be made ({type(error).__name__}: {str(error)[:200]})")
+            said = f"{type(error).__name__}: {str(error)[:200]}"
+            self.note(f"calibration: no plan could be made ({said})")
+            grid.lost = f"no plan: it could not be made ({said})"
             grid.seen_step = grid.calibrator = grid.begun = None
             self.patterns.clear()
             return
@@ -439,7 +447,8 @@ class Session:
             self.notes.append(text)
             log.warning("%s", text)
 
-    def _tell(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """Show one line on the node."""
         if self._on_status is not None:
             self._on_status(text)
 

@@ -49,7 +49,7 @@ class ComfyHost:
             return Run(latent, seconds)
         picture = Image.open(io.BytesIO(self.server.images(history, "report")[0])).convert("RGB")
         pixels = torch.from_numpy(np.asarray(picture).astype(np.float32) / 255)[None]
-        return Run(latent, seconds, json.loads(self.server.text(history, "report")), pixels)
+        return Run(latent, seconds, json.loads(self.server.text(history, "json")), pixels)
 
     def _graph(self, labels: tuple[str, str, str], settings: Settings | None) -> dict:
         f, h, w = self.grid
@@ -92,6 +92,7 @@ class ComfyHost:
             )
             graph["sample"]["inputs"]["model"] = ["paro", 0]
             graph["report"] = _node("PAROReport", model=["paro", 0], samples=["sample", 0])
+            graph["json"] = _node("PreviewAny", source=["report", 1])
         return graph
 
 

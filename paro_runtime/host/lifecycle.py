@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..attempt import Attempt
+from ..reasons import not_used, stopped
 from ..session import Report, Session
 from ..tokens import TokenLayout
 from .evaluation import OPTIONS_KEY, HostEvaluation
@@ -32,6 +33,8 @@ APPLY_MODEL = {"x": None, "t": None, "c_concat": None, "c_crossattn": None, "con
 ATTEMPTS = 4
 """Times one evaluation is run at most when its results are not finite."""
 
+
+NOT_RUN = "PARO has not run yet: sample with this model first"
 
 KEPT_REPORTS = 16
 """Runs of one patched model whose reports are kept: a workflow may sample with it several times."""
@@ -135,6 +138,7 @@ class Lifecycle:
         self.family = family
         self.strict = strict
         self.last_report: Report | None = None
+        self.why_no_report = NOT_RUN
         self._start = start
         self._reports: dict[Hashable, Report] = {}
 
@@ -142,6 +146,10 @@ class Lifecycle:
         """The report of the run that made this latent, or of the last one where it is not known again."""
         mark = mark_of(samples)
         return self.last_report if mark is None else self._reports.get(mark, self.last_report)
+
+    def knows(self, samples: Any) -> bool:
+        """Whether it is known which run made this latent."""
+        return mark_of(samples) in self._reports
 
     def outer_sample(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """Wrapper of OUTER_SAMPLE: (noise, latent_image, sampler, sigmas, ...), owner the guider."""
@@ -156,9 +164,13 @@ class Lifecycle:
             if self.strict:
                 raise
             log.error("PARO: the run goes on without it, it could not begin", exc_info=error)
+            self.why_no_report = not_used(f"the run could not begin ({type(error).__name__}: {error})")
             return executor(*args, **kwargs)
         try:
             result = executor(*args, **kwargs)
+        except BaseException:
+            self._stop(session)
+            raise
         finally:
             options.pop(OPTIONS_KEY, None)
         self.last_report = self._finish(session)
@@ -226,9 +238,19 @@ class Lifecycle:
             run.session.decline(f"the token layout could not be read ({type(error).__name__}: {error})")
             return None
 
+    def _stop(self, session: Session) -> None:
+        """The sampling was cancelled or failed: there is no report, and the node says so."""
+        self.why_no_report = stopped(session.clock.step, session.steps)
+        try:
+            session.say(self.why_no_report)
+        except Exception as error:  # what ended the sampling is what its user must see
+            log.warning("PARO: the status could not be shown (%s: %s)", type(error).__name__, error)
+        log.info("PARO: %s", self.why_no_report)
+
     def _finish(self, session: Session) -> Report | None:
         try:
             report = session.finish()
+            log.info("PARO: %s", report.status())
             # It lives as long as the patched model, which may be for days.
             return report if report.plan is None else replace(report, plan=report.plan.without_masks())
         except Exception as error:
@@ -236,6 +258,7 @@ class Lifecycle:
             if self.strict:
                 raise
             log.warning("PARO: the run's report could not be made (%s: %s)", type(error).__name__, error)
+            self.why_no_report = f"The run's report could not be made ({type(error).__name__}: {error})"
             return None
 
 

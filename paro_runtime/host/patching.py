@@ -11,6 +11,7 @@ from typing import Any
 from ..calibration import Calibrator
 from ..plan import Plan, PlanError
 from ..plan_store import PlanStore
+from ..reasons import NOT_ON_IT, not_used
 from ..recipes import RecipeError, mask_options, recipe_for
 from ..session import Policy, Report, Session
 from ..settings import Settings, SettingsError
@@ -42,7 +43,7 @@ def patch_model(
     clone = remove(model)
     family = family_of(clone.model.diffusion_model)
     if isinstance(family, str):
-        _say(on_status, f"passed through · {family}")
+        _say(on_status, not_used(family))
         clone.set_attachments(KEY, family)
         return clone
     try:
@@ -53,8 +54,8 @@ def patch_model(
         if settings.strict:
             raise
         reason = f"the model could not be read ({type(error).__name__}: {error})"
-        log.error("PARO: passed through, %s", reason, exc_info=error)
-        _say(on_status, f"passed through · {reason}")
+        log.error("PARO: %s", reason, exc_info=error)
+        _say(on_status, not_used(reason))
         clone.set_attachments(KEY, reason)
         return clone
 
@@ -159,8 +160,14 @@ def last_report(model: Any, samples: Any = None) -> Report | str:
     not known, or a one-line reason why there is none."""
     found = model.get_attachment(KEY)
     if isinstance(found, Lifecycle):
-        return found.report_of(samples) or "PARO has not run yet: sample with this model first"
-    return f"PARO passed this model through: {found}" if found else "PARO is not on this model, or is switched off"
+        return found.report_of(samples) or found.why_no_report
+    return not_used(found or NOT_ON_IT)
+
+
+def is_of_another_run(model: Any, samples: Any) -> bool:
+    """Whether `last_report` cannot tell which run made the latent: another model's, or changed since."""
+    found = model.get_attachment(KEY)
+    return isinstance(found, Lifecycle) and not found.knows(samples)
 
 
 def _say(on_status: Callable[[str], None] | None, text: str) -> None:

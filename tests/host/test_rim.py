@@ -192,7 +192,7 @@ def test_a_model_that_cannot_be_read_passes_through(comfy, wan, monkeypatch):
     monkeypatch.setattr(patching, "identify", raising)
     model = comfy.patched(wan, strict=False, said=said, **SPARSE)
     assert torch.equal(comfy.sample(model, GRID, steps=2), comfy.sample(wan, GRID, steps=2))
-    assert "passed through · the model could not be read (OwnBugError: an index" in said[0]
+    assert "Not used: the model could not be read (OwnBugError: an index" in said[0]
     assert "could not be read" in comfy.report(model)
     with pytest.raises(OwnBugError):
         comfy.patched(wan, strict=True, **SPARSE)

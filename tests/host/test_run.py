@@ -1,5 +1,7 @@
 """The life of a run: sparse steps, other overrides, unknown models, masks, cancelling, calibration."""
 
+import logging
+
 import pytest
 import torch
 from comfyui_paro.paro_runtime.host.calibrate import Sampling, calibrate
@@ -27,7 +29,7 @@ def test_sparse_run_and_its_report(comfy, wan, store):
     assert report.sites_routed == comfy.LAYERS
     assert not report.fallbacks and not report.passed
     assert torch.isfinite(out).all() and (out - dense).abs().max() > 0.01  # the exact tests' tolerance is far below
-    assert said[-1] == report.status()
+    assert said[-1] == report.status() and said[-1].startswith(report.verdict())
     # A report is kept with the model: it shows the plan, and holds nothing large of it.
     assert report.picture() is not None
     assert all(entry.falloff is None for entry in report.plan.sites.values())
@@ -188,10 +190,11 @@ def test_unknown_model_passes_through(comfy, wan):
     model.model = type("Base", (), {"diffusion_model": Strange(), "current_patcher": None})()
     said: list = []
     patched = comfy.patched(model, said=said)
-    assert said == ["passed through · the model class Strange is not supported"]
+    verdict = "Not used: the model class Strange is not supported; nothing to do: docs/models.md lists what is"
+    assert said == [verdict]
     assert SLOT not in patched.model_options["transformer_options"] and not patched.wrappers.get("outer_sample")
-    assert comfy.report(patched) == "PARO passed this model through: the model class Strange is not supported"
-    assert comfy.report(wan) == "PARO is not on this model, or is switched off"
+    assert comfy.report(patched) == verdict
+    assert comfy.report(wan).startswith("Not used: PARO is not on this model, or is switched off; put PARO Patch Model")
 
 
 def test_a_model_changed_beyond_recognition_runs_dense(comfy, wan, store, monkeypatch):
@@ -209,11 +212,12 @@ def test_small_latent_runs_dense_with_a_reason(comfy, wan, store):
     assert torch.equal(comfy.sample(model, grid), comfy.sample(wan, grid))
     report = comfy.report(model)
     assert "20 grid tokens do not fill two blocks" in report.passed[0][0]
-    assert "passed through" in report.status()
+    assert report.verdict().startswith("Not used: 20 grid tokens do not fill two blocks of 64; nothing to do: ")
 
 
 def test_cancelling_leaves_nothing_behind(comfy, wan, store):
-    model = comfy.patched(wan, store=store, **SPARSE)
+    said: list = []
+    model = comfy.patched(wan, store=store, said=said, **SPARSE)
 
     class CancelError(Exception):
         pass
@@ -222,12 +226,33 @@ def test_cancelling_leaves_nothing_behind(comfy, wan, store):
         if step == 1:
             raise CancelError
 
+    assert comfy.report(model) == "PARO has not run yet: sample with this model first"
     with pytest.raises(CancelError):
         comfy.sample(model, GRID, callback=cancel)
     assert "paro" not in model.model_options["transformer_options"]
-    assert comfy.report(model) == "PARO has not run yet: sample with this model first"
-    comfy.sample(model, GRID)
-    assert comfy.report(model).sites_sparse == comfy.LAYERS
+    # Called when step 2 of 3 is over.
+    stopped = "Not finished: the sampling was stopped in step 2 of 3; sample again for a report"
+    assert comfy.report(model) == said[-1] == stopped
+    out = comfy.sample(model, GRID)
+    assert comfy.report(model, out).sites_sparse == comfy.LAYERS
+    with pytest.raises(CancelError):
+        comfy.sample(model, GRID, callback=cancel)
+    # What an earlier run made keeps its report; another latent does not get it.
+    assert comfy.report(model, out).sites_sparse == comfy.LAYERS and comfy.report(model, out * 2) == stopped
+
+
+def test_the_verdict_is_logged_once_in_a_run(comfy, wan, store, caplog):
+    said = []
+    model = comfy.patched(wan, store=store, said=said, **SPARSE)
+    with caplog.at_level(logging.INFO, "paro"):
+        comfy.sample(model, GRID, steps=4)
+    report = comfy.report(model)
+    told = [each for each in caplog.records if report.verdict() in each.getMessage()]
+    assert [(each.name, each.levelname, each.getMessage()) for each in told] == [
+        ("paro", "INFO", f"PARO: {report.status()}")
+    ]
+    assert said[-1] == report.status() and report.text().startswith(report.verdict())
+    assert sum("3 of 4 steps sparse" in text for text in said) == 1
 
 
 def test_given_plans(comfy, wan, flux, store):

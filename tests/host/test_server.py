@@ -46,6 +46,8 @@ def graph(
         nodes["paro"] = ("PAROPatchModel", inputs)
         nodes["sample"][1]["model"] = ["paro", 0]
         nodes["report"] = ("PAROReport", {"model": ["paro", 0], "samples": ["sample", 0]})
+        nodes["json"] = ("PreviewAny", {"source": ["report", 1]})
+        nodes["picture"] = ("PreviewImage", {"images": ["report", 2]})
     return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
 
 
@@ -59,7 +61,7 @@ def latent(server: ComfyServer, history: dict) -> bytes:
 
 
 def report(server: ComfyServer, history: dict) -> dict:
-    return json.loads(server.text(history, "report"))
+    return json.loads(server.text(history, "json"))
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +87,10 @@ def test_back_to_back(server, stock):
     first = server.run(graph(SMALL, settings=SPARSE))
     assert latent(server, first) != stock
     made = report(server, first)
+    said = server.text(first, "report")
+    assert said.startswith("2 of 3 steps sparse, attention error ") and "\n- 2 sparse and 1 dense steps\n" in said
+    assert f"PARO: {said.splitlines()[0]}" in server.log.read_text(errors="replace")
+    assert len(server.images(first, "report")) == len(server.images(first, "picture")) == 1
     assert made["plan_source"] == "calibrated on the way" and made["calibration_seconds"] > 0
     assert made["sites"] == made["sites_sparse"] == SITES and abs(made["density"] - 0.4) < 0.05
     assert not made["fallbacks"] and not made["passed"]
@@ -101,8 +107,12 @@ def test_back_to_back(server, stock):
     assert len(list(plans(server).glob("auto-*"))) == 1
     assert latent(server, server.run(graph(SMALL))) == stock
     off = graph(SMALL, settings=SPARSE, enabled=False)
-    del off["report"]
-    assert latent(server, server.run(off)) == stock
+    history = server.run(off)
+    assert latent(server, history) == stock
+    # No run, no picture: neither on the node nor for what waits for one, which does not run.
+    assert server.text(history, "report").startswith("Not used: PARO is not on this model, or is switched off; ")
+    assert report(server, history) == {"reason": server.text(history, "report")}
+    assert not server.images(history) and "picture" not in history["outputs"]
 
 
 def test_plan_file_from_another_machine(server):
@@ -244,5 +254,8 @@ def test_bad_plans_are_refused(server):
 
 
 def test_latent_smaller_than_a_block(server):
-    small = report(server, server.run(graph((1, 4, 5), settings=SPARSE)))
+    history = server.run(graph((1, 4, 5), settings=SPARSE))
+    small = report(server, history)
     assert small["sites"] == 0 and "do not fill two blocks" in small["passed"][0][0]
+    assert server.text(history, "report").startswith("Not used: 20 grid tokens do not fill two blocks of 64; ")
+    assert not server.images(history) and "picture" not in history["outputs"]

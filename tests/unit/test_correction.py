@@ -13,6 +13,7 @@ from comfyui_paro.paro_runtime.recipes import recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.verdict import share
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 EXACT = Precision("16", "16")
@@ -211,14 +212,14 @@ def test_a_run_is_corrected(dense_steps, correct):
     assert len(errors) == len(without) == 5 - dense_steps
     report = session.finish()
     assert (report.heads_corrected > 0) == correct
-    assert f"corrected by their mean queries: {report.heads_corrected} heads" in report.text()
+    assert (f"{report.heads_corrected} heads given back, on average," in report.text()) == correct
     assert not report.fallbacks and not report.notes
     if correct:
         assert all(a < 0.9 * b for a, b in zip(errors, without, strict=True))
         # What the run says of itself, from a fifth of the rows here, is what it did.
         whole, worst = report.attention_error
         assert 0.85 * min(errors) < whole < 1.15 * max(errors) and whole <= worst < 2 * whole
-        assert f"attention error: {whole:.1%}, worst layer {worst:.1%}" in report.text()
+        assert f"attention error {share(whole)}, in the worst layer {share(worst)}" in report.text()
     else:
         assert errors == without and report.attention_error is None
         assert "attention error: not measured" in report.text()

@@ -123,7 +123,7 @@ def test_a_rotated_site_is_more_exact_in_a_run(plan):
     assert chosen[OUTLIER_SITE] < 0.5 * never[OUTLIER_SITE]
     assert chosen[PLAIN_SITE] == never[PLAIN_SITE]
     report = session.finish()
-    assert report.sites_rotated == 1 and "rotated before INT8: 1 of 2 sites" in report.text()
+    assert report.sites_rotated == 1 and "1 of 2 attention layers marked for" in report.text()
 
 
 def test_only_int8_follows_the_plan():

@@ -210,7 +210,7 @@ def test_a_run_of_little_but_noise_measures_its_masks_in_each_group(tmp_path):
         torch.testing.assert_close(mask.float().mean((1, 2)), plan.sites[SITE].density[group], atol=0.02, rtol=0)
     report = session.finish()
     assert report.sites_routed == 1 and not report.fallbacks and not report.notes
-    assert "masks measured in this run: 1 of 1 sites" in report.text()
+    assert "1 of 1 attention layers choose their blocks from this run's own picture" in report.text()
     # The plan that was saved has none; a run that finds it measures its own.
     assert not load_plan(next(tmp_path.iterdir())).sites[SITE].has_masks
     again = run(store=PlanStore([], tmp_path), seed=1, sigmas=LONG)
