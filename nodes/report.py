@@ -11,7 +11,7 @@ from ..paro_runtime.host.patching import is_of_another_run, last_report
 from ..paro_runtime.host.status import status_line
 from .schema import ALIASES, CATEGORY, schema
 
-UNKNOWN_LATENT = "This latent is not known: it was changed, or made by another model. Here is this model's last run."
+UNKNOWN_LATENT = "Which run made this latent is not known: this is about the model's last one."
 
 
 class PAROReport(io.ComfyNode):

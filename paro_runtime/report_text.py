@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ..kernels.problem import PRECISIONS
 from .plan import IN_PASSING
 from .reasons import hint_of, plain, without_layer, words_of
-from .verdict import compared_gain, share, steps_text, verdict
+from .verdict import compared_gain, exact, steps_text, verdict
 
 if TYPE_CHECKING:
     from .report import Report
@@ -73,14 +73,14 @@ def _exact(report: Report) -> Iterable[str]:
     else:
         whole, worst = report.attention_error
         yield (
-            f"attention error {share(whole)}, in the worst layer {share(worst)} "
+            f"attention error {exact(whole)}, in the worst layer {exact(worst)} "
             "(against exact attention, relative L2, on a sample of the rows)"
         )
     if facts.density is not None:
-        each = ", ".join(f"{share(density)} in {steps_text(count)}" for density, count in facts.groups)
+        each = ", ".join(f"{exact(density)} in {steps_text(count)}" for density, count in facts.groups)
         about = " of the largest size" * bool(facts.others)
-        yield f"{share(facts.density)} of the blocks{about} kept on average: {each}"
-        yield f"the plan's blocks hold {share(report.mass_kept)} of the attention{_missed(report)}"
+        yield f"{exact(facts.density)} of the blocks{about} kept on average: {each}"
+        yield f"the plan's blocks hold {exact(report.mass_kept)} of the attention{_missed(report)}"
     if report.sites_routed:
         yield (
             f"{report.sites_routed} of {report.sites_sparse} attention layers "
@@ -100,7 +100,7 @@ def _missed(report: Report) -> str:
     target = report.plan.settings.get("mass_target", 0) if report.plan else 0
     if report.mass_kept >= target:
         return ""
-    return f" ({share(target)} were wanted, the density allows no more)"
+    return f" ({exact(target)} were wanted, the density allows no more)"
 
 
 def _plan(report: Report) -> Iterable[str]:

@@ -41,7 +41,7 @@ def status(report: Report) -> str:
         details.append(f"{report.tokens:,} tokens")
     if facts.sparse_steps:
         if facts.density is not None:
-            details.append(f"{share(facts.density)} of blocks kept{range_of(facts.groups)}")
+            details.append(f"{share(facts.density)} of blocks kept")
         details.append(report.precision)
     for detail in details:
         if len(line) + len(detail) + 3 > LINE:
@@ -65,6 +65,8 @@ def _no_gain(report: Report) -> str:
     """Of a run that met attention layers, none of which was sparse."""
     facts = report.facts
     dense = "the only step was dense" if facts.steps == 1 else f"all {facts.steps} steps were dense"
+    if facts.steps < report.steps:
+        dense = f"the {facts.steps} of {report.steps} steps that PARO saw {'was' if facts.steps == 1 else 'were'} dense"
     if facts.scheduled:
         if facts.part:
             return f"No gain: {dense}, {facts.part}; nothing to do if another sampler goes on"
@@ -125,6 +127,11 @@ def share(value: float) -> str:
     if 0 < value < 0.0005:
         return "under 0.1 %"
     return f"{100 * value:.0f} %" if value >= 0.1 else f"{100 * value:.1f} %"
+
+
+def exact(value: float) -> str:
+    """A share in percent, always with a decimal."""
+    return f"{100 * value:.1f} %"
 
 
 def range_of(groups: Sequence[tuple[float, int]]) -> str:

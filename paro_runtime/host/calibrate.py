@@ -16,7 +16,7 @@ from ..plan_store import PlanStore
 from ..recipes import mask_options
 from ..report import kept_text, plan_picture
 from ..settings import Settings, SettingsError, in_blocks, parse_blocks
-from ..verdict import share
+from ..verdict import exact
 from .families import family_of
 from .patching import calibration_model, policy_for
 
@@ -90,7 +90,7 @@ def calibrate(
     plan = calibrator.plan({**made, "stability": stability.as_dict()})
     file = store.save(plan, name or None).name
     calibrator.forget_partial()
-    on_status(f"saved {file} · {kept_text(plan)}, {share(plan.mass_kept)} of the attention in them")
+    on_status(f"saved {file} · {kept_text(plan)}, {exact(plan.mass_kept)} of the attention in them")
     text = [_text(plan, file, len(positives), seconds), stability.text()]
     if len(missing) < len(positives):
         text.append(f"taken up again: {len(positives) - len(missing)} prompt(s) had been observed before")
@@ -180,7 +180,7 @@ def _text(plan: Plan, file: str, prompts: int, seconds: float) -> str:
             f"plan: {file}",
             f"model: {plan.identity.family} {plan.identity.architecture}, weights {plan.identity.weights}",
             f"tokens: {plan.layout.describe()}",
-            f"{len(plan.sites)} attention layers: {kept_text(plan)}, {share(plan.mass_kept)} of the attention in them",
+            f"{len(plan.sites)} attention layers: {kept_text(plan)}, {exact(plan.mass_kept)} of the attention in them",
             f"token orders by heads: {orders}",
             f"watched: {prompts} prompt(s), {plan.made['observations']} calls, {seconds:.1f} s of sampling",
         ]

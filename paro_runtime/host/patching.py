@@ -165,7 +165,7 @@ def last_report(model: Any, samples: Any = None) -> Report | str:
 
 
 def is_of_another_run(model: Any, samples: Any) -> bool:
-    """Whether `last_report` cannot tell which run made the latent: another model's, or changed since."""
+    """Whether `last_report` cannot tell which run made the latent, so that it may be another one's."""
     found = model.get_attachment(KEY)
     return isinstance(found, Lifecycle) and not found.knows(samples)
 

@@ -217,6 +217,9 @@ def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
     # What another node made of a latent is not known again: then it is the last run's.
     for unknown in (first * 2, None, "a latent", torch.empty(2, device="meta"), torch.eye(3).to_sparse(), first[:0]):
         assert comfy.report(model, unknown) is comfy.report(model, again)
+    # The report of a latent that is not known says that it may be another's.
+    assert patching.is_of_another_run(model, first * 2) and not patching.is_of_another_run(model, first)
+    assert not patching.is_of_another_run(wan, first)
     # A run whose result is no plain tensor is the last one, until the next.
     kept = model.get_attachment("paro")
     kept.last_report = comfy.report(model, first)

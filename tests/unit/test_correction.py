@@ -13,7 +13,7 @@ from comfyui_paro.paro_runtime.recipes import recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
-from comfyui_paro.paro_runtime.verdict import share
+from comfyui_paro.paro_runtime.verdict import exact
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 EXACT = Precision("16", "16")
@@ -219,7 +219,7 @@ def test_a_run_is_corrected(dense_steps, correct):
         # What the run says of itself, from a fifth of the rows here, is what it did.
         whole, worst = report.attention_error
         assert 0.85 * min(errors) < whole < 1.15 * max(errors) and whole <= worst < 2 * whole
-        assert f"attention error {share(whole)}, in the worst layer {share(worst)}" in report.text()
+        assert f"attention error {exact(whole)}, in the worst layer {exact(worst)}" in report.text()
     else:
         assert errors == without and report.attention_error is None
         assert "attention error: not measured" in report.text()

@@ -20,7 +20,7 @@ from comfyui_paro.paro_runtime.schedule import StepClock
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.tokens import TokenLayout
-from comfyui_paro.paro_runtime.verdict import share
+from comfyui_paro.paro_runtime.verdict import exact, share
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 PACK = Path(reasons.__file__).parent.parent
@@ -115,10 +115,16 @@ def test_the_reference_is_right_but_not_faster(sparse):
     assert "set backend to auto" in replace(sparse, device="cuda:0").verdict()
 
 
+def test_the_status_holds_what_a_line_can(sparse):
+    found = by_triton(sparse, Timing(1.9, 2), tokens=75_600).status()
+    verdict = "1.9x faster per step: 3 of 5 steps sparse, attention error 0.9 %"
+    assert found == f"{verdict} · wan · 75,600 tokens · 30 % of blocks kept · {sparse.precision}"
+
+
 def test_details_are_in_plain_words(sparse):
     found = sparse.text()
     assert "2 of 2 attention layers sparse" in found and "made in this run, of what step 2 showed" in found
-    first, middle, last = map(share, sparse.densities)
+    first, middle, last = map(exact, sparse.densities)
     assert f"{first} in 1 step, {middle} in 1 step, {last} in 1 step" in found and first != last
     assert not any(word in found for word in ("site", "double.0.0", "mean quer", "attention kept", "masks measured"))
 
@@ -158,7 +164,7 @@ def test_a_run_of_one_step():
     # Without a dense step it is sparse, in one of three groups: the others never came.
     found = run(Settings(dense_steps=0), SIGMAS[-2:])
     assert found.verdict().startswith("1 of 1 step sparse") and found.facts.groups == ((found.densities[1], 1),)
-    assert f"{share(found.densities[1])} of the blocks kept on average" in found.text()
+    assert f"{exact(found.densities[1])} of the blocks kept on average" in found.text()
 
 
 def test_every_step_dense():
@@ -261,8 +267,15 @@ def test_steps_that_were_left_out_are_not_counted(sparse):
     evaluation = session.begin(layout=LAYOUT, sigma=1.0)
     q = torch.randn(1, 4, LAYOUT.length, 32)
     evaluation.attend(SITES[0], q, q, q, dense=lambda: q, blocks=2)
+    session.note("double.0.0 has no plan of its own")
+    for _ in range(9):
+        session.decline("LTX: spatio-temporal guidance skips blocks in this evaluation")
     found = session.finish()
     # Not "the only step was dense": nine others were another's.
+    said = found.verdict()
+    assert said.startswith("No gain: the 1 of 10 steps that PARO saw was dense: LTX: spatio-temporal guidance ")
+    assert said.endswith("; nothing to do, or do without this guidance") and len(said) <= LINE + 10
+    assert found.text().endswith("Notes\n- double block 0 has no plan of its own")
     assert found.facts.scheduled is False and "0 sparse and 1 dense step; of 10 planned" in found.text()
 
 
