@@ -66,7 +66,7 @@ def _no_gain(report: Report) -> str:
     facts = report.facts
     dense = "the only step was dense" if facts.steps == 1 else f"all {facts.steps} steps were dense"
     if facts.steps < report.steps:
-        dense = f"the {facts.steps} of {report.steps} steps that PARO saw {'was' if facts.steps == 1 else 'were'} dense"
+        dense = f"PARO saw {facts.steps} of {report.steps} steps, none sparse"
     if facts.scheduled:
         if facts.part:
             return f"No gain: {dense}, {facts.part}; nothing to do if another sampler goes on"

@@ -273,7 +273,7 @@ def test_steps_that_were_left_out_are_not_counted(sparse):
     found = session.finish()
     # Not "the only step was dense": nine others were another's.
     said = found.verdict()
-    assert said.startswith("No gain: the 1 of 10 steps that PARO saw was dense: LTX: spatio-temporal guidance ")
+    assert said.startswith("No gain: PARO saw 1 of 10 steps, none sparse: LTX: spatio-temporal guidance ")
     assert said.endswith("; nothing to do, or do without this guidance") and len(said) <= LINE + 10
     assert found.text().endswith("Notes\n- double block 0 has no plan of its own")
     assert found.facts.scheduled is False and "0 sparse and 1 dense step; of 10 planned" in found.text()
