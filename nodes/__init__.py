@@ -6,7 +6,8 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..paro_runtime import ahead
 from .calibrate import PAROCalibrate
-from .demo import PARODemoConditioning, PARODemoDecode
+from .compare import PAROCompare
+from .demo import PARODemoConditioning, PARODemoDecode, PARODemoVAE
 from .patch_model import PAROPatchModel
 from .report import PAROReport
 from .settings import PAROSettings
@@ -20,4 +21,5 @@ class PAROExtension(ComfyExtension):
         # Here and not in `on_load`, which older hosts do not call; the schemas need the folders.
         register_folders()
         ahead.at_start()
-        return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PARODemoConditioning, PARODemoDecode]
+        demo = [PARODemoConditioning, PARODemoDecode, PARODemoVAE]
+        return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PAROCompare, *demo]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from comfy_api.latest import io
 
 from .schema import CATEGORY, schema
@@ -66,7 +67,34 @@ class PARODemoDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, samples: dict) -> io.NodeOutput:
+        return io.NodeOutput(DemoVAE().decode(samples["samples"]).flatten(0, 1))
+
+
+class DemoVAE:
+    """What the host's nodes want of a VAE, for the tiny model: its latent is a rearrangement of pixels."""
+
+    def decode(self, samples: torch.Tensor) -> torch.Tensor:
+        """Latent `[B, 16, F, h, w]` -> grey clips `[B, F, 4h, 4w, 3]` in 0..1."""
         data = _data()
-        video = data.decode(data.from_host_latent(samples["samples"].float()))
-        grey = (video.flatten(0, 1) + 1) / 2
-        return io.NodeOutput(grey[..., None].expand(-1, -1, -1, 3).contiguous())
+        grey = (data.decode(data.from_host_latent(samples.float())) + 1) / 2
+        return grey[..., None].expand(-1, -1, -1, -1, 3).contiguous()
+
+
+class PARODemoVAE(io.ComfyNode):
+    """The tiny model's decoder as a VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PARODemoVAE",
+            display_name="PARO Demo VAE",
+            category=DEMO,
+            search_aliases=["PARO demo"],
+            description="Stands where other models have a VAE: the tiny model's latent is a rearrangement of pixels.",
+            inputs=[],
+            outputs=[io.Vae.Output("vae", tooltip="Decodes latents of the tiny model, for PARO Compare; no others.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(DemoVAE())

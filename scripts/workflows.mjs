@@ -67,6 +67,46 @@ const demo = {
   ],
 };
 
+const compare = {
+  name: "paro_compare_tiny_model",
+  columns: [
+    [
+      { title: "The model that comes with PARO", nodes: [
+        { id: "model", type: "UNETLoader", widgets: { unet_name: "paro-tiny-wan.safetensors", weight_dtype: "default" } },
+        { id: "shift", type: "ModelSamplingSD3", widgets: { shift: 3 }, inputs: { model: ["model", 0] } },
+        { id: "prompt", type: "PARODemoConditioning",
+          widgets: { shape: "cross", direction: "right-down", background: "checker" } },
+        { id: "empty", type: "EmptyHunyuanLatentVideo", widgets: { width: 192, height: 192, length: 29, batch_size: 1 } },
+        { id: "vae", type: "PARODemoVAE" },
+      ] },
+    ],
+    [
+      { title: "PARO", nodes: [
+        { id: "settings", type: "PAROSettings",
+          widgets: { preset: "custom", density: 0.3, precision: "int8", dense_steps: 3, min_tokens: 0 } },
+        patch("paro", undefined, "shift"),
+      ] },
+      { title: "About", nodes: [note(300,
+        "## Is it faster, and is it the same?\n\n**PARO Compare** samples one seed twice, first without PARO and then " +
+        "with it. It shows both, their difference (8 times as bright), and says how far they are apart.\n\nIn a " +
+        "workflow of your own, put it in the place of the sampler, after **PARO Patch Model**, and connect your VAE." +
+        "\n\nOn a CPU the plain PyTorch reference computes PARO: right, but slower than without. The speed-up needs a GPU " +
+        "and a long sequence.")] },
+    ],
+    [{ title: "Without PARO | with PARO | difference", nodes: [
+      { id: "compare", type: "PAROCompare", height: 760,
+        widgets: { seed: 0, control_after_generate: "fixed", steps: 8, cfg: 1, sampler_name: "euler", scheduler: "simple", denoise: 1 },
+        inputs: { model: ["paro", 0], positive: ["prompt", 0], negative: ["prompt", 1], latent_image: ["empty", 0], vae: ["vae", 0] } },
+    ] }],
+    [{ title: "Result", nodes: [
+      { id: "text", type: "PreviewAny", height: 300, inputs: { source: ["compare", 1] } },
+      { id: "save", type: "SaveAnimatedWEBP", height: 330,
+        widgets: { filename_prefix: "paro/compare", fps: 6, lossless: true, quality: 90, method: "default" },
+        inputs: { images: ["compare", 0] } },
+    ] }],
+  ],
+};
+
 const wanSampler = (id, title, model, latent, values) => ({
   id, type: "KSamplerAdvanced", title,
   widgets: { noise_seed: 0, steps: 20, cfg: 3.5, sampler_name: "euler", scheduler: "simple", ...values },
@@ -189,5 +229,5 @@ const nodes = {
   ],
 };
 
-export const WORKFLOWS = [demo, wan, flux];
+export const WORKFLOWS = [demo, compare, wan, flux];
 export const PICTURE = nodes;
