@@ -78,28 +78,22 @@ def text(
     size: tuple[int, int, int, int] | None,
     trouble: str = "",
 ) -> str:
-    """The sentence, what was compared, figures, PARO's own report, and hints: a line each.
+    """The sentence, hints, figures, PARO's own report, and what was compared: a line each.
 
     compared: how was sampled. size: (clips, frames, height, width), None without pictures. trouble: why there are none.
     """
-    lines = [
-        sentence(names, first, second, figures, size is not None and size[1] == 1),
-        f"compared: {compared}" + (f"; {_size(*size)}" if size else ""),
-        f"timed: the sampling alone, without loading the model and decoding; first {names.first}, then {names.second}",
-    ]
-    if trouble:
-        lines.append(trouble)
+    lines = [sentence(names, first, second, figures, size is not None and size[1] == 1)]
+    lines += [each for each in (trouble, figures.missing if figures is not None else "") if each]
+    lines += _hints(names, first, second)
     if figures is not None and figures.flicker is not None and not figures.identical:
-        lines.append(
-            f"flicker: {figures.flicker:.2f} times that of the run {names.first} (1: alike, above 1: it flickers more)"
-        )
-    if figures is not None and figures.missing:
-        lines.append(figures.missing)
-    if size is not None:
-        lines.append(f"picture: {names.labels[0]} | {names.labels[1]} | difference, {DIFFERENCE} times as bright")
+        lines.append(f"flicker: {figures.flicker:.2f} times that {names.first} (1: alike, above 1: it flickers more)")
     for name, run in _reported(names, first, second):
         lines += _about(name, run)
-    return "\n".join([*lines, *_hints(names, first, second)])
+    lines.append(f"compared: {compared}" + (f"; {_size(*size)}" if size else ""))
+    lines.append(f"timed: the sampling alone, not loading and decoding; first {names.first}, then {names.second}")
+    if size is not None:
+        lines.append(f"picture: {names.labels[0]} | {names.labels[1]} | difference, {DIFFERENCE} times as bright")
+    return "\n".join(lines)
 
 
 def why_not_sparse(report: Report | str) -> str:
@@ -131,7 +125,7 @@ def _reported(names: Names, first: Timed, second: Timed) -> list[tuple[str, Time
 def _about(name: str, run: Timed) -> list[str]:
     if isinstance(run.report, str):
         return []
-    return [f"{name}: {run.report.status()}", f"attention error ({name}): {run.report.error_text()}"]
+    return [f"{name}: {run.report.status()}", f"attention error of {name}: {run.report.error_text()}"]
 
 
 def _hints(names: Names, first: Timed, second: Timed) -> list[str]:
@@ -144,19 +138,17 @@ def _hints(names: Names, first: Timed, second: Timed) -> list[str]:
             continue
         if COMPILING in report.calls or any("compiled anew" in note for note in report.notes):
             hints.append(
-                f"hint: this run ({name}) included compiling, which happens once on a machine; with another seed it "
-                "shows its usual speed"
+                f"hint: this run ({name}) included compiling, once on a machine; with another seed it shows its speed"
             )
         if report.backend == "reference" and not why:
             hints.append(
-                f"hint: the PyTorch reference computed this ({name}), since no GPU that the kernels serve is there: "
-                "right, but not faster"
+                f"hint: the PyTorch reference computed attention ({name}), not PARO's GPU kernels: right, but slow"
             )
     later = statistics.median(first.steps[1:]) if len(first.steps) > 2 else math.inf
     if first.steps and first.steps[0] > SLOW_START * later:
         hints.append(
-            f"hint: the first run's first step took {seconds_text(first.steps[0])}, its later ones "
-            f"{seconds_text(later)}: it loaded or compiled something, which makes the comparison flatter the second; "
+            f"hint: the first step {names.first} took {seconds_text(first.steps[0])}, later ones "
+            f"{seconds_text(later)}: it loaded or compiled something, which flatters the second run; "
             "run it again with another seed"
         )
     return hints

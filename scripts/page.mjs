@@ -40,9 +40,9 @@ async function enter(page) {
 function build(spec) {
   const { app, LiteGraph } = window;
   app.graph.clear();
-  const made = {}, width = 330, inset = 28, title = 30;
+  const made = {}, usual = 330, inset = 28, title = 30;
   const all = spec.columns.flat().flatMap((group) => group.nodes);
-  for (const { id, type, title, height = 0, widgets = {}, models } of all) {
+  for (const { id, type, title, height = 0, width = usual, widgets = {}, models } of all) {
     const node = LiteGraph.createNode(type);
     if (!node) throw new Error(`no node type ${type}`);
     app.graph.add(node);
@@ -63,9 +63,10 @@ function build(spec) {
       if (!made[source].connect(slot, made[id], index)) throw new Error(`${source} does not fit ${id}.${name}`);
     }
   }
-  spec.columns.forEach((column, number) => {
+  let x = 0;
+  for (const column of spec.columns) {
     let y = 0;
-    const x = number * (width + 4 * inset);
+    const width = Math.max(...column.flatMap((group) => group.nodes).map((node) => node.width ?? usual));
     for (const { title: name, nodes } of column) {
       const group = new LiteGraph.LGraphGroup(name), top = y;
       y += title + inset;
@@ -78,7 +79,8 @@ function build(spec) {
       app.graph.add(group);
       y += 2 * inset;
     }
-  });
+    x += width + 4 * inset;
+  }
   return app.graph.serialize();
 }
 

@@ -94,12 +94,12 @@ const compare = {
         "and a long sequence.")] },
     ],
     [{ title: "Without PARO | with PARO | difference", nodes: [
-      { id: "compare", type: "PAROCompare", height: 760,
+      { id: "compare", type: "PAROCompare", height: 830, width: 620,
         widgets: { seed: 0, control_after_generate: "fixed", steps: 8, cfg: 1, sampler_name: "euler", scheduler: "simple", denoise: 1 },
         inputs: { model: ["paro", 0], positive: ["prompt", 0], negative: ["prompt", 1], latent_image: ["empty", 0], vae: ["vae", 0] } },
     ] }],
     [{ title: "Result", nodes: [
-      { id: "text", type: "PreviewAny", height: 300, inputs: { source: ["compare", 1] } },
+      { id: "text", type: "PreviewAny", height: 420, inputs: { source: ["compare", 1] } },
       { id: "save", type: "SaveAnimatedWEBP", height: 330,
         widgets: { filename_prefix: "paro/compare", fps: 6, lossless: true, quality: 90, method: "default" },
         inputs: { images: ["compare", 0] } },

@@ -59,6 +59,11 @@ def test_workflow_matches_the_nodes(known, path):
 def _check_widgets(node: dict, declared: dict) -> None:
     """One value per widget, in the schema's order, each allowed."""
     widgets = {name: d for name, d in declared.items() if _kind(d) in WIDGETS}
+    for name in [name for name, d in widgets.items() if d[1].get("control_after_generate")]:
+        # The page draws one more widget after such a number.
+        place = list(widgets).index(name) + 1
+        after = {f"{name} after": ("COMBO", {"options": ["fixed", "increment", "decrement", "randomize"]})}
+        widgets = {**dict(list(widgets.items())[:place]), **after, **dict(list(widgets.items())[place:])}
     assert len(node.get("widgets_values", [])) == len(widgets), node["type"]
     for value, (name, d) in zip(node.get("widgets_values", []), widgets.items(), strict=True):
         options = _options(d)
@@ -77,7 +82,7 @@ def test_workflow_says_nothing_about_the_machine_it_was_made_on(path):
 def test_help_and_names_for_every_node(known, server):
     """Each node has a help page and English and Chinese names for all its inputs and outputs; tooltips everywhere."""
     ours = {name: info for name, info in known.items() if name.startswith("PARO")}
-    assert {"PAROSettings", "PAROPatchModel", "PAROCalibrate", "PAROReport"} <= set(ours)
+    assert {"PAROSettings", "PAROPatchModel", "PAROCalibrate", "PAROReport", "PAROCompare"} <= set(ours)
     translated = server.json("/i18n")
     for name, info in ours.items():
         assert (PACK / "web" / "docs" / f"{name}.md").is_file(), name
