@@ -196,7 +196,9 @@ def _chunks(
 
 
 def _channels_first(frames: torch.Tensor) -> torch.Tensor:
-    return frames.movedim(-1, 1).contiguous()
+    """`[N, C, H, W]`; on NVIDIA's GPUs in float64, where float32 convolutions may round to TF32: too coarse for the
+    variances of flat areas."""
+    return frames.movedim(-1, 1).to(torch.float64 if frames.is_cuda else torch.float32).contiguous()
 
 
 def _pooled(decibels: list[float]) -> float:

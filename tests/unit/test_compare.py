@@ -86,8 +86,9 @@ def test_no_chunk_is_larger_than_it_may_be(kornia, monkeypatch):
     assert sizes == [4 * frame, 4 * frame, frame]
 
 
-def test_between_can_stop_it(kornia):
-    ours, theirs = pair()
+@pytest.mark.parametrize("frames", [2, 3])
+def test_between_can_stop_it(kornia, frames):
+    ours, theirs = pair(frames=frames)
 
     def stop():
         raise KeyboardInterrupt
@@ -156,6 +157,7 @@ def test_without_kornia_the_rest_stays(monkeypatch):
         ((5, 8, 6, 3), (1, 16, 2, 1, 1), (1, 5, 8, 6, 3)),
         ((5, 8, 6, 3), (2, 16, 2, 1, 1), (1, 5, 8, 6, 3)),  # not to be divided: one clip
         ((4, 8, 6, 3), (4, 16, 1, 1), (4, 1, 8, 6, 3)),  # pictures
+        ((8, 8, 6, 3), (4, 16, 1, 1), (8, 1, 8, 6, 3)),  # more of them than latents
         ((2, 1, 8, 6, 3), (2, 16, 1, 1, 1), (2, 1, 8, 6, 3)),  # pictures of a model with video latents
     ],
 )
