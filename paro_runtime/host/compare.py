@@ -70,12 +70,13 @@ class Clock:
             nonlocal last
             if given is not None:
                 given(step, denoised, x, total)
-            comfy.model_management.throw_exception_if_processing_interrupted()
             current = now()
             # What was loaded meanwhile belongs to no step.
             self.steps.append(current - last - (0.0 if self.steps else self.loading - loaded))
             last = current
             self._on_step(step + 1, total, current - began)
+            # The host looks for it too, but not in every version within a run, and not after the last step.
+            comfy.model_management.throw_exception_if_processing_interrupted()
 
         if len(args) > CALLBACK:
             args = (*args[:CALLBACK], step_done, *args[CALLBACK + 1 :])

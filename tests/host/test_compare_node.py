@@ -90,9 +90,9 @@ def report_of(model):
 
 @pytest.mark.host_on_cpu
 @pytest.mark.parametrize("run", [1, 2])
-@pytest.mark.parametrize("step", [1, 2])
+@pytest.mark.parametrize("step", [1, STEPS])
 def test_cancel_in_each_run(comfy, wan, compare, run, step):
-    """At the next step the host's own exception comes out, and what is sampled afterwards is what it always was."""
+    """After the step the host's own exception comes out, and what is sampled afterwards is what it always was."""
     import comfy.model_management as management
 
     latent, said = {"samples": comfy.latent(GRID)}, []
