@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 from .compare import DIFFERENCE, Figures
 from .readiness import COMPILING
+from .reasons import hint_of, words_of
 from .report import Report
+from .report_text import error_text
 
 SLOW_START = 1.5
 """A first step this many times as long as the later ones did something beside computing."""
@@ -125,7 +127,7 @@ def _reported(names: Names, first: Timed, second: Timed) -> list[tuple[str, Time
 def _about(name: str, run: Timed) -> list[str]:
     if isinstance(run.report, str):
         return []
-    return [f"{name}: {run.report.status()}", f"attention error of {name}: {run.report.error_text()}"]
+    return [f"{name}: {run.report.status()}", f"{name}: {error_text(run.report)}"]
 
 
 def _hints(names: Names, first: Timed, second: Timed) -> list[str]:
@@ -133,7 +135,7 @@ def _hints(names: Names, first: Timed, second: Timed) -> list[str]:
     for name, run in _reported(names, first, second):
         why, report = why_not_sparse(run.report), run.report
         if why:
-            hints.append(f"hint: nothing was sparse ({name}): {why}")
+            hints.append(f"hint: nothing was sparse ({name}): {words_of(why)}; {hint_of(why)}")
         if isinstance(report, str):
             continue
         if COMPILING in report.calls or any("compiled anew" in note for note in report.notes):

@@ -64,18 +64,20 @@ def _tokens(report: Report) -> str:
     return frames + (f", {' and '.join(beside)} it (text or references)" if beside else "")
 
 
+def error_text(report: Report) -> str:
+    """How exact the attention was, in one line."""
+    if report.attention_error is None:
+        return "attention error: not measured in this run"
+    whole, worst = report.attention_error
+    where = "(against exact attention, relative L2, on a sample of the rows)"
+    return f"attention error {exact(whole)}, in the worst layer {exact(worst)} {where}"
+
+
 def _exact(report: Report) -> Iterable[str]:
     facts = report.facts
     if not facts.sparse_steps:
         return
-    if report.attention_error is None:
-        yield "attention error: not measured in this run"
-    else:
-        whole, worst = report.attention_error
-        yield (
-            f"attention error {exact(whole)}, in the worst layer {exact(worst)} "
-            "(against exact attention, relative L2, on a sample of the rows)"
-        )
+    yield error_text(report)
     if facts.density is not None:
         each = ", ".join(f"{exact(density)} in {steps_text(count)}" for density, count in facts.groups)
         about = " of the largest size" * bool(facts.others)
