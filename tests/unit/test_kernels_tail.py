@@ -59,13 +59,18 @@ def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float
     return (q, k, v, g, tables), positions, {"pool": pool, "key_bias": bias}, seed
 
 
-def close(found, expected, names, seed):
+# Of moments under 16-bit inputs: their pooled keys are stored in 16 bits, which moves the logit of a row that is far
+# from the mean query by a few thousandths.
+ROUNDED_POOLS = 6e-3
+
+
+def close(found, expected, names, seed, bound=2e-3):
     """Relative to each table's largest value: products are in 16 bits."""
     for name in names:
         a, b = getattr(found, name), getattr(expected, name)
         assert a.shape == b.shape
         worst = ((a - b).abs().max() / b.abs().max()).item()
-        assert worst <= 2e-3, f"{name}: {worst:.2e} (seed {seed})"
+        assert worst <= bound, f"{name}: {worst:.2e} (seed {seed})"
 
 
 @pytest.mark.parametrize("expanded", [False, True])
@@ -106,7 +111,8 @@ def test_row_moments(name, parts, expansions, monkeypatch):
     positions = torch.randperm(g.grid_tokens)[:70].sort().values
     levels = torch.randint(0, 4, (call[0].shape[1], g.q_blocks, g.k_blocks), dtype=torch.uint8)
     found, expected = (row_moments(*call, positions, levels, 3, backend=b, **rest) for b in BOTH)
-    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
+    bound = 2e-3 if call[0].dtype == torch.float32 else ROUNDED_POOLS
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed, bound)
 
 
 def test_large_and_small_float32_values_keep_their_precision():
@@ -162,7 +168,7 @@ def test_weights_of_a_millionth_keep_their_precision():
     levels = torch.randint(0, 2, (2, g.q_blocks, g.k_blocks), dtype=torch.uint8)
     some = torch.arange(0, g.grid_tokens, 3)
     found, expected = (row_moments(q, k, v, g, tables, some, levels, 1, backend=b, **rest) for b in BOTH)
-    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
+    close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed, ROUNDED_POOLS)
 
 
 class Allocated(TorchDispatchMode):
