@@ -186,7 +186,8 @@ def plan_picture(plan: Plan) -> torch.Tensor:
     cell = max(6, min(28, 700 // max(heads, len(sites) // 2)))
     left, top, gap, legend = 140, 66, 48, 30
     panel = heads * cell
-    width = max(left + 2 * panel + gap + 90, 620)
+    right = left + max(panel + gap, 190)  # the titles stand side by side
+    width = max(right + panel + 90, 620)
     height = top + len(sites) * cell + legend + 24
     image = Image.new("RGB", (width, height), (24, 24, 27))
     draw = ImageDraw.Draw(image)
@@ -194,7 +195,6 @@ def plan_picture(plan: Plan) -> torch.Tensor:
     grid = "x".join(map(str, plan.layout.grid))
     title = f"{plan.identity.family}   {grid} tokens   {kept_text(plan)}"
     draw.text((12, 10), title, ink, font)
-    right = left + panel + gap
     draw.text((left, top - 30), "token order of each head", ink, font)
     draw.text((right, top - 30), "blocks kept of each head", ink, font)
     every = max(1, 14 // cell)
