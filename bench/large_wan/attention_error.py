@@ -1,8 +1,9 @@
 """Error and time of single attention calls: PARO under different orders, and block-sparse routing, on the same q, k, v.
 
-Calls of a dense sampling of this bed, and planted heads. PARO is judged as a run has it: orders and masks of an earlier
-step of the same clips (of two other samples for planted heads), constant density, the tail's bias and corrections
-measured on the call itself. Routing looks at the call that it is judged on.
+Calls of a dense sampling of this bed, and planted heads. PARO is judged as a run has it: orders and budgets (on small
+grids masks) of an earlier step of the same clips (of two other samples for planted heads), constant density, masks of
+large grids, the tail's bias and corrections measured on the call itself. Routing looks at the call that it is judged
+on.
 """
 
 from __future__ import annotations

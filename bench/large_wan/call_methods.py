@@ -16,9 +16,10 @@ from ...paro_runtime.calibration import Calibrator, Method
 from ...paro_runtime.correction import QueryCorrection
 from ...paro_runtime.orders import ORIGINAL
 from ...paro_runtime.patterns import with_bias
-from ...paro_runtime.plan import ModelIdentity, Plan, Site
+from ...paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
 from ...paro_runtime.recipes import MaskOptions, query_block
 from ...paro_runtime.refresh import measured_rows
+from ...paro_runtime.routing import routed_bits
 from ...paro_runtime.self_check import site_precision
 from ...paro_runtime.tail import best_bias, observe_bias
 from ...paro_runtime.tokens import TokenLayout
@@ -106,13 +107,16 @@ class Plans:
 
 def paro_rows(call: Call, exact: torch.Tensor, plans: dict[tuple[str, float], Plan], how: How) -> Iterator[dict]:
     """PARO without and with corrections, a pair of rows for each plan. ms: of the kernel with its pre-pass, and of
-    adding corrections that are carried; what is measured once in some steps is not in it."""
+    adding corrections that are at hand. measuring_ms: of what the first step of a group of steps measures for the
+    others, mask, bias and corrections, not in ms."""
     for (name, density), plan in plans.items():
         entry = plan.sites[call.site]
-        sizes = {"block_q": plan.block_q, "pool": plan.pool, "expansions": plan.expansions}
-        where = {"kv_heads": call.k.shape[1], "device": call.q.device}
-        pattern = pattern_of(entry, call.layout, group=0, **sizes, **where)
-        pattern = with_bias(pattern, _measured_bias(call, pattern, how))
+
+        def measured(entry=entry, plan=plan) -> SparsePattern:
+            pattern = _measured_mask(call, entry, plan, how)
+            return with_bias(pattern, _measured_bias(call, pattern, how))
+
+        pattern = measured()
         precision = site_precision(how.precision, entry.rotate, call.q, how.backend, plan.block_q, plan.pool)
 
         def attend(pattern=pattern, precision=precision) -> torch.Tensor:
@@ -126,12 +130,26 @@ def paro_rows(call: Call, exact: torch.Tensor, plans: dict[tuple[str, float], Pl
             return out
 
         row = {"density": density, "kept_density": round(entry.density.mean().item(), 4)}
-        yield row | {"method": f"PARO, {name}"} | judged(attend(), exact, attend, how)
+        alone = judged(attend(), exact, attend, how) | {"measuring_ms": median_ms(measured, how)}
+        yield row | {"method": f"PARO, {name}"} | alone
         if not correction.suits(call.q, pattern, how.backend):
             continue
         corrected = correct(attend(), True)
         both = judged(corrected, exact, lambda attend=attend, correct=correct: correct(attend(), False), how)
+        making = median_ms(lambda attend=attend, correct=correct: correct(attend(), True), how) - alone["ms"]
+        both |= {"measuring_ms": alone["measuring_ms"] + making}
         yield row | {"method": f"PARO, {name}, corrected", "heads_corrected": correction.heads[0]} | both
+
+
+def _measured_mask(call: Call, entry: SitePlan, plan: Plan, how: How) -> SparsePattern:
+    """The call's pattern, with its own mask where the plan has none, as in a run."""
+
+    def measure(bare: SparsePattern) -> torch.Tensor:
+        return routed_bits(entry, 0, call.q, call.k, bare, scale=None, key_bias=None, backend=how.backend)
+
+    sizes = {"block_q": plan.block_q, "pool": plan.pool, "expansions": plan.expansions}
+    where = {"kv_heads": call.k.shape[1], "device": call.q.device}
+    return pattern_of(entry, call.layout, group=0, measure=measure, **sizes, **where)
 
 
 def judged(out: torch.Tensor, exact: torch.Tensor, run: Callable[[], object], how: How) -> dict:
