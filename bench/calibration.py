@@ -40,16 +40,13 @@ from comfyui_paro.bench.paro_bench.tiny import GRIDS, LAYERS, TinyBench, Variant
 from comfyui_paro.bench.problems import SHAPES, Shape, inputs  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
 from comfyui_paro.kernels.api import (  # noqa: E402
-    add_corrections,
     block_costs,
     block_statistics,
-    query_corrections,
     row_logsumexp,
 )
 from comfyui_paro.kernels.problem import SparsePattern  # noqa: E402
 from comfyui_paro.paro_runtime.attention import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.calibration import Calibrator  # noqa: E402
-from comfyui_paro.paro_runtime.correction import rows_per_mean_query  # noqa: E402
 from comfyui_paro.paro_runtime.falloff import observe_falloff  # noqa: E402
 from comfyui_paro.paro_runtime.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site  # noqa: E402
@@ -150,19 +147,6 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
         return observe_bias(q, k, v, g, rows, mask, pool=POOL, rows=measured_rows(g.grid_tokens))
 
     times["refresh_ms"] = median_ms(refresh, repeats, device)
-    corrected = torch.arange(0, heads, 2, dtype=torch.int32, device=device)
-    shares, out = torch.ones(heads, device=device), torch.zeros_like(q)
-
-    each = rows_per_mean_query(g)
-
-    def correct():
-        found = query_corrections(q, k, v, pattern, corrected, rows=each)
-        add_corrections(out, found, shares, pattern, corrected, rows=each)
-
-    times["correct_ms"] = median_ms(correct, repeats, device)
-    kept = query_corrections(q, k, v, pattern, corrected, rows=each).to(q.dtype)
-    carry = (out, kept, shares, pattern, corrected)
-    times["carried_ms"] = median_ms(lambda: add_corrections(*carry, rows=each), repeats, device)
     times["look_ms"] = median_ms(lambda: look(pattern), repeats, device)
     return {
         "length": shape.length,

@@ -74,7 +74,7 @@ PARTS = {
     "observing": "observing",
     "planning": "planning",
     "masks": "masks",
-    "bias_and_corrections": "bias, corrections",
+    "bias": "bias",
     "compiling": "compiling",
     "loading_plan": "loading the plan",
 }
@@ -219,8 +219,8 @@ def calibration_tables(reports: list[dict]) -> list[str]:
         "",
         "From `bench/results/calibration*.json`, which `python bench/calibration.py` printed: one site of each model, "
         "in ms. `in all` is what a calibrating step pays for a site beside its dense attention; its largest parts "
-        "stand before it. The bias is measured again in a few sparse steps, in fewer of them corrections are made, and "
-        "added in all; masks are measured in the first step of each group of sparse steps. A plan is made at the end.",
+        "stand before it. Bias and masks are measured in the first step of each group of sparse steps. A plan is "
+        "made at the end.",
         "",
     ]
     for report in reports:
@@ -233,17 +233,15 @@ def calibration_tables(reports: list[dict]) -> list[str]:
         lines += [report["note"], ""] if report.get("note") else []
         lines += [
             "| model | tokens | heads | dense attention | orders | tail | in all | times dense "
-            "| peak MiB | bias again | times dense | peak MiB | half the heads corrected | the same, carried on "
-            "| masks anew | masks of a site |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| peak MiB | bias again | times dense | peak MiB | masks anew | plan of a site |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
         ]
         for row in report["rows"]:
             times = [row.get(f"{name}_ms") for name in ("dense", "orders", "tail", "observe")]
             cells = [row["shape"], f"{row['length']}", f"{row['heads']}", *map(cell, times), cell(row.get("ratio"))]
             cells += [cell(row.get("peak_mib"), 0), cell(row.get("refresh_ms")), cell(row.get("refresh_ratio"), 3)]
             cells += [cell(row.get("refresh_peak_mib"), 0)]
-            cells += [cell(row.get(f"{name}_ms")) for name in ("correct", "carried", "look")]
-            cells += [cell(row.get("plan_ms"), 0)]
+            cells += [cell(row.get("look_ms")), cell(row.get("plan_ms"), 0)]
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]

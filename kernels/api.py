@@ -6,12 +6,6 @@ from functools import cache, lru_cache
 
 import torch
 
-from .correction_reference import (
-    add_corrections_reference,
-    problem_with_correction,
-    query_corrections_reference,
-    query_groups,
-)
 from .problem import Geometry, Precision, SparsePattern, problem_with
 from .reference import sparse_attention_reference
 from .statistics_reference import (
@@ -251,62 +245,3 @@ def row_moments(
         scale=scale,
         key_bias=key_bias,
     )
-
-
-def correction_backend(backend: str, x: torch.Tensor) -> str:
-    """What corrects attention that `backend` computed: float32 and heads wider than TAIL_HEAD_DIM have no kernel."""
-    return "reference" if x.dtype == torch.float32 else _tail_backend(backend, x)
-
-
-def query_corrections(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    pattern: SparsePattern,
-    heads: torch.Tensor,
-    *,
-    rows: int,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """See `correction_reference.query_corrections_reference`; where float32 and heads wider than TAIL_HEAD_DIM go.
-
-    Raises ValueError with one line for a call that does not fit.
-    """
-    reason = problem_with(q, k, v, pattern) or problem_with_correction(q, pattern, heads, rows)
-    if reason:
-        raise ValueError(reason)
-    if correction_backend(backend, q) == "reference":
-        run = query_corrections_reference
-    else:
-        from .triton_correction import launch_query_corrections as run
-    return run(q, k, v, pattern, heads, rows=rows, scale=scale, key_bias=key_bias)
-
-
-def add_corrections(
-    out: torch.Tensor,
-    corrections: torch.Tensor,
-    shares: torch.Tensor,
-    pattern: SparsePattern,
-    heads: torch.Tensor,
-    *,
-    rows: int,
-    nonfinite: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """See `correction_reference.add_corrections_reference`; nonfinite as in `sparse_attention`.
-
-    Raises ValueError with one line for corrections of other groups of rows.
-    """
-    if corrections.shape[2] != query_groups(pattern, rows):
-        raise ValueError(
-            f"corrections: {corrections.shape[2]} mean queries, expected {query_groups(pattern, rows)} of {rows} rows"
-        )
-    if correction_backend(backend, out) == "triton":
-        from .triton_correction import launch_add_corrections
-
-        return launch_add_corrections(out, corrections, shares, pattern, heads, rows=rows, nonfinite=nonfinite)
-    add_corrections_reference(out, corrections, shares, pattern, heads, rows=rows)
-    _tell_nonfinite(out, nonfinite)
-    return out

@@ -40,6 +40,7 @@ class RowMoments:
     """Per row, with X and Y the sums of x and y over the blocks that a mask drops; float32 `[B, H, masks, rows]`.
 
     moved |X|^2, cross X.Y, pooled_moved |Y|^2; mass, pooled: attention in the dropped blocks and of their pooled keys.
+    out: the rows' exact output, float32 `[B, H, rows, D]`.
     """
 
     moved: torch.Tensor
@@ -47,6 +48,7 @@ class RowMoments:
     pooled_moved: torch.Tensor
     mass: torch.Tensor
     pooled: torch.Tensor
+    out: torch.Tensor
 
 
 def context_index(g: Geometry, device) -> torch.Tensor:
@@ -114,13 +116,13 @@ def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, expansions
 
 @dataclass(frozen=True)
 class _Rows:
-    """x and y `[k_blocks, rows, D]`, mass and pooled `[rows, k_blocks]`, energy `[rows]`."""
+    """x and y `[k_blocks, rows, D]`, mass and pooled `[rows, k_blocks]`, out `[rows, D]`."""
 
     x: torch.Tensor
     y: torch.Tensor
     mass: torch.Tensor
     pooled: torch.Tensor
-    energy: torch.Tensor
+    out: torch.Tensor
 
 
 def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows:
@@ -161,7 +163,7 @@ def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows
         )
     x = sums.addcmul_(mass.T[..., None], out, value=-1)
     y = pooled_sums.addcmul_(pooled.T[..., None], out, value=-1)
-    return _Rows(x, y, mass, pooled, out.square().sum(1))
+    return _Rows(x, y, mass, pooled, out)
 
 
 def block_costs_reference(
@@ -203,7 +205,7 @@ def block_costs_reference(
                 found = torch.stack([moved.T, cross.T, other.T, seen.mass, seen.pooled])
                 found = found.unflatten(1, (-1, rows)).sum(2)
                 tables_of_costs[:, h, part] += (found / batch).float()
-                energy[h] += seen.energy.sum() / batch
+                energy[h] += seen.out.square().sum() / batch
     return BlockCosts(*tables_of_costs, energy)
 
 
@@ -230,6 +232,7 @@ def row_moments_reference(
     g, (batch, heads, _, dim) = geometry, q.shape
     scale = dim**-0.5 if scale is None else scale
     result = torch.zeros(5, batch, heads, masks, positions.numel(), device=q.device)
+    exact = torch.zeros(batch, heads, positions.numel(), dim, device=q.device)
     group = heads // k.shape[1]
     step = max(1, _chunk_elements(q) // (g.k_blocks * dim))
     for b in range(batch):
@@ -245,4 +248,5 @@ def row_moments_reference(
                 found = [x.square().sum(2), (x * y).sum(2), y.square().sum(2)]
                 found += [(dropped @ each[..., None])[..., 0] for each in (seen.mass, seen.pooled)]
                 result[:, b, h, :, part] = torch.stack(found).transpose(1, 2).float()
-    return RowMoments(*result)
+                exact[b, h, part] = seen.out.float()
+    return RowMoments(*result, exact)

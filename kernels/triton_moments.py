@@ -168,7 +168,7 @@ def _row_sums(
     "stretches", "splits", "entries",
 ])  # fmt: skip
 def _row_moments(
-    Q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks, totals, sums, result,
+    Q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks, totals, sums, result, exact,
     stride_qb, stride_qh, stride_ql, stride_qd, stride_table, stride_result,
     first, heads, rows, size, prefix, q_blocks, k_blocks, pools, stretches, splits, entries, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, POOLS: tl.constexpr,
@@ -177,7 +177,7 @@ def _row_moments(
     """The moments of ROWS rows from the parts of `_row_sums`, of `size` rows each. Grid: (ceil(rows / ROWS), masks, e).
 
     pooled_k, pooled_v and pool_bias: of `launch_expanded_pools`, in the type of q; a row looks at those of its stretch.
-    result: five tables float32 `[B * Hq, masks, rows]`, stride_result apart.
+    result: five tables float32 `[B * Hq, masks, rows]`, stride_result apart. exact float32 `[B * Hq, rows, D]`.
     """
     entry, mask, masks = first + tl.program_id(2), tl.program_id(1), tl.num_programs(1)
     batch, head = entry // heads, entry % heads
@@ -245,6 +245,9 @@ def _row_moments(
     tl.store(at + 2 * stride_result, tl.sum(y * y, 1), real)
     tl.store(at + 3 * stride_result, mass, real)
     tl.store(at + 4 * stride_result, pooled, real)
+    if mask == 0:
+        cells = (entry.to(tl.int64) * rows + within)[:, None] * D + channels[None, :]
+        tl.store(exact + cells, out_sum * (unit / total)[:, None], real[:, None] & (channels < D)[None, :])
 
 
 def blocks_of_a_part(blocks: int, programs: int, device: torch.device) -> int:
@@ -283,6 +286,7 @@ def launch_row_moments(
     tables, levels = tables.contiguous(), levels.contiguous()
     units = units_of(q, k, v)
     result = torch.empty(5, batch, heads, masks, rows, device=device)
+    exact = torch.empty(batch, heads, rows, dim, device=device)
     # Bytes of an entry: what `_row_sums` stores; mean queries, pooled keys, values and their bias.
     step = balanced(entries, SUM_BYTES // (4 * masks * splits * size * (2 * padded + 3)))
     part = balanced(step, POOL_BYTES // (stretches * (pools * (2 * padded * q.element_size() + 4) + 4 * padded)))
@@ -314,13 +318,13 @@ def launch_row_moments(
             )  # fmt: skip
             _row_moments[(-(-rows // second.rows), masks, count)](
                 q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks[its], totals[its], sums[its],
-                result, *q.stride(), tables.stride(0), result.stride(0),
+                result, exact, *q.stride(), tables.stride(0), result.stride(0),
                 begin, heads, rows, size, g.prefix, g.q_blocks, g.k_blocks, pools, stretches, splits, entries,
                 scale * LOG2E,
                 D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=second.rows, POOLS=second.pools,
                 PER_BLOCK=g.block_k // pool, WIDE=wide, num_warps=second.warps, num_stages=2,
             )  # fmt: skip
-    return RowMoments(*result)
+    return RowMoments(*result, exact)
 
 
 settle(globals())

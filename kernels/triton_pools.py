@@ -20,20 +20,11 @@ from .triton_rows import LOG2E, bias_of, load_rows
 SETS = tl.constexpr(MOST_EXPANSIONS)
 
 
-@triton.jit
-def head_of_entry(entry, wanted, heads):
-    """(batch, query head) of an entry: all heads of each batch entry, or those named in `wanted [heads]`."""
-    head = entry % heads
-    if wanted is not None:
-        head = tl.load(wanted + head)
-    return entry // heads, head
-
-
 @triton.jit(
     do_not_specialize=["stride_table", "first", "heads", "table_group", "tokens", "prefix", "q_blocks", "stretches"]
 )
 def _mean_queries(
-    Q, tables, order_of_head, wanted, means, stride_qb, stride_qh, stride_ql, stride_qd, stride_table,
+    Q, tables, order_of_head, means, stride_qb, stride_qh, stride_ql, stride_qd, stride_table,
     first, heads, table_group, tokens, prefix, q_blocks, stretches,
     D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -41,7 +32,8 @@ def _mean_queries(
 
     order_of_head: which of the tables a head has, by head // table_group; None: the table of its own number.
     """
-    batch, head = head_of_entry(first + tl.program_id(1), wanted, heads)
+    entry = first + tl.program_id(1)
+    batch, head = entry // heads, entry % heads
     order = head // table_group
     if order_of_head is not None:
         order = tl.load(order_of_head + order)
@@ -125,7 +117,7 @@ def block_of_keys(
     "stride_table", "stride_bias", "first", "heads", "group", "table_group", "tokens", "prefix", "pools", "stretches",
 ])  # fmt: skip
 def _expand(
-    K, V, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias, key_weights,
+    K, V, key_bias, tables, order_of_head, means, pooled_k, pooled_v, pool_bias, key_weights,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias, stride_table,
     first, heads, group, table_group, tokens, prefix, pools, stretches, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
@@ -136,7 +128,8 @@ def _expand(
     units. key_weights float32 `[entries, tokens]`, or None: share of each key in its pool, in the head's order, of the
     first mean query.
     """
-    batch, head = head_of_entry(first + tl.program_id(1), wanted, heads)
+    entry = first + tl.program_id(1)
+    batch, head = entry // heads, entry % heads
     order = head // table_group
     if order_of_head is not None:
         order = tl.load(order_of_head + order)
@@ -176,20 +169,18 @@ def expand_warps(dtype: torch.dtype, padded: int) -> int:
 
 def launch_mean_queries(
     q: torch.Tensor, g: Geometry, tables: torch.Tensor, order_of_head: torch.Tensor | None, means: torch.Tensor, *,
-    table_group: int = 1, first: int = 0, wanted: torch.Tensor | None = None,
+    table_group: int = 1, first: int = 0,
 ) -> None:  # fmt: skip
     """Fill means `[entries, stretches, PADDED_D]`, in q's type or float32, for the entries from `first` on.
 
     q `[B, Hq, L, D]`. tables int `[n, N]`, one for each order (order_of_head int32 says which, by
-    head // table_group) or, with order_of_head None, for each such number. wanted int32 `[heads]`: the query heads of
-    a batch entry, None for all.
+    head // table_group) or, with order_of_head None, for each such number.
     """
     entries, stretches, padded = means.shape
-    heads = q.shape[1] if wanted is None else wanted.numel()
     rows = min(MEAN_ROWS, triton.next_power_of_2(-(-g.q_blocks // stretches) * g.block_q))
     _mean_queries[(stretches, entries)](
-        q, tables, order_of_head, wanted, means, *q.stride(), tables.stride(0),
-        first, heads, table_group, g.grid_tokens, g.prefix, g.q_blocks, stretches,
+        q, tables, order_of_head, means, *q.stride(), tables.stride(0),
+        first, q.shape[1], table_group, g.grid_tokens, g.prefix, g.q_blocks, stretches,
         D=q.shape[3], PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=rows, num_warps=4,
     )  # fmt: skip
 
@@ -198,7 +189,7 @@ def launch_expanded_pools(
     means: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, g: Geometry, tables: torch.Tensor,
     order_of_head: torch.Tensor | None, pool: int, pooled_k: torch.Tensor, pooled_v: torch.Tensor,
     pool_bias: torch.Tensor, *, scale: float, q_heads: int, key_bias: torch.Tensor | None = None,
-    table_group: int = 1, first: int = 0, wanted: torch.Tensor | None = None, key_weights: torch.Tensor | None = None,
+    table_group: int = 1, first: int = 0, key_weights: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fill pooled_k and pooled_v `[entries, stretches, pools, PADDED_D]` and pool_bias, float32 and in log2 units.
 
@@ -207,11 +198,10 @@ def launch_expanded_pools(
     given, with each key's share in its pool under the first mean query. The rest as there.
     """
     entries, stretches, pools, padded = pooled_k.shape
-    heads = q_heads if wanted is None else wanted.numel()
     _expand[(g.k_blocks, entries)](
-        k, v, key_bias, tables, order_of_head, wanted, means, pooled_k, pooled_v, pool_bias, key_weights,
+        k, v, key_bias, tables, order_of_head, means, pooled_k, pooled_v, pool_bias, key_weights,
         *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0),
-        first, heads, q_heads // k.shape[1], table_group, g.grid_tokens, g.prefix, pools, stretches, scale * LOG2E,
+        first, q_heads, q_heads // k.shape[1], table_group, g.grid_tokens, g.prefix, pools, stretches, scale * LOG2E,
         D=k.shape[3], PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=key_bias is not None,
         num_warps=expand_warps(k.dtype, padded),
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -22,6 +22,7 @@ from .refresh import is_short
 from .routing import routed_bits
 from .schedule import GROUPS
 from .self_check import site_precision
+from .tail import BiasObservation
 from .tokens import TokenLayout
 
 if TYPE_CHECKING:
@@ -29,20 +30,17 @@ if TYPE_CHECKING:
 
 
 class Evaluation:
-    """One evaluation of the model: a step, a layout, and the plan for its grid. call: which of a step's it is.
+    """One evaluation of the model: a step, a layout, and the plan for its grid.
 
     All of PARO's own work in a call runs in `session.lasting()`, since much of what it allocates outlives the call:
-    sums, patterns, lists, biases, corrections, tables and scratch memory. Only the result is the host's, and allocated
+    sums, patterns, lists, biases, tables and scratch memory. Only the result is the host's, and allocated
     outside, like what `dense` allocates.
     """
 
-    def __init__(
-        self, session: Session, layout: TokenLayout, grid: Grid, step: int, attempt: Attempt, call: Hashable = 0
-    ) -> None:
+    def __init__(self, session: Session, layout: TokenLayout, grid: Grid, step: int, attempt: Attempt) -> None:
         self.session = session
         self.layout = layout
         self.step = step
-        self.call = call
         self._grid = grid
         self._attempt = attempt
 
@@ -152,12 +150,6 @@ class Evaluation:
     def _group(self) -> int:
         """The group of sparse steps, of those its grid's plan has, that this step belongs to."""
         return self.session.schedule.group(self.step, self._plan.groups)
-
-    @property
-    def _ends_group(self) -> bool:
-        """Whether no later step belongs to this one's group of sparse steps."""
-        after = self.step + 1
-        return after >= self.session.steps or self.session.schedule.group(after, self._plan.groups) != self._group
 
     def _calibrates(self) -> bool:
         session, grid = self.session, self._grid
@@ -270,39 +262,16 @@ class Evaluation:
 
         return session.patterns.get(site, plan, group, self.layout, k.shape[1], q.device, measure)
 
-    def _measured_bias(self, site: Site, measures: bool, q, k, v, pattern, scale, key_bias) -> torch.Tensor | None:
-        """The tail's bias as this run measured it, float32 `[H]`; None where it did not, and the plan's holds."""
+    def _observe_bias(self, site: Site, q, k, v, pattern, scale, key_bias) -> BiasObservation | None:
+        """Measure the bias of the site's tail where it is due."""
         session = self.session
-        if session.refresh is None:
+        if not self._measures(site, q):
             return None
-        key = (site, self.layout.grid)
-        if measures:
-            began = time.perf_counter()
-            rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
-            session.refresh.measure(key, self.step, q, k, v, pattern, **rest)
-            session.tail_seconds += time.perf_counter() - began
-        return session.refresh.bias(key)
-
-    def _correct(self, site: Site, q, k, v, out, pattern, scale, key_bias, flag) -> None:
-        """Give the rows of a sparse result what their mean query shows them to miss. Trouble ends that for the run."""
-        session = self.session
-        correction = session.correction
-        if correction is None or self._grid.plan is None or not correction.suits(q, pattern, session.backend):
-            return
         began = time.perf_counter()
-        key = (site, self.layout.grid)
-        due = session.refresh.begins(key, self.step)
-        call = (key, self.call, self.step, due, q, k, v, out, pattern)
-        rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag, "backend": session.backend}
-        try:
-            correction.apply(*call, last=not is_short(q) and self._ends_group, **rest)
-        except Exception as error:
-            if session.settings.strict:
-                raise
-            session.correction = None
-            session.note(f"correction by mean queries is off: {one_line(error)}")
-        if due:
-            session.tail_seconds += time.perf_counter() - began
+        rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
+        seen = session.refresh.measure((site, self.layout.grid), self.step, q, k, v, pattern, **rest)
+        session.tail_seconds += time.perf_counter() - began
+        return seen
 
     def _guarded(self, site: Site | None, q, k, v, scale, key_bias) -> torch.Tensor | None:
         """Run PARO's kernel for a planned site, or dense for None. Returns None after noting why it could not."""
@@ -339,16 +308,17 @@ class Evaluation:
             pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
         else:
             pattern = self._pattern(site, q, k, scale, key_bias)
-            measures = self._measures(site, q)
-            pattern = with_bias(pattern, self._measured_bias(site, measures, q, k, v, pattern, scale, key_bias))
+            key, refresh = (site, self.layout.grid), session.refresh
+            seen = self._observe_bias(site, q, k, v, pattern, scale, key_bias)
+            pattern = with_bias(pattern, None if refresh is None else refresh.bias(key))
         rotate = site is not None and self._plan.sites[site].rotate and session.readiness.late_ready
         sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
         precision = site_precision(session.precision, rotate, q, session.backend, *sizes)
         flag = self._attempt.flag(q.device)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag.on_device, "backend": session.backend}
         out = run_kernel(q, k, v, pattern, precision, out=out, **rest)
-        if site is not None:
-            self._correct(site, q, k, v, out, pattern, scale, key_bias, flag.on_device)
+        if site is not None and seen is not None:
+            refresh.judge(key, self.step, seen, out)
         return out if self._attempt.finite(site, flag) else None
 
 

@@ -32,16 +32,17 @@ def mean_query_masses(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     q_blocks: torch.Tensor | None = None,
+    parts: int | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Attention of the mean queries (`means_per_block`) of each query block in each block of keys: float32
-    `[Hq, q_blocks, k_blocks]`, mean over the batch.
+    """Attention of the mean queries of each query block, `parts` of them (None: `means_per_block`), in each block of
+    keys: float32 `[Hq, q_blocks, k_blocks]`, mean over the batch.
 
     Arguments as in `observe`; tables int `[Hq, N]`. q_blocks int64 `[n]`: only of these query blocks, which must be
     whole. What a block of queries looks at shows in few of its means; of single rows it takes more. Costs half of
     their number / block_q of a dense attention.
     """
-    g, heads, parts = geometry, q.shape[1], means_per_block(geometry)
+    g, heads, parts = geometry, q.shape[1], parts or means_per_block(geometry)
     group = heads // k.shape[1]
     rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
     found = []

@@ -18,8 +18,7 @@ from .plan import Plan, Site
 from .tokens import TokenLayout
 
 # Patterns stay on the device up to about this share of its memory: the 40 sites of a 14B model at 720p, 4.2 MB each, do
-# so on any GPU of 12 GB or more. What does not fit is brought from the host anew in every call. Corrections that are
-# carried from step to step (`correction`) may take as much again.
+# so on any GPU of 12 GB or more. What does not fit is made anew in every call.
 CACHE_SHARE = 1 / 64
 CACHE_BYTES = 1 << 30  # where the device does not tell its memory
 

@@ -16,6 +16,9 @@ FOLDER = Path(__file__).resolve().parent.parent / "calib_presets"
 # Above this many grid tokens queries are masked in rows of 128: the kernels' tiles are that tall, and with hundreds of
 # blocks a side the finer mask no longer pays.
 WIDE_QUERY_TOKENS = 8192
+# Least density of the presets on smaller grids, whose blocks are a larger part of the picture: with the density of
+# large ones the worst clips of the tiny model fall to 25 dB (64 seeds, docs/method.md).
+SMALL_GRID_DENSITIES = {"quality": 0.85, "balanced": 0.7, "fast": 0.55}
 # Quantising, pooling and reordering, as a share of dense attention.
 PREPARING_COST = 0.05
 
@@ -127,8 +130,16 @@ class MaskOptions:
         }
 
 
+def raised_density(settings: Settings, recipe: Recipe, grid_tokens: int) -> float | None:
+    """The density of a preset on a grid of this size, where it is more than the recipe says; else None."""
+    if settings.density is not None or grid_tokens > WIDE_QUERY_TOKENS:
+        return None
+    least = SMALL_GRID_DENSITIES.get(settings.preset, 0.0)
+    return least if least > recipe.densities[settings.preset] else None
+
+
 def mask_options(settings: Settings, recipe: Recipe) -> MaskOptions:
-    """Settings where the user chose, the recipe elsewhere."""
+    """Settings where the user chose, the recipe elsewhere, for large grids; see `raised_density`."""
     density = settings.density if settings.density is not None else recipe.densities[settings.preset]
     pool = None if settings.tail == "off" else BLOCK_K
     target = float(settings.mass_target)

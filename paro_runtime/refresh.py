@@ -1,11 +1,11 @@
-"""The tail's bias, measured again while sampling.
+"""The tail's bias, measured again while sampling, and the error of the sparse attention.
 
 A plan's bias was measured at other noise levels, or on other prompts. Some of the rows are enough to measure it on the
 very queries and keys at hand. It belongs to the mask it was measured under, and hardly drifts beside: the
-first step of each group of steps measures it anew, and more often gains nothing (`docs/method.md`).
+first step of each group of steps measures it anew, and more often gains nothing (`docs/method.md`). The exact output of
+these rows comes with it, which the sparse result is compared with.
 
-On a GPU measuring takes a hundred launches a call, with corrections (`correction`), whatever its size: short calls are
-measured once in a run.
+On a GPU measuring takes dozens of launches a call, whatever its size: short calls are measured once in a run.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from contextlib import AbstractContextManager
 import torch
 
 from ..kernels.problem import SparsePattern
-from .tail import best_bias, observe_bias
+from ..kernels.reference import take_rows
+from .tail import BiasObservation, best_bias, observe_bias
 
-# Rows that tell a head's bias and its share of a correction: a hundredth of them, within these bounds. What one number
-# goes wrong by depends on how many rows were seen, not on their share.
+# Rows that tell a head's bias: a hundredth of them, within these bounds. What one number goes wrong by depends on how
+# many rows were seen, not on their share.
 LEAST_ROWS, MOST_ROWS = 64, 192
 # Multiply-adds of a call's dense attention below which a call is short on a GPU: 10 ms on an H100.
 LEAST_WORK = 3e12
@@ -57,6 +58,7 @@ class BiasRefresh:
         self._groups: dict[Hashable, tuple[int, int]] = {}  # the present group, and the step it is measured in
         self._errors: dict[Hashable, tuple[int, torch.Tensor]] = {}
         self._biases: dict[Hashable, torch.Tensor] = {}
+        self._wrong: dict[tuple[Hashable, int], torch.Tensor] = {}  # squared error and squared output, [2]
         self._lock = threading.Lock()
 
     def due(self, key: Hashable, step: int, group: int, once: bool) -> bool:
@@ -71,11 +73,6 @@ class BiasRefresh:
                 self._biases.pop(key, None)
             return self._groups[key][1] == step
 
-    def begins(self, key: Hashable, step: int) -> bool:
-        """What `due` said last of this step."""
-        with self._lock:
-            return key in self._groups and self._groups[key][1] == step
-
     def measure(
         self,
         key: Hashable,
@@ -88,9 +85,9 @@ class BiasRefresh:
         scale: float | None,
         key_bias: torch.Tensor | None,
         backend: str = "auto",
-    ) -> None:
+    ) -> BiasObservation:
         """Measure the bias on this call; calls of one step (conditionings that the host runs apart) add up."""
-        errors = observe_bias(
+        seen = observe_bias(
             q,
             k,
             v,
@@ -104,12 +101,35 @@ class BiasRefresh:
             key_bias=key_bias,
             backend=backend,
         )
+        errors = seen.errors
         with self._lock:
             before = self._errors.get(key)
             if before is not None and before[0] == step:
                 errors = errors + before[1].to(errors.device)
             self._errors[key] = (step, errors)
             self._biases[key] = best_bias(errors)
+        return seen
+
+    def judge(self, key: Hashable, step: int, seen: BiasObservation, out: torch.Tensor) -> None:
+        """Compare a call's sparse result `[B, Hq, L, D]` with what `measure` saw of the same call; calls of one step
+        add up."""
+        error = seen.exact - take_rows(out, seen.rows).float()
+        sums = torch.stack([error.square().sum(), seen.exact.square().sum()])
+        with self._lock:
+            before = self._wrong.get((key, step))
+            self._wrong[key, step] = sums if before is None else sums + before.to(sums.device)
+
+    @property
+    def error(self) -> tuple[float, float] | None:
+        """Relative L2 error of the sparse attention on the rows that were looked at: of all sites and steps together,
+        and of the worst site in one step. None where nothing was measured."""
+        with self._lock:
+            found = list(self._wrong.values())
+        if not found:
+            return None
+        wrong, whole = torch.stack([sums.cpu() for sums in found]).unbind(1)
+        whole = whole.clamp_min(1e-20)
+        return float((wrong.sum() / whole.sum()).sqrt()), float((wrong / whole).sqrt().max())
 
     def forget(self) -> None:
         """The masks are others now: everything is due again."""
@@ -118,7 +138,7 @@ class BiasRefresh:
                 known.clear()
 
     def _all(self) -> tuple[dict, ...]:
-        return self._groups, self._errors, self._biases
+        return self._groups, self._errors, self._biases, self._wrong
 
     def saved(self) -> Callable[[], None]:
         """What puts everything back to how it is now."""

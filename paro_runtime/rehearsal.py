@@ -11,12 +11,10 @@ from dataclasses import asdict, dataclass, fields, replace
 import torch
 
 from ..kernels import gluon_launch
-from ..kernels.api import add_corrections, query_corrections
 from ..kernels.compile_only import Launches
-from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, SparsePattern
+from ..kernels.problem import EXPANSIONS, PRECISIONS, SparsePattern
 from . import statistics
 from .attention import run_kernel
-from .correction import rows_per_mean_query
 from .dense import dense_pattern
 from .mean_queries import mean_query_masses
 from .orders import AXIS_ORDERS
@@ -93,7 +91,7 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
     of_heads = tables.expand(q_heads, -1)
     mask = torch.ones(q_heads, g.q_blocks, g.k_blocks, dtype=torch.bool)
     tail = None if job.pool is None else torch.zeros(q_heads)
-    expansions = 0 if job.pool is None else MOST_EXPANSIONS
+    expansions = 0 if job.pool is None else EXPANSIONS
     pattern = SparsePattern.from_mask(
         g, tables, torch.zeros(heads, dtype=torch.int32), mask, tail, job.pool or g.block_k, expansions
     )
@@ -107,7 +105,8 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
         options = StatisticsOptions(COMPARED_DENSITY, job.order, job.pool, by_mass=by_mass)
         observe(q, k, layout, block_q, options, v=v, **looks)
     if tail is not None:
-        _rehearse_tail(job, g, q, k, v, of_heads, mask, pattern, looks)
+        observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, rows=LEAST_ROWS, **looks)
+    mean_query_masses(q, k, g, of_heads, **looks)
     # The kernel of one GPU generation and rotated queries: the general kernel and plain queries stand in for them.
     launches.late_from_now = True
     run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
@@ -117,14 +116,3 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
         rotated = replace(precision, hadamard=True)
         run_kernel(q, k, v, pattern, rotated, nonfinite=flag, **rest)
         errors_of(q.device, dtype, job.head_dim, rotated, "triton", **check)
-
-
-def _rehearse_tail(job: Job, g, q, k, v, of_heads, mask, pattern: SparsePattern, looks: dict) -> None:
-    expansions, q_heads, rest = pattern.expansions, q.shape[1], looks
-    rows, out, flag = rows_per_mean_query(g), torch.empty_like(q), torch.zeros(4, dtype=torch.int32)
-    observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, rows=LEAST_ROWS, **rest)
-    mean_query_masses(q, k, g, of_heads, **rest)
-    for some in (torch.arange(q_heads, dtype=torch.int32), torch.zeros(1, dtype=torch.int32)):
-        made = query_corrections(q, k, v, pattern, some, rows=rows, **rest)
-        shares = torch.ones(q_heads)
-        add_corrections(out, made.to(q.dtype), shares, pattern, some, rows=rows, nonfinite=flag, backend="triton")

@@ -46,7 +46,8 @@ class Report:
     dense_steps: those in which no call was sparse, of the `steps` that happened or, where other nodes skip some, were
     asked for. why_dense: where there are more of them than in a usual run, or no others.
     attention_error: relative L2 of sparse attention against exact one, on up to MOST_ROWS rows in the steps that
-    make corrections: of all together, and of the worst layer in one of those steps. None where it was not measured.
+    measure the tail's bias: of all together, and of the worst layer in one of those steps. None where it was not
+    measured.
     density and mass_kept are the plan's: means over its groups of sparse steps, of which `densities` has one each.
     """
 
@@ -61,7 +62,6 @@ class Report:
     sites_sparse: int
     sites_dense_blocks: int
     sites_rotated: int
-    heads_corrected: int
     sites_routed: int
     attention_error: tuple[float, float] | None
     density: float
@@ -102,9 +102,8 @@ class Report:
             sites_sparse=len(session.sparse_sites),
             sites_dense_blocks=len(session.dense_block_sites),
             sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
-            heads_corrected=session.correction.heads[0] if session.correction is not None else 0,
             sites_routed=len(session.routed_sites),
-            attention_error=session.correction.error if session.correction is not None else None,
+            attention_error=session.refresh.error if session.refresh is not None else None,
             density=plan.density if plan else 1.0,
             densities=plan.densities if plan else [],
             mass_kept=plan.mass_kept if plan else 1.0,

@@ -88,8 +88,6 @@ def _exact(report: Report) -> Iterable[str]:
             f"{report.sites_routed} of {report.sites_sparse} attention layers "
             "choose their blocks from this run's own picture"
         )
-    if report.heads_corrected:
-        yield f"{_plural('head', report.heads_corrected, True)} given back, on average, what their dropped blocks hold"
     rounded = report.precision in PRECISIONS and PRECISIONS[report.precision].qk == "int8"
     if report.sites_rotated and rounded:
         yield (

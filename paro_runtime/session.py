@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -22,14 +21,13 @@ from ..kernels.scratch import release_scratch
 from .attempt import Attempt, Counts
 from .attention import resolve_backend, resolve_precision
 from .calibration import Calibrator, Method
-from .correction import QueryCorrection
 from .evaluation import Evaluation
 from .patterns import PatternCache
 from .plan import IN_PASSING, ModelIdentity, Plan, PlanError, Site
 from .plan_store import FoundPlan, PlanStore
 from .portability import MovedPlanCheck, move_plan
 from .readiness import Readiness
-from .recipes import Recipe, mask_options, query_block
+from .recipes import MaskOptions, Recipe, mask_options, query_block, raised_density
 from .refresh import BiasRefresh
 from .report import Report
 from .schedule import Schedule, StepClock, StepFinder
@@ -108,7 +106,6 @@ class Session:
         calibrate_steps: frozenset[int] | None = None,
         on_status: Callable[[str], None] | None = None,
         refresh: bool = True,
-        correct: bool = True,
         lasting: Callable[[], AbstractContextManager] = nullcontext,
         method: Method | None = None,
         highest_noise: float | None = None,
@@ -117,7 +114,6 @@ class Session:
         """sigmas: the run's noise levels, last one included (steps + 1 values).
 
         refresh: measure the tail's bias again in some sparse steps; False keeps the plan's.
-        correct: give rows back what their mean query shows them to miss.
         lasting: entered around all work that allocates what may outlive its call; see `Evaluation`.
         method: how the run's own plans are made of what passes by (default: what measured best).
         highest_noise: the model's, in the units of sigmas; None: not known, any run may begin with noise.
@@ -156,8 +152,6 @@ class Session:
         self.clock = StepClock()
         self._saving: list[threading.Thread] = []
         self.refresh = BiasRefresh() if refresh else None
-        self.correction = QueryCorrection() if refresh and correct else None
-        self._evaluations: Counter = Counter()  # of the present step, by grid and conditionings
         self.lock = threading.RLock()
         self._time_gone = time_gone
         self.follow(sigmas)
@@ -179,14 +173,12 @@ class Session:
         *,
         layout: TokenLayout,
         sigma: float,
-        conditionings: Hashable = (),
-        again: bool = False,
         attempt: Attempt | None = None,
     ) -> Evaluation:
         """One model evaluation at noise level `sigma`.
 
-        conditionings: which are in it, the same in every step. again: it is the one before, run once more. attempt: of
-        the streams of one evaluation, which share it; default: one in which every call looks at its own result.
+        attempt: of the streams of one evaluation, which share it; default: one in which every call looks at its own
+        result.
         """
         with self.lock:
             step = self._finder.find(sigma, self.clock.step)
@@ -199,19 +191,14 @@ class Session:
                 self._close_calibration(grid)
             if grid.calibrator is not None and grid.seen_step is None and step != self.clock.step:
                 # What it sees depends on when it first may: kernels can come late.
-                grid.calibrator = self._calibrator(step)
+                grid.calibrator = self._calibrator(step, layout)
             if grid.check is not None and step != self.clock.step:
                 self._judge_moved_plan(grid, step)
             if step != self.clock.step:
                 kind = self._step_kind(step, grid)
                 self.clock.next(step, kind, self.counts.sparse)
                 self.say(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
-                self._evaluations.clear()
-            # The n-th of its kind in one step stands for the n-th in another: conditionings come in the same order.
-            kind = (layout.grid, conditionings)
-            self._evaluations[kind] += not again
-            call = (conditionings, self._evaluations[kind])
-            return Evaluation(self, layout, grid, step, attempt or Attempt(self), call=call)
+            return Evaluation(self, layout, grid, step, attempt or Attempt(self))
 
     def grids(self) -> list[Grid]:
         """Those that were met, in the order they came."""
@@ -248,8 +235,7 @@ class Session:
     def saved(self) -> Callable[[], None]:
         """What puts back everything that sparse calls measure for later ones to how it is now."""
         with self.lock:
-            parts = [self.patterns.saved()]
-            parts += [known.saved() for known in (self.refresh, self.correction) if known is not None]
+            parts = [self.patterns.saved()] + ([] if self.refresh is None else [self.refresh.saved()])
 
         def restore() -> None:
             for part in parts:
@@ -282,7 +268,7 @@ class Session:
             self.note(f"{reason}; calibrating anew")
         elif self.policy.store is not None:
             found, note = self.policy.store.find(
-                self.policy.identity, layout, query_block(layout.grid_tokens), self.options
+                self.policy.identity, layout, query_block(layout.grid_tokens), self._options_on(layout)
             )
             if found is not None and self._wanted(found.header):
                 grid.plan, grid.source, grid.coming = found.header, "plan found", found.begin_reading()
@@ -290,7 +276,7 @@ class Session:
             if note:
                 self.note(f"{note}; calibrating anew")
         if self.settings.calibrate:
-            grid.calibrator, grid.source = self._calibrator(step), IN_PASSING
+            grid.calibrator, grid.source = self._calibrator(step, layout), IN_PASSING
         return grid
 
     def _receive_plan(self, grid: Grid, step: int) -> None:
@@ -307,7 +293,7 @@ class Session:
             self.note(f"{reason}; calibrating anew")
             grid.plan, grid.source = None, "none"
             if self.settings.calibrate:
-                grid.calibrator, grid.source = self._calibrator(step), IN_PASSING
+                grid.calibrator, grid.source = self._calibrator(step, grid.layout), IN_PASSING
         finally:
             self.loading_seconds += time.perf_counter() - began
 
@@ -336,11 +322,10 @@ class Session:
         if not stays:
             grid.plan = None
             self.patterns.clear()
-            for known in (self.refresh, self.correction):
-                if known is not None:
-                    known.forget()
+            if self.refresh is not None:
+                self.refresh.forget()
             if self.settings.calibrate:
-                grid.calibrator = self._calibrator(step)
+                grid.calibrator = self._calibrator(step, grid.layout)
                 grid.source = IN_PASSING
 
     @property
@@ -349,13 +334,24 @@ class Session:
         its first step."""
         return self.highest_noise is None or self.sigmas[0] >= PURE_NOISE * self.highest_noise
 
-    def _calibrator(self, step: int) -> Calibrator:
+    def _options_on(self, layout: TokenLayout) -> MaskOptions:
+        """What shapes the masks on this grid."""
+        raised = raised_density(self.settings, self.policy.recipe, layout.grid_tokens)
+        if raised is None:
+            return self.options
+        self.note(
+            f"density raised from {self.options.density:g} to {raised:g} to hold quality on a grid of "
+            f"{layout.grid_tokens:,} tokens"
+        )
+        return replace(self.options, density=raised)
+
+    def _calibrator(self, step: int, layout: TokenLayout) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
         seen, own = max(step, self.schedule.dense_steps - 1), not self.policy.remember
         method = self.method.in_passing(self._noisy(seen))
         # A sparse step that sees its masks itself goes by what it saw.
         later = own and self.refresh is not None and self.schedule.is_dense_step(seen)
-        return Calibrator(self.policy.identity, self.options, method=method, own=own, bias_later=later)
+        return Calibrator(self.policy.identity, self._options_on(layout), method=method, own=own, bias_later=later)
 
     def _noisy(self, step: int) -> bool:
         """Whether a step begins with hardly anything but noise."""

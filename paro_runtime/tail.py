@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels.api import block_costs, row_moments
-from ..kernels.problem import MOST_EXPANSIONS, Geometry
+from ..kernels.problem import EXPANSIONS, Geometry
 from ..kernels.statistics_reference import block_positions, block_sizes
 from ..kernels.tail_reference import RowMoments, blocks_of
 
@@ -53,6 +53,16 @@ class TailObservation:
     error: torch.Tensor | None = None
     mass: torch.Tensor | None = None
     energy: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class BiasObservation:
+    """errors float32 `[Hq, len(BIASES)]`: squared error of each bias, over the rows, mean over the batch. rows int64
+    `[Hq, R]`: which tokens they are. exact float32 `[B, Hq, R, D]`: their exact output."""
+
+    errors: torch.Tensor
+    rows: torch.Tensor
+    exact: torch.Tensor
 
 
 def sampled_rows(geometry: Geometry, device: torch.device, rows: int = ROWS_PER_BLOCK) -> torch.Tensor:
@@ -125,7 +135,7 @@ def observe_tail(
     *,
     density: float,
     pool: int,
-    expansions: int = MOST_EXPANSIONS,
+    expansions: int = EXPANSIONS,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     rows: int = ROWS_PER_BLOCK,
@@ -171,7 +181,7 @@ def bias_curves(
     q_blocks: torch.Tensor,
     *,
     pool: int,
-    expansions: int = MOST_EXPANSIONS,
+    expansions: int = EXPANSIONS,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
@@ -209,13 +219,13 @@ def observe_bias(
     mask: torch.Tensor,
     *,
     pool: int,
-    expansions: int = MOST_EXPANSIONS,
+    expansions: int = EXPANSIONS,
     rows: int,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
-) -> torch.Tensor:
-    """Squared error for each of BIASES under a known mask, from so many rows: float32 `[Hq, len(BIASES)]`.
+) -> BiasObservation:
+    """What so many rows tell of the tail's bias under a known mask.
 
     Arguments as in `observe_tail`; mask bool `[Hq, q_blocks, k_blocks]`. Nothing waits for the device.
     """
@@ -224,7 +234,7 @@ def observe_bias(
     dropped = (~mask).view(torch.uint8)
     rest = {"pool": pool, "expansions": expansions, "scale": scale, "key_bias": key_bias, "backend": backend}
     seen = row_moments(q, k, v, g, tables, positions, dropped, 1, **rest)
-    return _bias_errors(seen)[:, 0]
+    return BiasObservation(_bias_errors(seen)[:, 0], tables[:, positions].long() + g.prefix, seen.out)
 
 
 def best_bias(errors: torch.Tensor) -> torch.Tensor:

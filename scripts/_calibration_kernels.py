@@ -1,4 +1,4 @@
-"""The kernels of calibration and correction, for `check_kernels.py`: what to compile and what must come out of it."""
+"""The kernels of calibration, for `check_kernels.py`: what to compile and what must come out of it."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ EXPECTED = {90: {"HGMMA"}, 100: {"UTCHMMA"}}
 DEFAULT = {"HMMA"}
 DIMS = (128, 64)
 # Without a product, or without one in a loop: nothing of them may spill.
-UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "add", "shares")
+UNLOOPED = ("means", "means32", "pools", "pools+", "pools32", "shares")
 
 
 @dataclass(frozen=True)
 class CalibrationRow:
     """One kernel to compile with bf16 inputs: `lse`, `blocks`, `orders` and `shares`, which follows it, `rows`,
-    `costs`, `sums`, `few` (the same for few rows), `moments`, `correct`, `finish`, `add`, `means` and `pools` (as the
-    correction wants them), `pools+` (in float32, as block costs do), `means32` and `pools32` (of float32 inputs)."""
+    `costs`, `sums`, `few` (the same for few rows), `moments`, `means` and `pools` (as the
+    moments want them), `pools+` (in float32, as block costs do), `means32` and `pools32` (of float32 inputs)."""
 
     capability: int
     dim: int
@@ -24,7 +24,7 @@ class CalibrationRow:
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[CalibrationRow]:
     """Every kernel at every head dimension; quick: the costs of blocks at D = 128, which is the tightest."""
-    every = ("lse", "blocks", "orders", "rows", "costs", "sums", "few", "moments", "correct", "finish", *UNLOOPED)
+    every = ("lse", "blocks", "orders", "rows", "costs", "sums", "few", "moments", *UNLOOPED)
     kernels = ("costs",) if quick else every
     return [
         CalibrationRow(c, d, kernel) for c in capabilities for d in (DIMS[:1] if quick else DIMS) for kernel in kernels
@@ -40,7 +40,6 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     _checkout.register()
     from comfyui_paro.kernels import (
         pools,
-        triton_correction,
         triton_moments,
         triton_pools,
         triton_query_sums,
@@ -50,7 +49,7 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
 
     capability = (row.capability // 10, row.capability % 10)
     pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low", "mean_q"), "*bf16")
-    floats = ("lse", "logs", "energy", "mass", "costs", "peaks", "totals", "sums", "result")
+    floats = ("lse", "logs", "energy", "mass", "costs", "peaks", "totals", "sums", "result", "exact")
     pointers |= dict.fromkeys((*floats, "pooled_values", "pooled_k", "pooled_v", "pool_bias", "key_weights"), "*fp32")
     pointers |= {"levels": "*u8", "tables": "*i32", "positions": "*i64"}
     pointers |= dict.fromkeys(("share", "scale_log2", "epsilon"), "fp32")
@@ -72,16 +71,6 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         if row.kernel == "blocks":
             constants |= {"PER_BLOCK": 128, "KEYS": 64, "BLOCKS": keys // 64, "DETAILED": False}
             constants |= {"maximum": None, "small": None}
-    elif row.kernel in ("correct", "finish"):
-        rows, warps, stages = triton_correction.correction_tile(capability, row.dim)
-        keys, kernel = 64, triton_correction._query_sums
-        if row.kernel == "finish":
-            rows, warps, stages = triton_correction.FINISH_ROWS, 4, 2
-            kernel = triton_correction._query_corrections
-        words = "*i64" if row.kernel == "finish" else "*i32"
-        pointers |= {"out": "*fp32", "tail_bias": "*fp32", "kept_words": words}
-        pointers |= dict.fromkeys(("pooled_k", "pooled_v"), "*bf16")
-        pointers |= dict.fromkeys(("order_of_head", "heads"), "*i32")
     elif row.kernel in ("sums", "few"):
         tile = triton_moments.moments_tile(capability, wide=False, rows=64 if row.kernel == "few" else 128)
         rows, keys, warps, stages = tile.rows, 64, tile.warps, tile.stages
@@ -93,19 +82,13 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
         constants |= {"KEYS": keys, "POOL": keys}
         wide = "*fp32" if row.kernel.endswith("32") else "*bf16"
         pointers |= dict.fromkeys(("Q", "K", "V", "means", "pooled_k", "pooled_v"), wide)
-        pointers |= dict.fromkeys(("order_of_head", "wanted", "heads", "nonfinite"), "*i32")
+        pointers |= dict.fromkeys(("order_of_head", "nonfinite"), "*i32")
         if row.kernel == "pools+":
             pointers |= dict.fromkeys(("means", "pooled_k", "pooled_v"), "*fp32")
         if row.kernel == "pools":
             constants["key_weights"] = None
         if row.kernel == "pools32":
             warps = triton_pools.expand_warps(torch.float32, row.dim)
-        if row.kernel == "add":
-            rows, kernel = triton_correction.ADD_ROWS, triton_correction._add_corrections
-            pointers |= {"out": "*bf16", "corrections": "*bf16", "shares": "*fp32"}
-            constants["stride_d"] = 1
-        else:
-            pointers.pop("heads")
         if row.kernel == "shares":
             rows, kernel = triton_query_sums.SUM_ROWS, triton_query_sums._query_sums
             constants["BLOCKS"] = triton_query_sums.SUM_BLOCKS

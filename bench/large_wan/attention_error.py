@@ -2,7 +2,7 @@
 
 Calls of a dense sampling of this bed, and planted heads. PARO is judged as a run has it: orders and budgets (on small
 grids masks) of an earlier step of the same clips (of two other samples for planted heads), constant density, masks of
-large grids, the tail's bias and corrections measured on the call itself. Routing looks at the call that it is judged
+large grids and the tail's bias measured on the call itself. Routing looks at the call that it is judged
 on.
 """
 

@@ -13,7 +13,6 @@ from ...kernels.api import sparse_attention
 from ...kernels.problem import PRECISIONS, SparsePattern
 from ...paro_runtime.attention import build_pattern, pattern_of
 from ...paro_runtime.calibration import Calibrator, Method
-from ...paro_runtime.correction import QueryCorrection
 from ...paro_runtime.orders import ORIGINAL
 from ...paro_runtime.patterns import with_bias
 from ...paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
@@ -106,9 +105,8 @@ class Plans:
 
 
 def paro_rows(call: Call, exact: torch.Tensor, plans: dict[tuple[str, float], Plan], how: How) -> Iterator[dict]:
-    """PARO without and with corrections, a pair of rows for each plan. ms: of the kernel with its pre-pass, and of
-    adding corrections that are at hand. measuring_ms: of what the first step of a group of steps measures for the
-    others, mask, bias and corrections, not in ms."""
+    """PARO under each plan. ms: of the kernel with its pre-pass. measuring_ms: of what the first step of a group of
+    steps measures for the others, mask and bias, not in ms."""
     for (name, density), plan in plans.items():
         entry = plan.sites[call.site]
 
@@ -122,23 +120,8 @@ def paro_rows(call: Call, exact: torch.Tensor, plans: dict[tuple[str, float], Pl
         def attend(pattern=pattern, precision=precision) -> torch.Tensor:
             return sparse_attention(call.q, call.k, call.v, pattern, precision, backend=how.backend)
 
-        correction = QueryCorrection()
-
-        def correct(out: torch.Tensor, due: bool, correction=correction, pattern=pattern) -> torch.Tensor:
-            rest = {"scale": None, "key_bias": None, "backend": how.backend}
-            correction.apply("site", "call", int(not due), due, call.q, call.k, call.v, out, pattern, **rest)
-            return out
-
-        row = {"density": density, "kept_density": round(entry.density.mean().item(), 4)}
-        alone = judged(attend(), exact, attend, how) | {"measuring_ms": median_ms(measured, how)}
-        yield row | {"method": f"PARO, {name}"} | alone
-        if not correction.suits(call.q, pattern, how.backend):
-            continue
-        corrected = correct(attend(), True)
-        both = judged(corrected, exact, lambda attend=attend, correct=correct: correct(attend(), False), how)
-        making = median_ms(lambda attend=attend, correct=correct: correct(attend(), True), how) - alone["ms"]
-        both |= {"measuring_ms": alone["measuring_ms"] + making}
-        yield row | {"method": f"PARO, {name}, corrected", "heads_corrected": correction.heads[0]} | both
+        row = {"method": f"PARO, {name}", "density": density, "kept_density": round(entry.density.mean().item(), 4)}
+        yield row | judged(attend(), exact, attend, how) | {"measuring_ms": median_ms(measured, how)}
 
 
 def _measured_mask(call: Call, entry: SitePlan, plan: Plan, how: How) -> SparsePattern:
@@ -160,7 +143,7 @@ def _measured_bias(call: Call, pattern: SparsePattern, how: How) -> torch.Tensor
     tables = pattern.tables_of_heads(call.q.shape[1])
     sizes = {"pool": pattern.pool, "expansions": pattern.expansions, "backend": how.backend}
     sizes["rows"] = measured_rows(pattern.geometry.grid_tokens)
-    return best_bias(observe_bias(call.q, call.k, call.v, pattern.geometry, tables, pattern.mask, **sizes))
+    return best_bias(observe_bias(call.q, call.k, call.v, pattern.geometry, tables, pattern.mask, **sizes).errors)
 
 
 def routed_row(call: Call, exact: torch.Tensor, density: float, how: How) -> dict:

@@ -2,7 +2,7 @@
 
 All clips of a row are sampled at once, the heads of each as heads of their own: ten clips of four heads make calls of
 the size of one layer of a 14B video model. A run goes through the product's own session without a plan: it observes its
-last dense step, plans, and is sparse from then on, with biases, corrections and masks measured as in the product. The
+last dense step, plans, and is sparse from then on, with biases and masks measured as in the product. The
 one threshold over all heads of a plan is therefore shared among the clips: one that needs more blocks takes them from
 the others, so `psnr_each` depends on which clips run together.
 """
@@ -115,7 +115,7 @@ def measure(bench: TimedBench, setup: Setup, row: Row, density: float) -> dict:
     result |= {"flicker": round(statistics.mean(flickers), 4), "flicker_each": [round(one, 4) for one in flickers]}
     result |= _timed(times) | {"attention_error": report.attention_error, "plan": report.plan_source}
     result |= {"backend": report.backend, "precision": report.precision, "densities": report.densities}
-    result |= {"heads_corrected": report.heads_corrected, "sites_routed": report.sites_routed}
+    result |= {"sites_routed": report.sites_routed}
     result |= {"rotated": report.sites_rotated, "orders": report.orders_histogram, "free_masks": row.free}
     return result | {"calls": report.calls, "notes": report.notes}
 

@@ -62,18 +62,11 @@ class Row:
         return HostDense(self.name, density, dense_steps, **(common | self.changes))
 
 
-class _EveryStep(BiasRefresh):
-    """Corrections are made in every sparse step; the bias is measured when it is due."""
-
-    def begins(self, key, step) -> bool:
-        return True
-
-
 class _Kept(BiasRefresh):
-    """The plan's bias stays; corrections are made when they are due."""
+    """The plan's bias stays."""
 
-    def measure(self, *args, **more) -> None:
-        """Nothing is measured."""
+    def due(self, key, step, group, once) -> bool:
+        return False
 
 
 class _EveryGroup(BiasRefresh):
@@ -146,12 +139,10 @@ def mechanism_rows(dense_steps: int, backend: str, precision: str) -> list[Row]:
         Row("masks of the plan, by error", {"method": Method(criterion="error")}),
         Row("budget per head", {"budget": "per_head"}),
         Row("tail off", {"tail": False}),
-        *(Row(f"expansions {n}", {"method": Method(expansions=n)}) for n in (0, 1, 4)),
-        Row("bias kept", prepare=refreshing(_Kept)),
-        Row("bias and correction off", {"refresh": False}),
-        Row("correction off", {"correct": False}),
-        Row("correction made in every sparse step", prepare=refreshing(_EveryStep)),
-        Row("bias and correction in every group", prepare=refreshing(_EveryGroup)),
+        *(Row(f"expansions {n}", {"method": Method(expansions=n)}) for n in (0, 4, 16)),
+        Row("bias of the plan", {"refresh": False}),
+        Row("bias of pools alone", prepare=refreshing(_Kept)),
+        Row("bias in every group", prepare=refreshing(_EveryGroup)),
         Row("constant density", {"schedule": "constant"}),
     ]
     if dense_steps:
@@ -175,9 +166,6 @@ def policy_rows() -> list[Row]:
     def router(worth: routing.Worth, once: bool = False) -> Callable[[], Router]:
         return lambda: Router(worth, once)
 
-    def every_step(session: Session) -> None:
-        session.refresh = _EveryStep()
-
     made = [
         Row("plan found, of other clips", kind=POLICY, source=found_plan),
         Row("plan of PARO Calibrate", {"plan": "offline"}, POLICY, calibrated_plan),
@@ -186,14 +174,14 @@ def policy_rows() -> list[Row]:
         name, worth = f"routed by means of {size}", routing.pooled_scores(size)
         made.append(Row(f"{name}, every step", **routed, router=router(worth)))
         made.append(Row(f"{name}, each group", **routed, router=router(worth, True)))
-    pooled = router(routing.pooled_scores(16))
-    made.append(Row("routed by means of 16, corrected, every step", kind=POLICY, prepare=every_step, router=pooled))
-    means = routing.mean_queries
-    made.append(Row("routed by mean queries, every step", **routed, router=router(means)))
+    for parts in (4, 8, 16):
+        name, worth = f"routed by {parts} mean queries", routing.mean_queries(parts)
+        made.append(Row(f"{name}, every step", **routed, router=router(worth)))
+        made.append(Row(f"{name}, each group", **routed, router=router(worth, True)))
     made.append(Row("oracle by mass", **routed, router=router(routing.true_mass), free=True))
     made.append(Row("oracle by error", **routed, router=router(routing.true_error), free=True))
     for kind in ("window", "radial", "random"):
         constant = {"schedule": "constant"}
         made.append(Row(f"{kind}, drop", constant | {"tail": False, "refresh": False}, POLICY, fixed(kind)))
-        made.append(Row(f"{kind}, tail and correction", constant, POLICY, fixed(kind)))
+        made.append(Row(f"{kind}, tail", constant, POLICY, fixed(kind)))
     return made

@@ -54,9 +54,13 @@ def pooled_scores(size: int) -> Worth:
     return worth
 
 
-def mean_queries(q, k, v, g: Geometry, tables) -> torch.Tensor:
-    """A few mean queries of each block with every key, as the product does it."""
-    return mean_query_masses(q, k, g, tables)
+def mean_queries(parts: int) -> Worth:
+    """So many mean queries of each block with every key, as the product does it."""
+
+    def worth(q, k, v, g: Geometry, tables) -> torch.Tensor:
+        return mean_query_masses(q, k, g, tables, parts=parts)
+
+    return worth
 
 
 def true_mass(q, k, v, g: Geometry, tables) -> torch.Tensor:

@@ -24,10 +24,7 @@ PACK = "comfyui_paro.paro_runtime"
 HOOKS = {
     "observing": (f"{PACK}.calibration:Calibrator.observe",),
     "planning": (f"{PACK}.session:Session._close_calibration",),
-    "bias_and_corrections": (
-        f"{PACK}.refresh:BiasRefresh.measure",
-        f"{PACK}.correction:QueryCorrection.apply",
-    ),
+    "bias": (f"{PACK}.refresh:BiasRefresh.measure", f"{PACK}.refresh:BiasRefresh.judge"),
     "masks": (f"{PACK}.evaluation:routed_bits",),
     "loading_plan": (
         f"{PACK}.plan_store:PlanStore.find",
@@ -44,7 +41,7 @@ HOOKS = {
     "dense_attention": (f"{PACK}.host.override:run_host", f"{PACK}.dense:cudnn_attention"),
 }
 PARTS = ("dense_attention", "sparse_attention", REST, "observing", "planning", "masks")
-PARTS += ("bias_and_corrections", "compiling", "loading_plan")
+PARTS += ("bias", "compiling", "loading_plan")
 
 
 class HookMissingError(RuntimeError):

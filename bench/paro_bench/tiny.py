@@ -40,7 +40,7 @@ class Variant:
 
     plan: `offline` (made from other videos), `passing` (from the last dense step of the same video) or a fixed mask's
     name. videos: how many the offline plan is made from. refresh: measure the tail's bias again while sampling.
-    correct: by mean queries. schedule: of the density over the sparse steps. backend and precision: of the kernels.
+    schedule: of the density over the sparse steps. backend and precision: of the kernels.
     """
 
     name: str
@@ -53,7 +53,6 @@ class Variant:
     plan: str = "offline"
     videos: int = 8
     refresh: bool = True
-    correct: bool = True
     schedule: str = "falling"
     method: Method = field(default_factory=Method)
     backend: str = "reference"
@@ -137,7 +136,7 @@ class TinyBench:
 
     def session(self, variant: Variant, **more) -> Session:
         policy = Policy(self.identity, recipe_for("wan"), variant.settings(), more.pop("plan", None), None)
-        more |= {"refresh": variant.refresh, "correct": variant.correct, "method": variant.method}
+        more |= {"refresh": variant.refresh, "method": variant.method}
         return Session(policy, sigmas=sampler.sigmas(self.steps, self.shift).tolist(), highest_noise=1.0, **more)
 
     def offline_plan(self, variant: Variant) -> Plan:

@@ -29,7 +29,6 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
             Variant("ours, offline, blocks by mass", *common, method=Method(criterion="mass")),
             Variant("ours, offline, plain means", *common, method=Method(expansions=0)),
             Variant("ours, offline, bias kept", *common, refresh=False),
-            Variant("ours, offline, never corrected", *common, correct=False),
             Variant(
                 "ours, offline, time groups",
                 *common,
@@ -57,7 +56,6 @@ def passing_variants(densities=(0.05, 0.1, 0.2, 0.3)) -> list[Variant]:
             Variant("ours, passing, blocks by error", **passing, method=Method(criterion="error")),
             Variant("ours, passing, plain means", **passing, method=Method(expansions=0)),
             Variant("ours, passing, bias kept", **passing, refresh=False),
-            Variant("ours, passing, never corrected", **passing, correct=False),
             Variant("original order, passing, drop", **passing, tail=False, order="original", **theirs),
         ]
         if dense == 1:
@@ -76,8 +74,6 @@ COMPARISONS = (
     (5, "passing against offline", "ours, passing", "ours, offline"),
     (None, "pools around mean queries against plain means, passing", "ours, passing", "ours, passing, plain means"),
     (None, "pools around mean queries against plain means, offline", "ours, offline", "ours, offline, plain means"),
-    (None, "correction, passing", "ours, passing", "ours, passing, never corrected"),
-    (None, "correction, offline", "ours, offline", "ours, offline, never corrected"),
     (None, "falling against constant density, passing", "ours, passing", "ours, passing, constant density"),
     (None, "falling against constant density, offline", "ours, offline", "ours, offline, constant density"),
 )

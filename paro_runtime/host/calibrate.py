@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from ..calibration import Calibrator
 from ..plan import Plan, PlanError
 from ..plan_store import PlanStore
-from ..recipes import mask_options
+from ..recipes import mask_options, raised_density
 from ..report import kept_text, plan_picture
 from ..settings import Settings, SettingsError, in_blocks, parse_blocks
 from ..verdict import exact
@@ -85,6 +85,9 @@ def calibrate(
     began = time.perf_counter()
     _sample_prompts(watched, calibrator, negative, positives, missing, sampling, on_status)
     seconds = time.perf_counter() - began
+    raised = raised_density(settings, policy.recipe, calibrator.layout.grid_tokens) if calibrator.layout else None
+    if raised is not None:
+        calibrator.options = replace(options, density=raised)
     stability = calibrator.stability()
     made = {"by": "PARO Calibrate", "prompts": len(positives), "steps": steps or "all", "sampled": sampling.steps}
     plan = calibrator.plan({**made, "stability": stability.as_dict()})

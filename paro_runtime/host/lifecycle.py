@@ -91,11 +91,11 @@ class HostRun:
         return True
 
     def begin(
-        self, model: Any, args: Sequence[Any], extra: dict[str, Any], again: bool = False, can_redo: bool = False
+        self, model: Any, args: Sequence[Any], extra: dict[str, Any], can_redo: bool = False
     ) -> HostEvaluation | None:
         """Begin an evaluation with APPLY_MODEL's arguments; None, with the reason counted, where PARO has no part.
 
-        again: it is the one before, once more. can_redo: it will be run once more if need be.
+        can_redo: it will be run once more if need be.
         """
         x, sigma, _, context, _, options = args
         call = ModelCall(tuple(x.shape), None if context is None else tuple(context.shape), extra, options)
@@ -112,8 +112,7 @@ class HostRun:
         self._follow(options.get("sample_sigmas"))
         sigma = float(sigma.flatten()[0])
         attempt = Attempt(self.session, can_redo)
-        common = {"sigma": sigma, "conditionings": _conditionings(options), "again": again, "attempt": attempt}
-        evaluations = (self.session.begin(layout=layout, **common) for layout in layouts)
+        evaluations = (self.session.begin(layout=layout, sigma=sigma, attempt=attempt) for layout in layouts)
         return HostEvaluation(attempt, self.family, *evaluations, counts=counts, uncountable=uncountable)
 
     def _follow(self, sigmas: Any) -> None:
@@ -201,7 +200,7 @@ class Lifecycle:
         for number in range(ATTEMPTS):
             evaluation = None
             if number < ATTEMPTS - 1:
-                evaluation = self._begin(run, model, tuple(bound.values()), extra, number > 0, can_redo)
+                evaluation = self._begin(run, model, tuple(bound.values()), extra, can_redo)
             else:
                 run.session.decline(f"an evaluation whose results were not finite {number} times")
             # Always a new dict: the host hands the same one to every evaluation of a step.
@@ -226,10 +225,10 @@ class Lifecycle:
             return False
 
     def _begin(
-        self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any], again: bool, can_redo: bool
+        self, run: HostRun, model: Any, args: tuple, extra: dict[str, Any], can_redo: bool
     ) -> HostEvaluation | None:
         try:
-            return run.begin(model, args, extra, again, can_redo)
+            return run.begin(model, args, extra, can_redo)
         except Exception as error:
             # A model that another node changed beyond recognition runs dense; it does not fail.
             if self.strict:
@@ -280,13 +279,6 @@ def _copied(control: dict[str, Any] | None) -> dict[str, Any] | None:
     if control is None:
         return None
     return {name: list(found) if isinstance(found, list) else found for name, found in control.items()}
-
-
-def _conditionings(options: dict[str, Any]) -> tuple[tuple, ...]:
-    """What tells an evaluation from the others of its step, and is the same in every step: the conditionings in it,
-    positive or negative, their ids, and the frames of a context window, which some schedules move from step to step."""
-    window = getattr(options.get("context_window"), "index_list", None)
-    return tuple(tuple(found or ()) for found in (options.get("cond_or_uncond"), options.get("uuids"), window))
 
 
 def _stand_first(options: dict[str, Any]) -> None:

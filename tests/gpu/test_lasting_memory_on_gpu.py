@@ -29,7 +29,7 @@ def test_only_results_are_recorded():
     forget_everything()
     recorder = Recorder("cuda")
     report = recorded_run(recorder.recording, recorder.pause, "triton", device="cuda", dense_attention="paro").finish()
-    assert report.sites_routed == report.sites_sparse == len(SITES) and report.heads_corrected
+    assert report.sites_routed == report.sites_sparse == len(SITES) and report.attention_error
     assert "problem.py" in recorder.places and recorder.places <= {"problem.py", "allocations.py"}
 
 

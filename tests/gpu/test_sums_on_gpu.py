@@ -64,7 +64,7 @@ def test_the_plan_is_the_one_a_cpu_makes_of_the_same_sums(monkeypatch):
         torch.testing.assert_close(a.mass_kept, b.mass_kept, atol=1e-2, rtol=0)
 
 
-def test_steps_that_measure_biases_and_corrections_wait_for_nothing(monkeypatch):
+def test_steps_that_measure_masks_and_biases_wait_for_nothing(monkeypatch):
     """Every site is launched without looking at the one before."""
     monkeypatch.setattr("comfyui_paro.paro_runtime.refresh.LEAST_WORK", 0)
     settings = Settings(preset="custom", density=0.3, dense_steps=1, min_tokens=0, strict=True, dense_attention="host")

@@ -78,7 +78,7 @@ def test_all_rows_of_two_models_in_turn(runner):
     assert dense["cosine"] == 1 and dense["speedup"] == 1
     for row in rows[2:]:
         assert row["sites_sparse"] == row["sites"] == 4 and not row["fallbacks"]
-        assert row["parts"]["sparse_attention"] > 0 and row["parts"]["bias_and_corrections"] > 0
+        assert row["parts"]["sparse_attention"] > 0 and row["parts"]["bias"] > 0
         assert row["cosine"] > 0.99 and row["speedup"] == pytest.approx(dense["seconds"] / row["seconds"], rel=1e-2)
     for row in (ever, first, second):
         # The second model's plan is its own: other weights.

@@ -42,9 +42,8 @@ with torch.inference_mode():
                         dense_steps=dense_steps, dense_attention="paro")
     sigmas = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
     run = session.Session(session.Policy(Identity("wan", "a", "w"), recipe, settings), sigmas=sigmas)
-    # Nothing is computed: results are what memory held, and every head is to be corrected all the same.
+    # Nothing is computed: results are what memory held.
     of("paro_runtime.readiness").self_check = lambda *args, **sizes: None
-    of("paro_runtime.correction").best_shares = lambda sums: torch.ones(sums.shape[1])
     for sigma in sigmas[:-1]:
         evaluation = run.begin(layout=layout, sigma=sigma)
         evaluation.attend(Site("double", 0), q, k, v, dense=lambda: torch.zeros_like(q))

@@ -25,9 +25,6 @@ def test_every_block_is_exact_and_planted_heads_need_their_orders():
     assert ours["error"] < 0.8 * own["error"]
     assert ours["error"] < 0.8 * found["block means, top-k, on PARO's kernel", 0.3]["error"]
     assert all(row["kept_density"] == pytest.approx(0.3, abs=0.06) for (_, d), row in found.items() if d == 0.3)
-    for (method, density), row in found.items():
-        if method.endswith(", corrected"):
-            assert row["error"] <= 1.02 * found[method.removesuffix(", corrected"), density]["error"] + 1e-6
 
 
 def test_a_missing_host_kernel_is_told_loudly(capsys):

@@ -14,7 +14,7 @@ from bench import calibration, problems, report
 def test_a_row_of_a_tiny_shape_has_every_part():
     row = calibration.measure(problems.SHAPES["tiny"], 2, torch.device("cpu"), repeats=1)
     assert row["peak_mib"] is row["refresh_peak_mib"] is None and row["orders"] > 2
-    times = ("dense", "orders", "costs", "tail", "every_row", "observe", "plan", "refresh", "correct")
+    times = ("dense", "orders", "costs", "tail", "every_row", "observe", "plan", "refresh", "look")
     assert all(row[f"{name}_ms"] > 0 for name in times)
     assert row["ratio"] == row["observe_ms"] / row["dense_ms"]
     head = {"gpu": "G", "torch": "1", "triton": "2", "date": "3", "commit": "4"}

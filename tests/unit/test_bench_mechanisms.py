@@ -100,8 +100,8 @@ def test_with_every_block_a_row_is_the_dense_run(bench, setup, name):
 
 def test_what_is_switched_off_is_off(bench, setup):
     default = sampled(bench, setup, "default")
-    assert default.report.plan.groups == 3 and default.report.plan.expansions == 16
-    assert default.session.correction.error and default.session.refresh._biases
+    assert default.report.plan.groups == 3 and default.report.plan.expansions == 1
+    assert default.session.refresh.error and default.session.refresh._biases
     assert bench.compare(default.latents)["psnr_worst"] < 80
     assert any(" " not in name and "x" in name for name in default.report.plan.made["candidates"])
     assert set(sampled(bench, setup, "model's own order only").report.orders_histogram) == {"FHW"}
@@ -110,10 +110,8 @@ def test_what_is_switched_off_is_off(bench, setup):
     assert sampled(bench, setup, "expansions 0").report.plan.expansions == 0
     assert all(e.tail_bias is None for e in sampled(bench, setup, "tail off").report.plan.sites.values())
     assert sampled(bench, setup, "constant density").report.plan.groups == 1
-    uncorrected = sampled(bench, setup, "correction off")
-    assert uncorrected.session.correction is None and uncorrected.session.refresh._biases
-    kept = sampled(bench, setup, "bias kept")
-    assert not kept.session.refresh._biases and kept.session.correction.error
+    assert not sampled(bench, setup, "bias of pools alone").session.refresh._biases
+    assert sampled(bench, setup, "bias of the plan").session.refresh is None
     steep, falling = (run.report.plan.densities for run in (sampled(bench, setup, "steep schedule"), default))
     assert steep[0] / steep[-1] > 1.5 * falling[0] / falling[-1]
     heads = torch.cat([e.density for e in sampled(bench, setup, "budget per head").report.plan.sites.values()], 1)
@@ -122,18 +120,10 @@ def test_what_is_switched_off_is_off(bench, setup):
     assert by_mass.plan.made["criterion"] == "mass" and by_mass.sites_routed == 0
 
 
-def test_corrections_are_made_in_every_sparse_step_where_that_is_asked_for(bench, setup):
-    made = []
-    for name in ("default", "correction made in every sparse step"):
-        run = sampled(bench, setup, name)
-        made.append(len({step for _, step in run.session.correction._wrong}))
-    assert made == [3, STEPS - DENSE]
-
-
 def test_a_found_plan_is_of_other_clips_and_a_fixed_one_has_a_tail_only_where_it_says_so(bench, setup):
     found = sampled(bench, setup, "plan found, of other clips")
     assert found.report.plan_source == "given plan" and found.times.once < sampled(bench, setup, "default").times.once
-    tails = [sampled(bench, setup, f"window, {rest}") for rest in ("drop", "tail and correction")]
+    tails = [sampled(bench, setup, f"window, {rest}") for rest in ("drop", "tail")]
     biases = [next(iter(run.report.plan.sites.values())).tail_bias is not None for run in tails]
     assert biases == [False, True] and [run.report.attention_error is None for run in tails] == [True, False]
     assert {name for run in tails for name in run.report.orders_histogram} <= {"FHW", "HWF"}

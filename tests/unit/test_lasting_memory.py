@@ -20,9 +20,9 @@ def test_only_results_are_recorded_and_none_outlives_its_call(backend, sites):
     forget_everything()
     recorder, dense = Recorder(), "paro" if backend == "triton" else "host"
     report = recorded_run(recorder.recording, recorder.pause, backend, sites=sites, dense_attention=dense).finish()
-    # A plan of pure noise, masks measured in the run, biases, corrections made and carried.
+    # A plan of pure noise, masks measured in the run, biases.
     assert report.plan_source == "calibrated on the way" and report.sites_routed == len(sites)
-    assert report.heads_corrected and report.backend == backend
+    assert report.attention_error and report.backend == backend
     nothing_is_left(recorder, report)
 
 

@@ -122,7 +122,9 @@ def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool, exp
     entry, tables = masked
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     pools = {"pool": pool, "expansions": expansions}
-    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), rows=LAYOUT.grid_tokens, **pools)
+    errors = observe_bias(
+        q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), rows=LAYOUT.grid_tokens, **pools
+    ).errors
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     for at in (0, 8, 15):
         bias = torch.full((12,), BIASES[at])
@@ -154,7 +156,8 @@ def test_the_tail_never_costs_a_head_what_dropping_does_not(planted, masked):
     """Planted heads follow content: the bias that makes their mass right hurts, the bias of least error cannot."""
     entry, tables = masked
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
-    errors = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=64, rows=LAYOUT.grid_tokens)
+    seen = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=64, rows=LAYOUT.grid_tokens)
+    errors = seen.errors
     chosen = errors.gather(1, errors.argmin(1, keepdim=True))[:, 0]
     assert (chosen <= errors[:, 0]).all()
     found = best_bias(errors)
@@ -184,10 +187,10 @@ def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, maske
     refresh = BiasRefresh()
     # A group of steps has a mask of its own: its first step measures, in every one of its evaluations.
     assert [step for step in range(3, 20) if refresh.due("site", step, step // 7, False)] == [3, 7, 14]
-    assert refresh.due("site", 14, 2, False) and refresh.due("site", 14, 2, False) and refresh.begins("site", 14)
+    assert refresh.due("site", 14, 2, False) and refresh.due("site", 14, 2, False)
     assert [step for step in range(3, 20) if refresh.due("short", step, step // 7, True)] == [3]
     refresh.forget()
-    assert refresh.due("site", 19, 0, False) and not refresh.begins("site", 18)
+    assert refresh.due("site", 19, 0, False)
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     assert refresh.bias("site") is None
@@ -195,6 +198,29 @@ def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, maske
     once = refresh.bias("site")
     refresh.measure("site", 3, q, k, v, pattern, scale=None, key_bias=None)
     torch.testing.assert_close(refresh.bias("site"), once)
+
+
+def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch):
+    """Every row looked at: what is told is the error of the whole results, in all steps and in the worst site."""
+    monkeypatch.setattr("comfyui_paro.paro_runtime.refresh.measured_rows", lambda tokens: tokens)
+    entry, _ = masked
+    pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
+    refresh, wrong, whole, worst = BiasRefresh(), 0.0, 0.0, 0.0
+    for site in ("a", "b"):
+        call = [x[site == "b", None][:, :, :] for x in (planted.q, planted.k, planted.v)]
+        seen = refresh.measure(site, 3, *call, pattern, scale=None, key_bias=None)
+        out = sparse_attention_reference(*call, pattern, PRECISIONS["16bit"])
+        refresh.judge(site, 3, seen, out)
+        exact = torch.nn.functional.scaled_dot_product_attention(*call)[:, :, TEXT:]
+        error = (out[:, :, TEXT:] - exact).square().sum()
+        wrong, whole = wrong + error, whole + exact.square().sum()
+        worst = max(worst, float(error / exact.square().sum()) ** 0.5)
+    assert refresh.error == pytest.approx((float(wrong / whole) ** 0.5, worst), rel=1e-3)
+    restore = refresh.saved()
+    refresh.forget()
+    assert refresh.error is None
+    restore()
+    assert refresh.error is not None
 
 
 def test_kept_on_rows_is_the_mass_kept(planted, masked):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
 from comfyui_paro.paro_runtime.calibration import Calibrator
-from comfyui_paro.paro_runtime.correction import QueryCorrection
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.portability import MovedPlanCheck
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
@@ -52,11 +51,10 @@ def test_a_moved_plan_that_fits_is_used(plan):
 
 def test_a_moved_plan_that_does_not_fit_is_replaced(plan, monkeypatch):
     there, forgotten = make_problem(NEW, HARD), []
-    for kind in (BiasRefresh, QueryCorrection):
-        monkeypatch.setattr(kind, "forget", lambda self: forgotten.append(type(self)))
+    monkeypatch.setattr(BiasRefresh, "forget", lambda self: forgotten.append(type(self)))
     was_dense, report = run(plan, torch.zeros_like(there.q[:1]), there.k[:1], there.v[:1])
     assert was_dense == [True, False, False, False]
-    assert forgotten == [BiasRefresh, QueryCorrection]
+    assert forgotten == [BiasRefresh]
     assert report.plan_source == "calibrated on the way"
     assert any(note.endswith("calibrating anew") for note in report.notes)
 

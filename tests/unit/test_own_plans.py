@@ -6,7 +6,6 @@ import pytest
 import torch
 from comfyui_paro.paro_runtime import tail
 from comfyui_paro.paro_runtime.calibration import Calibrator
-from comfyui_paro.paro_runtime.correction import QueryCorrection
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.planning import Planner
 from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
@@ -21,35 +20,26 @@ from comfyui_paro.tests.unit.test_session import IDENTITY, LAYOUT, SIGMAS, SITES
 def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
     """Each site has masks of its own in that step, under which nothing is measured for later; from the next step on
     they share a plan, and everything is measured under that."""
-    budgets, measured, corrected = [], [], []
+    budgets, measured = [], []
     entries, measure = Planner.entries, BiasRefresh.measure
 
     def planned(self, *rest):
         budgets.append(len(self.sites))
         return entries(self, *rest)
 
-    def measuring(self, key, step, *rest, **more):
-        measured.append(step)
-        measure(self, key, step, *rest, **more)
+    def measuring(self, key, step, q, k, v, pattern, **more):
+        measured.append((step, key[0], pattern.mask))
+        return measure(self, key, step, q, k, v, pattern, **more)
 
     monkeypatch.setattr(Planner, "entries", planned)
     monkeypatch.setattr(BiasRefresh, "measure", measuring)
-
-    def correcting(self, key, call, step, due, q, k, v, out, pattern, **more):
-        corrected.append((step, key[0], pattern.mask))
-
-    monkeypatch.setattr(QueryCorrection, "apply", correcting)
     session = Session(policy(Settings(dense_steps=0, density_schedule="constant")), sigmas=SIGMAS, highest_noise=9.0)
     results = sample(session)
     assert not any(map(was_dense, results.values()))
-    assert (
-        budgets == [1] * len(SITES) + [len(SITES)]
-        and set(measured) == {1}
-        and {step for step, *_ in corrected} == {1, 2, 3, 4}
-    )
+    assert budgets == [1] * len(SITES) + [len(SITES)] and {step for step, *_ in measured} == {1}
     report = session.finish()
     assert report.calls == {"sparse": 15} and not report.notes
-    assert all(torch.equal(mask, report.plan.sites[site].mask()) for _, site, mask in corrected)
+    assert all(torch.equal(mask, report.plan.sites[site].mask()) for _, site, mask in measured)
     assert report.density == pytest.approx(0.3, abs=0.02)
 
 

@@ -110,3 +110,23 @@ def test_hopper_is_where_the_hosts_is_faster(monkeypatch):
     assert not paro_pays_when_short(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     assert paro_pays_when_short(torch.device("cuda")) and paro_pays_when_short(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid", "density"),
+    [
+        ({"preset": "balanced"}, (4, 8, 12), 0.7),
+        ({"preset": "fast"}, (4, 8, 12), 0.55),
+        ({"preset": "balanced"}, (9, 30, 32), 0.3),
+        ({"preset": "custom", "density": 0.3}, (4, 8, 12), 0.3),
+        ({"preset": "balanced", "density": 0.3}, (4, 8, 12), 0.3),
+    ],
+)
+def test_presets_keep_more_of_a_small_grid_and_say_so(settings, grid, density):
+    """A density that the user gives is taken as it is."""
+    identity, layout = ModelIdentity("wan", "a", "b"), TokenLayout(0, grid)
+    session = Session(Policy(identity, recipe_for("wan"), Settings(**settings)), sigmas=[1.0, 0.5, 0.0])
+    session.begin(layout=layout, sigma=1.0)
+    assert session.grids()[0].calibrator.options.density == density
+    raised = f"density raised from {session.options.density:g} to {density:g} to hold quality on a grid of 384 tokens"
+    assert session.notes == ([raised] if density > session.options.density else [])

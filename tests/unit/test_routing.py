@@ -11,7 +11,6 @@ from comfyui_paro.paro_runtime import routing as routing_module
 from comfyui_paro.paro_runtime.attempt import Attempt
 from comfyui_paro.paro_runtime.attention import pattern_of
 from comfyui_paro.paro_runtime.calibration import Calibrator, Method
-from comfyui_paro.paro_runtime.correction import QueryCorrection
 from comfyui_paro.paro_runtime.mean_queries import mean_queries_of_blocks, mean_query_masses
 from comfyui_paro.paro_runtime.orders import order_table
 from comfyui_paro.paro_runtime.patterns import PatternCache
@@ -174,7 +173,7 @@ def test_heads_keep_the_heaviest_blocks_as_many_as_the_plan_says(group):
     assert torch.equal(made.tail_bias, entry.tail_bias[group])
 
 
-def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, **more):
+def run(dense_steps=1, calls=1, seed=0, sigmas=SIGMAS, **more):
     """A run of one site; the session, with the masks in use after every sparse evaluation, by step."""
     settings = {"preset": "custom", "density": 0.3, "precision": "16bit", "dense_steps": dense_steps}
     settings = Settings(**settings | more.pop("settings", {}))
@@ -183,9 +182,9 @@ def run(dense_steps=1, conditionings=((0,),), seed=0, sigmas=SIGMAS, **more):
     generator = torch.Generator().manual_seed(seed)
     session.masks = {}
     for step, sigma in enumerate(sigmas[:-1]):
-        for its in conditionings:
+        for _ in range(calls):
             q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
-            evaluation = session.begin(layout=LAYOUT, sigma=sigma, conditionings=its)
+            evaluation = session.begin(layout=LAYOUT, sigma=sigma)
             evaluation.attend(SITE, q, k, v, dense=lambda v=v: v.clone(), blocks=1)
             evaluation.end()
             found = list(session.patterns._patterns.values())
@@ -220,7 +219,7 @@ def test_a_run_of_little_but_noise_measures_its_masks_in_each_group(tmp_path):
 
 @pytest.mark.parametrize("fails_in", [2, 3])
 def test_nothing_stays_of_an_attempt_that_fails(fails_in):
-    """Masks, bias and corrections of a site that saw what is not finite in the step that measures them, and in the one
+    """Masks, bias and error of a site that saw what is not finite in the step that measures them, and in the one
     that follows, where what was measured before stays."""
     runs = []
     for fails in (False, True):
@@ -232,7 +231,7 @@ def test_nothing_stays_of_an_attempt_that_fails(fails_in):
             # A site at fault in the first attempt, and with it what comes after.
             for again in (False, True) if fails and step == fails_in else (True,):
                 attempt = Attempt(session, can_redo=True)
-                evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt, again=not again)
+                evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt)
                 bad = v if again else v * torch.nan
                 evaluation.attend(Site("block", 1), q, k, bad, dense=lambda v=v: v.clone(), blocks=2)
                 evaluation.attend(SITE, q if again else q * torch.nan, k, bad, dense=lambda v=v: v.clone(), blocks=2)
@@ -244,11 +243,11 @@ def test_nothing_stays_of_an_attempt_that_fails(fails_in):
     masks = [{key[0]: its.mask for key, its in session.patterns._patterns.items()}[SITE] for session in runs]
     assert torch.equal(*masks) and masks[0].any(2).all()
     assert torch.equal(clean.refresh.bias(key), redone.refresh.bias(key))
-    assert torch.equal(clean.correction._shares[key].shares, redone.correction._shares[key].shares)
+    assert clean.refresh.error == redone.refresh.error and clean.refresh.error[0] > 0
 
 
 def test_calls_of_one_step_share_the_masks():
-    session = run(conditionings=((0,), (1,)), sigmas=LONG)
+    session = run(calls=2, sigmas=LONG)
     assert all(torch.equal(*pair) for pair in session.masks.values())
 
 
@@ -264,21 +263,15 @@ def test_without_room_for_patterns_masks_are_measured_every_time(monkeypatch):
 def test_what_goes_by_the_masks_is_measured_with_them(monkeypatch, short, measured):
     """In the step that measures the masks of a group; of calls that are short on a GPU only in the first."""
     monkeypatch.setattr(evaluation_module, "is_short", lambda q: short)
-    biases, corrections = [], []
-    measure, apply = BiasRefresh.measure, QueryCorrection.apply
+    biases, measure = [], BiasRefresh.measure
 
     def watched_measure(self, key, step, q, k, v, pattern, **rest):
         biases.append((step, pattern.mask))
         return measure(self, key, step, q, k, v, pattern, **rest)
 
-    def watched_apply(self, key, call, step, due, q, k, v, out, pattern, **rest):
-        corrections.append((step, due))
-        return apply(self, key, call, step, due, q, k, v, out, pattern, **rest)
-
     monkeypatch.setattr(BiasRefresh, "measure", watched_measure)
-    monkeypatch.setattr(QueryCorrection, "apply", watched_apply)
     session = run(sigmas=LONG)
-    assert [step for step, _ in biases] == measured == [step for step, due in corrections if due]
+    assert [step for step, _ in biases] == measured
     assert all(torch.equal(mask, session.masks[step][0]) for step, mask in biases)
 
 

@@ -293,7 +293,7 @@ def test_off_and_stopped():
 
 def test_programs_get_what_they_got(sparse):
     expected = """family tokens grid prefix suffix steps dense_steps sites sites_sparse sites_dense_blocks sites_rotated
-    heads_corrected sites_routed attention_error density densities mass_kept precision backend device plan_source
+    sites_routed attention_error density densities mass_kept precision backend device plan_source
     orders_histogram calibration_seconds tail_seconds step_seconds calls fallbacks passed notes why_dense
     expected_gain"""
     assert list(sparse.as_dict()) == expected.split()
