@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from comfyui_paro.kernels.problem import SparsePattern
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-Run = Callable[[], torch.Tensor]
+from comfyui_paro.paro_runtime.check_methods import Make, Run, kitchen_int8, kitchen_sol, sage, sdpa
+from torch.nn.attention import SDPBackend
 
 
 @dataclass(frozen=True)
@@ -20,17 +18,6 @@ class Rival:
     make: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, SparsePattern], Run]
     sparse: bool
     exact: bool = True
-
-
-def _sdpa(backend: SDPBackend):
-    def make(q, k, v, pattern):
-        def run():
-            with sdpa_kernel(backend):
-                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
-
-        return run
-
-    return make
 
 
 def _flex(q, k, v, pattern):
@@ -53,27 +40,15 @@ def _flex(q, k, v, pattern):
     return lambda: compiled(q, k, v, block_mask=mask)
 
 
-def _sage(q, k, v, pattern):
-    sageattn = importlib.import_module("sageattention").sageattn
-    return lambda: sageattn(q, k, v, tensor_layout="HND", is_causal=False)
-
-
-def _kitchen_int8(q, k, v, pattern):
-    attention = importlib.import_module("comfy_kitchen.sage_attention").int8_attention
-    return lambda: attention(q, k, v)
-
-
-def _kitchen_sol(q, k, v, pattern):
-    kitchen = importlib.import_module("comfy_kitchen")
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return lambda: kitchen.sol_attn(q, k, v, topk_ratio=pattern.density).transpose(1, 2)
+def _dense(make: Make) -> Rival:
+    return Rival(lambda q, k, v, pattern: make(q, k, v), sparse=False)
 
 
 RIVALS = {
-    "sdpa_flash": Rival(_sdpa(SDPBackend.FLASH_ATTENTION), sparse=False),
-    "sdpa_cudnn": Rival(_sdpa(SDPBackend.CUDNN_ATTENTION), sparse=False),
-    "sageattention": Rival(_sage, sparse=False),
-    "kitchen_int8": Rival(_kitchen_int8, sparse=False),
+    "sdpa_flash": _dense(sdpa(SDPBackend.FLASH_ATTENTION)),
+    "sdpa_cudnn": _dense(sdpa(SDPBackend.CUDNN_ATTENTION)),
+    "sageattention": _dense(sage),
+    "kitchen_int8": _dense(kitchen_int8),
     "flex_attention": Rival(_flex, sparse=True, exact=False),
-    "kitchen_sol_attn": Rival(_kitchen_sol, sparse=True, exact=False),
+    "kitchen_sol_attn": Rival(lambda q, k, v, pattern: kitchen_sol(pattern.density)(q, k, v), sparse=True, exact=False),
 }

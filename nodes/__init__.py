@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from ..paro_runtime import ahead
 from .calibrate import PAROCalibrate
+from .check import PAROCheck
 from .compare import PAROCompare
 from .demo import PARODemoConditioning, PARODemoDecode, PARODemoVAE
 from .patch_model import PAROPatchModel
@@ -22,4 +23,4 @@ class PAROExtension(ComfyExtension):
         register_folders()
         ahead.at_start()
         demo = [PARODemoConditioning, PARODemoDecode, PARODemoVAE]
-        return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PAROCompare, *demo]
+        return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PAROCompare, PAROCheck, *demo]

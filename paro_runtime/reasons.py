@@ -48,6 +48,7 @@ REASONS = (
     Reason(r"no plan: it was dropped", _OTHER_NODE),
     Reason(r"no plan: it could not be made", "see the notes and the console"),
     Reason(OFF, "switch enabled on in PARO Patch Model"),
+    Reason("the settings ask for the PyTorch reference", "set backend to auto in PARO Settings"),
     Reason(NOT_ON_IT, "put PARO Patch Model before the sampler, enabled"),
     # Sizes.
     Reason(r"\d+ grid tokens do not fill two blocks", _SHORT),

@@ -138,7 +138,7 @@ class Lifecycle:
         self.strict = strict
         self.last_report: Report | None = None
         self.why_no_report = NOT_RUN
-        self._start = start
+        self.start = start
         self._reports: dict[Hashable, Report] = {}
 
     def report_of(self, samples: Any) -> Report | None:
@@ -156,7 +156,7 @@ class Lifecycle:
         try:
             sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
             options = executor.class_obj.model_options.setdefault("transformer_options", {})
-            session = self._start([float(sigma) for sigma in sigmas])
+            session = self.start([float(sigma) for sigma in sigmas])
             options[OPTIONS_KEY] = HostRun(session, self.family, executor.class_obj)
             _stand_first(options)
         except Exception as error:

@@ -37,6 +37,7 @@ def _counted() -> set[str]:
 RETURNING = {
     "paro_runtime/session.py": {"_find_unsuitable", "too_short_to_drop"},
     "paro_runtime/attempt.py": {"not_finite"},
+    "paro_runtime/check.py": {"_by_reference"},
     "paro_runtime/self_check.py": {"self_check", "_check"},
     "paro_runtime/host/calls.py": {"key_bias", "_read"},
     "paro_runtime/host/evaluation.py": {"_recording", "end"},
