@@ -28,11 +28,16 @@ def check_chart(check: Check) -> torch.Tensor:
 
     steps = 0 if check.outlook is None else LINE + BAR + 2 * GAP
     measured, rest = [row for row in check.rows if row.ms is not None], unmeasured(check.rows)
-    height = 2 * MARGIN + LINE + GAP + len(measured) * (LINE + BAR + GAP) + len(rest) * LINE + steps
+    height = (
+        2 * MARGIN + LINE * (2 if measured else 1) + GAP + len(measured) * (LINE + BAR + GAP) + len(rest) * LINE + steps
+    )
     image = Image.new("RGB", (WIDTH, height), PAPER)
     draw = ImageDraw.Draw(image)
     y = MARGIN
     _write(draw, y, _title(check), INK)
+    if measured:
+        y += LINE
+        _write(draw, y, "on random inputs; errors are relative L2 against exact dense attention", FAINT)
     y += LINE + GAP
     longest, now = max((row.ms for row in measured), default=1.0), now_of(check.rows)
     for row in measured:

@@ -33,6 +33,8 @@ from .patching import patch_model
 
 log = logging.getLogger("paro")
 T = TypeVar("T")
+PARTS = 16
+"""Of the progress bar: what is looked at, and as many methods as are measured."""
 NO_GPU = "no GPU: times on a CPU say nothing about one"
 # What is measured without a model: a usual size of large models of either kind.
 USUAL_FAMILY, USUAL = "flux", Size(TokenLayout(0, (1, 128, 128)), 24, 128, torch.bfloat16)
@@ -60,7 +62,8 @@ class Parts:
         import comfy.utils
 
         self.notes: list[str] = []
-        self._bar, self._on_status, self._last = comfy.utils.ProgressBar(total), on_status, ""
+        self._bar, self._total = comfy.utils.ProgressBar(total), total
+        self._on_status, self._last = on_status, ""
         self._interrupted = comfy.model_management.throw_exception_if_processing_interrupted
         self._stop = comfy.model_management.InterruptProcessingException
 
@@ -71,6 +74,9 @@ class Parts:
             self._last = doing
             self._bar.update(1)
             self._on_status(f"checking: {doing}")
+
+    def done(self) -> None:
+        self._bar.update_absolute(self._total)
 
     def part(self, name: str, work: Callable[[], T]) -> T | None:
         """The part's result, or None and a note that says why there is none."""
@@ -90,7 +96,7 @@ def check(wanted: Wanted, on_status: Callable[[str], None]) -> Check:
     import comfy.model_management
 
     device = comfy.model_management.get_torch_device()
-    parts = Parts(14, on_status)
+    parts = Parts(PARTS, on_status)
     facts = {**(parts.part("this machine", lambda: machine(device)) or _unknown(device)), **_versions()}
     session, known = None, None
     if wanted.model is not None:
@@ -111,6 +117,7 @@ def check(wanted: Wanted, on_status: Callable[[str], None]) -> Check:
     methods = _methods(wanted.model, size, precision, options, density)
     rows = parts.part("attention", lambda: _rows(methods, size, device, kernels, parts)) or ()
     others = () if wanted.model is None else parts.part("other nodes", lambda: tuple(others_on(wanted.model))) or ()
+    parts.done()
     return Check(facts, kernels, run, size, rows, others, tuple(parts.notes))
 
 

@@ -82,7 +82,7 @@ def test_workflow_says_nothing_about_the_machine_it_was_made_on(path):
 def test_help_and_names_for_every_node(known, server):
     """Each node has a help page and English and Chinese names for all its inputs and outputs; tooltips everywhere."""
     ours = {name: info for name, info in known.items() if name.startswith("PARO")}
-    assert {"PAROSettings", "PAROPatchModel", "PAROCalibrate", "PAROReport", "PAROCompare"} <= set(ours)
+    assert {"PAROSettings", "PAROPatchModel", "PAROCalibrate", "PAROReport", "PAROCompare", "PAROCheck"} <= set(ours)
     translated = server.json("/i18n")
     for name, info in ours.items():
         assert (PACK / "web" / "docs" / f"{name}.md").is_file(), name
