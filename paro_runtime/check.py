@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 
 from ..kernels.problem import PRECISIONS
-from ..kernels.support import triton_reason
+from ..kernels.support import interpreted, triton_reason
 from .check_measure import Row, Size
 from .readiness import COMPILING, Readiness
 from .recipes import MaskOptions
@@ -93,7 +93,7 @@ def check_kernels(
 ) -> Kernels:
     """Compile, if this machine has not, and run the self-check. between: called again and again; may raise, to stop."""
     began = time.perf_counter()
-    if device.type != "cuda":  # whether Triton is there does not matter then
+    if device.type != "cuda" and not interpreted():  # whether Triton is there does not matter then
         return Kernels(False, f"triton does not run on {device.type}")
     reason = triton_reason(device, size.dtype, size.head_dim, PRECISIONS[precision])
     if reason is not None:
@@ -109,6 +109,9 @@ def check_kernels(
         if not waiting or seconds > WAIT_SECONDS:
             break
         time.sleep(POLL_SECONDS)
+    if reason == COMPILING:
+        note = f"waited for {WAIT_SECONDS:.0f} s; check again in a minute"
+        return Kernels(False, reason, seconds, note)
     note = "a faster kernel for this GPU is still being compiled" if waiting and reason is None else ""
     return Kernels(reason is None, reason or "", seconds, note)
 

@@ -39,7 +39,7 @@ def check_verdict(check: Check) -> str:
     if kernels is None:
         return "Not all could be checked: see the last lines"
     if not kernels.ready:
-        return with_reason("PARO cannot be used now", kernels.reason)
+        return with_reason("PARO cannot be used now", kernels.reason, kernels.note or None)
     if run is None:
         return f"PARO can be used on this machine; {NO_MODEL}"
     if run.why_not:
@@ -104,11 +104,11 @@ def _machine(check: Check) -> Iterable[str]:
     kernels = check.kernels
     if kernels is None:
         return
+    note = f"; {kernels.note}" if kernels.note else ""
     if kernels.ready:
-        note = f"; {kernels.note}" if kernels.note else ""
         yield f"PARO's kernels are compiled and pass the self-check ({kernels.seconds:.1f} s){note}"
     else:
-        yield f"PARO's kernels: {words_of(kernels.reason)}; {hint_of(kernels.reason)}"
+        yield f"PARO's kernels: {words_of(kernels.reason)}{note or f'; {hint_of(kernels.reason)}'}"
 
 
 def _run(check: Check) -> Iterable[str]:
@@ -120,7 +120,7 @@ def _run(check: Check) -> Iterable[str]:
         layout.length > layout.grid_tokens
     )
     yield f"{run.title}, {layout.length:,} tokens: {' x '.join(map(str, layout.grid))} of the picture{context}"
-    if run.why_not:
+    if run.why_not and (check.kernels is None or run.why_not != check.kernels.reason):  # else it is said above
         yield f"no call would be sparse: {words_of(run.why_not)}; {hint_of(run.why_not)}"
     begin = "by the settings alone, " if run.why_not else ""
     yield f"{begin}{steps_line(run)}{f' ({run.part})' if run.part else ''}"

@@ -18,10 +18,16 @@ GRID = (5, 8, 10)
 
 
 @pytest.fixture
-def check(comfy):
+def check(comfy, monkeypatch):
+    from comfyui_paro.kernels import support
+    from comfyui_paro.paro_runtime import check as module
     from comfyui_paro.paro_runtime.check_chart import check_chart
     from comfyui_paro.paro_runtime.check_text import check_text
     from comfyui_paro.paro_runtime.host.check import Wanted, check
+
+    # The tests' interpreter of kernels is no machine that anyone uses.
+    for each in (support, module):
+        monkeypatch.setattr(each, "interpreted", lambda: False)
 
     def run(*wanted, said=None, **more):
         """The check; its texts and JSON can be made whatever it found."""

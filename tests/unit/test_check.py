@@ -9,12 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_paro.kernels import support
 from comfyui_paro.kernels.scratch import ScratchOutOfMemory
+from comfyui_paro.paro_runtime import check as check_module
 from comfyui_paro.paro_runtime import check_chart, check_machine, check_measure, check_methods
 from comfyui_paro.paro_runtime.check import Check, Kernels, Outlook, check_kernels, outlook
 from comfyui_paro.paro_runtime.check_measure import Method, Row, Size, measure, paro_methods, random_pattern
 from comfyui_paro.paro_runtime.check_text import check_text, check_verdict, steps_line
 from comfyui_paro.paro_runtime.plan import ModelIdentity
+from comfyui_paro.paro_runtime.readiness import COMPILING
 from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
@@ -198,12 +201,81 @@ def test_why_no_step_would_be_sparse(settings, reason):
     assert found.why_not == reason and found.gain is None and found.run_gain is None
 
 
-def test_on_a_cpu_the_reason_is_the_cpu():
-    assert outlook(session(10), SIZE, CPU, None).why_not.startswith("triton does not run on cpu") or (
-        outlook(session(10), SIZE, CPU, None).why_not == "the settings ask for the PyTorch reference"
-    )
+def test_on_a_cpu_the_reason_is_the_cpu(monkeypatch):
+    for module in (check_module, support):
+        monkeypatch.setattr(module, "interpreted", lambda: False)
+    reason = "triton does not run on cpu"
+    monkeypatch.setattr(support.importlib.util, "find_spec", lambda name: object())
+    assert outlook(session(10), SIZE, CPU, None).why_not == reason
     kernels = check_kernels(SIZE, CPU, "int8", OPTIONS, lambda: None)
-    assert not kernels.ready and kernels.reason == "triton does not run on cpu"
+    assert not kernels.ready and kernels.reason == reason
+
+
+class Compiling:
+    """In the place of Readiness: what it answers in one step after another, and from when on late kernels are there."""
+
+    def __init__(self, answers, late_from):
+        self.answers, self.late_from, self.steps = answers, late_from, []
+
+    def __call__(self, options, compile_ahead):
+        assert compile_ahead
+        return self
+
+    def reason(self, q, k, layout, step, **call):
+        self.steps.append(step)
+        return self.answers[min(step, len(self.answers) - 1)]
+
+    @property
+    def late_ready(self):
+        return len(self.steps) > self.late_from
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """`check_kernels` as on a GPU, whose kernels become ready as the answers say, and how often it asked."""
+    monkeypatch.setattr(check_module, "interpreted", lambda: True)
+    monkeypatch.setattr(check_module, "triton_reason", lambda *call: None)
+    monkeypatch.setattr(check_module, "POLL_SECONDS", 0)
+
+    def run(answers, late_from=0, seconds=1000.0, between=lambda: None):
+        compiling = Compiling(answers, late_from)
+        monkeypatch.setattr(check_module, "WAIT_SECONDS", seconds)
+        monkeypatch.setattr(check_module, "Readiness", compiling)
+        return check_kernels(SIZE, CPU, "int8", OPTIONS, between), len(compiling.steps)
+
+    return run
+
+
+def test_compiling_is_waited_for(kernels):
+    found, asked = kernels([COMPILING, COMPILING, None])
+    assert (found.ready, found.reason, found.note, asked) == (True, "", "", 3)
+    found, asked = kernels([COMPILING, None], late_from=4)
+    assert (found.ready, found.note, asked) == (True, "", 5)
+    found, asked = kernels([COMPILING, "self-check: wrong"])
+    assert (found.ready, found.reason, asked) == (False, "self-check: wrong", 2)
+
+
+def test_compiling_is_not_waited_for_without_end(kernels):
+    found, _ = kernels([COMPILING], seconds=-1.0)
+    assert not found.ready and "check again" in check_verdict(replace(FOUND, kernels=found))
+    assert "check again" in check_text(replace(FOUND, kernels=found)).partition("What a run")[0]
+    found, _ = kernels([None], late_from=9, seconds=-1.0)
+    assert found.ready and "still being compiled" in check_text(replace(FOUND, kernels=found))
+
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kernels([COMPILING], between=stop)
+
+
+@pytest.mark.skipif(not support.interpreted(), reason="needs TRITON_INTERPRET=1")
+def test_paros_kernels_are_measured():
+    small = Size(TokenLayout(3, (2, 8, 10)), 2, 32, torch.float32)
+    for row in rows_of(*paro_methods(small, "int8", OPTIONS, 0.5, "triton"), size=small):
+        assert row.ms > 0 and row.error < 1, row
+    found = check_kernels(small, CPU, "int8", OPTIONS, lambda: None)
+    assert found.ready, found
 
 
 MACHINE = {
