@@ -75,6 +75,25 @@ def test_size_of_every_family(comfy, tiny, name):
     assert (found.heads, found.head_dim, found.layout.length) in spy.seen
 
 
+@pytest.mark.parametrize("name", ["minimax_h3", "ltxav"])
+def test_no_layer_of_the_model_runs(comfy, tiny, name):
+    """Some models prepare their text with layers of their own, whose weights may not be loaded now."""
+    from comfyui_paro.paro_runtime.host.check_model import model_size
+
+    case = CASES[name]
+    if not tiny.known(case):
+        pytest.skip(f"this ComfyUI has no {case.config}")
+    model, run = tiny.build(case), tiny.runs(case)[0]
+
+    def refuse(*args):
+        raise AssertionError("a layer has run")
+
+    for module in model.model.diffusion_model.modules():
+        module.register_forward_pre_hook(refuse)
+    found = model_size(model, {"samples": tiny.latent(run.shape)}, tiny.prompt(case, 1, **run.extra()))
+    assert found.layout.describe() == run.layout
+
+
 def test_without_anything_connected(check):
     said: list[str] = []
     found = check(said=said)
@@ -138,7 +157,8 @@ def test_other_nodes_on_the_model(comfy, wan, check):
     from comfy.ldm.modules.attention import attention_pytorch
     from comfy.patcher_extension import WrappersMP
 
-    assert check(comfy.patched(wan)).others == ()
+    patched = check(comfy.patched(wan))
+    assert patched.others == () and [row.kind for row in patched.rows].count("host") == 1
 
     def cached(executor, *args):
         return executor(*args)
