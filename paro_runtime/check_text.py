@@ -73,7 +73,8 @@ def steps_line(run: Outlook) -> str:
 def row_text(row: Row, now: float | None) -> str:
     """Of a row with a time: that, speed against `now` (ms of the host's present attention), and error."""
     rate = "" if now is None or row.kind == "host" else f", {now / row.ms:.2f}x as fast as now"
-    return f"{row.ms:.3g} ms{rate}, error {share(row.error)}"
+    ms = f"{row.ms:.3g}" if row.ms < 100 else f"{row.ms:,.0f}"
+    return f"{ms} ms{rate}, error {share(row.error)}"
 
 
 def unmeasured(rows: tuple[Row, ...]) -> list[str]:

@@ -15,7 +15,7 @@ from comfyui_paro.paro_runtime import check as check_module
 from comfyui_paro.paro_runtime import check_chart, check_machine, check_measure, check_methods
 from comfyui_paro.paro_runtime.check import Check, Kernels, Outlook, check_kernels, outlook
 from comfyui_paro.paro_runtime.check_measure import Method, Row, Size, measure, paro_methods, random_pattern
-from comfyui_paro.paro_runtime.check_text import check_text, check_verdict, steps_line
+from comfyui_paro.paro_runtime.check_text import check_text, check_verdict, row_text, steps_line
 from comfyui_paro.paro_runtime.plan import ModelIdentity
 from comfyui_paro.paro_runtime.readiness import COMPILING
 from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
@@ -341,6 +341,15 @@ def test_the_text_says_everything():
 def test_the_first_line_says_what_to_do(changes, said):
     assert check_verdict(replace(FOUND, **changes)).startswith(said)
     assert check_text(replace(FOUND, **changes))
+
+
+def test_times_in_words():
+    assert [row_text(replace(NOW, ms=ms), None).split(",")[0] for ms in (0.1234, 12.34, 123.4)] == [
+        "0.123 ms",
+        "12.3 ms",
+        "123 ms",
+    ]
+    assert row_text(replace(OURS, ms=1234.5), 2469.0) == "1,234 ms, 2.00x as fast as now, error 50 %"
 
 
 def test_steps_in_words():
