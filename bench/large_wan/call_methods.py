@@ -1,15 +1,16 @@
-"""Ways to compute one attention call, each with its error and its time: PARO under different orders, routing by block
-means, and the host's block-sparse kernel."""
+"""Ways to compute one attention call, each with its error and its time: PARO under different orders and masks, routing
+by block means, and the host's block-sparse kernel."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 
 from ...kernels.api import sparse_attention
+from ...kernels.kept_words import pack_bits
 from ...kernels.problem import PRECISIONS, SparsePattern
 from ...paro_runtime.attention import build_pattern, pattern_of
 from ...paro_runtime.calibration import Calibrator, Method
@@ -22,7 +23,7 @@ from ...paro_runtime.routing import routed_bits
 from ...paro_runtime.self_check import site_precision
 from ...paro_runtime.tail import best_bias, observe_bias
 from ...paro_runtime.tokens import TokenLayout
-from .routing import pooled_scores
+from .routing import Worth, mask_by_worth, pooled_scores, without_masks
 from .timed import Stopwatch
 
 ORDERS = {"all orders": ("mass", True), "axis orders": ("mass", False), "model's own order": ("original", True)}
@@ -32,7 +33,7 @@ TAU = 1.0
 
 @dataclass(frozen=True)
 class Call:
-    """One attention call: q, k and v `[1, H, L, 128]`; what: layer and step, or that it is planted."""
+    """One attention call: q, k and v `[1, H, L, D]`; what: layer and step or picture, or that it is planted."""
 
     what: str
     site: Site
@@ -44,7 +45,8 @@ class Call:
 
 @dataclass(frozen=True)
 class How:
-    """How calls are computed and timed. repeats: timed runs of each, of which the median counts."""
+    """How calls are computed and timed. repeats: timed runs of each, of which the median counts; 0 times nothing, and
+    rows have no times."""
 
     device: str
     backend: str
@@ -53,7 +55,7 @@ class How:
 
 
 def exact_attention(call: Call) -> torch.Tensor:
-    """Dense attention in float32, head by head, `[1, H, L, 128]`."""
+    """Dense attention in float32, head by head, `[1, H, L, D]`."""
     parts = []
     for head in range(call.q.shape[1]):
         q, k, v = (x[:, head : head + 1].float() for x in (call.q, call.k, call.v))
@@ -66,8 +68,10 @@ def relative_error(out: torch.Tensor, exact: torch.Tensor) -> float:
     return ((out.float() - exact).norm() / exact.norm()).item()
 
 
-def median_ms(run: Callable[[], object], how: How) -> float:
-    """Median milliseconds of a run after one that warms up."""
+def timed(name: str, run: Callable[[], object], how: How) -> dict[str, float]:
+    """Median milliseconds of a run after one that warms up, under that name; nothing where nothing is timed."""
+    if not how.repeats:
+        return {}
     run()
     times = []
     for _ in range(how.repeats):
@@ -75,22 +79,27 @@ def median_ms(run: Callable[[], object], how: How) -> float:
         with watch.measure("run", 0):
             run()
         times.append(1000 * watch.seconds()["run", 0])
-    return statistics.median(times)
+    return {name: statistics.median(times)}
 
 
 class Plans:
-    """PARO's plans of the calls it is shown, by kind of order and density; all sites of a plan share its budget."""
+    """PARO's plans of the calls it is shown, by kind of order and density; all sites of a plan share its budget.
 
-    def __init__(self, densities: list[float], how: How) -> None:
+    kinds: of ORDERS. masks: as `Method.masks`.
+    """
+
+    def __init__(
+        self, densities: list[float], how: How, kinds: Iterable[str] = tuple(ORDERS), masks: str = "auto"
+    ) -> None:
         self._how = how
         self._calibrators = {
             (name, density): Calibrator(
                 ModelIdentity("wan", "bench", "bench"),
                 MaskOptions(density, order, "shared", BLOCK),
-                method=Method(tiles=tiles),
+                method=Method(tiles=tiles, masks=masks),
                 own=True,
             )
-            for name, (order, tiles) in ORDERS.items()
+            for name, (order, tiles) in ((name, ORDERS[name]) for name in kinds)
             for density in densities
         }
 
@@ -104,14 +113,23 @@ class Plans:
         return {key: calibrator.plan({"by": "bench"}) for key, calibrator in self._calibrators.items()}
 
 
-def paro_rows(call: Call, exact: torch.Tensor, plans: dict[tuple[str, float], Plan], how: How) -> Iterator[dict]:
+def paro_rows(
+    call: Call,
+    exact: torch.Tensor,
+    plans: dict[tuple[str, float], Plan],
+    how: How,
+    worth: Worth | None = None,
+    masks: str = "",
+) -> Iterator[dict]:
     """PARO under each plan. ms: of the kernel with its pre-pass. measuring_ms: of what the first step of a group of
-    steps measures for the others, mask and bias, not in ms."""
+    steps measures for the others, mask and bias, not in ms. worth: what the call's blocks are worth, for masks in
+    place of the product's. masks: what the masks are, for the name of the method."""
+    masks = masks and f", {masks}"
     for (name, density), plan in plans.items():
         entry = plan.sites[call.site]
 
         def measured(entry=entry, plan=plan) -> SparsePattern:
-            pattern = _measured_mask(call, entry, plan, how)
+            pattern = _measured_mask(call, entry, plan, how, worth)
             return with_bias(pattern, _measured_bias(call, pattern, how))
 
         pattern = measured()
@@ -120,15 +138,22 @@ def paro_rows(call: Call, exact: torch.Tensor, plans: dict[tuple[str, float], Pl
         def attend(pattern=pattern, precision=precision) -> torch.Tensor:
             return sparse_attention(call.q, call.k, call.v, pattern, precision, backend=how.backend)
 
-        row = {"method": f"PARO, {name}", "density": density, "kept_density": round(entry.density.mean().item(), 4)}
-        yield row | judged(attend(), exact, attend, how) | {"measuring_ms": median_ms(measured, how)}
+        row = {"method": f"PARO, {name}{masks}", "density": density}
+        row |= {"kept_density": round(pattern.mask.float().mean().item(), 4)}
+        yield row | judged(attend(), exact, attend, how) | timed("measuring_ms", measured, how)
 
 
-def _measured_mask(call: Call, entry: SitePlan, plan: Plan, how: How) -> SparsePattern:
-    """The call's pattern, with its own mask where the plan has none, as in a run."""
+def _measured_mask(call: Call, entry: SitePlan, plan: Plan, how: How, worth: Worth | None) -> SparsePattern:
+    """The call's pattern, with a mask by worth, or else its own where the plan has none, as in a run."""
 
     def measure(bare: SparsePattern) -> torch.Tensor:
-        return routed_bits(entry, 0, call.q, call.k, bare, scale=None, key_bias=None, backend=how.backend)
+        if worth is None:
+            return routed_bits(entry, 0, call.q, call.k, bare, scale=None, key_bias=None, backend=how.backend)
+        found = worth(call.q, call.k, call.v, bare.geometry, bare.tables_of_heads(call.q.shape[1]))
+        return pack_bits(mask_by_worth(found, entry, 0))
+
+    if worth is not None:
+        entry = without_masks(entry)
 
     sizes = {"block_q": plan.block_q, "pool": plan.pool, "expansions": plan.expansions}
     where = {"kv_heads": call.k.shape[1], "device": call.q.device}
@@ -136,7 +161,8 @@ def _measured_mask(call: Call, entry: SitePlan, plan: Plan, how: How) -> SparseP
 
 
 def judged(out: torch.Tensor, exact: torch.Tensor, run: Callable[[], object], how: How) -> dict:
-    return {"error": relative_error(out, exact), "ms": median_ms(run, how)}
+    """Error of a result, and time of what made it, JSON-ready."""
+    return {"error": relative_error(out, exact)} | timed("ms", run, how)
 
 
 def _measured_bias(call: Call, pattern: SparsePattern, how: How) -> torch.Tensor:
@@ -148,8 +174,8 @@ def _measured_bias(call: Call, pattern: SparsePattern, how: How) -> torch.Tensor
 
 def routed_row(call: Call, exact: torch.Tensor, density: float, how: How) -> dict:
     """Blocks of 64 keys by the means of 64 queries and keys in the model's own order, the best of each row, nothing for
-    what is dropped: what the host's routing does, on PARO's kernel, whose query blocks may be 128 rows. routing_ms: of
-    choosing them, in plain PyTorch, not in ms."""
+    what is dropped: on PARO's kernel, whose query blocks may be 128 rows, what the host's routing is without its tail
+    (`pooled.py` has both). routing_ms: of choosing them, in plain PyTorch, not in ms."""
     heads, block_q = call.q.shape[1], query_block(call.layout.grid_tokens)
     empty = build_pattern(
         call.layout, (ORIGINAL,) * heads, None, None, block_q=block_q, kv_heads=heads, device=call.q.device
@@ -170,7 +196,7 @@ def routed_row(call: Call, exact: torch.Tensor, density: float, how: How) -> dic
         return sparse_attention(call.q, call.k, call.v, pattern, PRECISIONS[how.precision], backend=how.backend)
 
     row = {"method": "block means, top-k, on PARO's kernel", "density": density}
-    row |= {"kept_density": round(mask.float().mean().item(), 4), "routing_ms": median_ms(choose, how)}
+    row |= {"kept_density": round(mask.float().mean().item(), 4)} | timed("routing_ms", choose, how)
     return row | judged(attend(), exact, attend, how)
 
 

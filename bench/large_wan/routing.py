@@ -17,7 +17,7 @@ from ...kernels.problem import BLOCK_K, Geometry, SparsePattern
 from ...paro_runtime.attention import sent
 from ...paro_runtime.evaluation import Evaluation
 from ...paro_runtime.mean_queries import mean_query_masses
-from ...paro_runtime.plan import Site
+from ...paro_runtime.plan import Site, SitePlan
 from ...paro_runtime.selection import masks_of_counts
 from ...paro_runtime.tail import observe_tail
 
@@ -73,6 +73,18 @@ def true_error(q, k, v, g: Geometry, tables) -> torch.Tensor:
     return observe_tail(q, k, v, g, tables, density=ERROR_DENSITY, pool=BLOCK_K, rows=64).error
 
 
+def mask_by_worth(worth: torch.Tensor, entry: SitePlan, group: int) -> torch.Tensor:
+    """Bool like worth `[H, q_blocks, k_blocks]`: of each head the best blocks, as many as its plan gives it in a group
+    of steps."""
+    counts = (entry.density[group : group + 1] * worth[0].numel()).round().long()
+    return masks_of_counts(worth, sent(counts, worth.device))[0]
+
+
+def without_masks(entry: SitePlan) -> SitePlan:
+    """The same site as a plan has it whose runs measure their masks."""
+    return replace(entry, packed=entry.packed.new_empty(entry.groups, 0))
+
+
 class Router:
     """Gives a session other masks before its sparse calls; of one run. `density` is the mean of what was kept.
 
@@ -104,8 +116,7 @@ class Router:
 
         def measure(pattern: SparsePattern) -> torch.Tensor:
             worth = self._worth(q, k, v, pattern.geometry, pattern.tables_of_heads(q.shape[1]))
-            counts = (entry.density[group : group + 1] * worth[0].numel()).round().long()
-            mask = masks_of_counts(worth, sent(counts, q.device))[0]
+            mask = mask_by_worth(worth, entry, group)
             self._routed[site] = group, mask.float().mean()
             self._kept.append(self._routed[site][1])
             return pack_bits(mask)
@@ -113,8 +124,14 @@ class Router:
         def refused(pattern: SparsePattern) -> torch.Tensor:
             raise RuntimeError(f"{site.name}: no room to keep a pattern, so other masks cannot be given to the session")
 
-        bare = replace(entry, packed=entry.packed.new_empty(entry.groups, 0))
-        where = (site, replace(plan, sites={**plan.sites, site: bare}), group, layout, k.shape[1], q.device)
+        where = (
+            site,
+            replace(plan, sites={**plan.sites, site: without_masks(entry)}),
+            group,
+            layout,
+            k.shape[1],
+            q.device,
+        )
         session.patterns.drop(site, layout)
         session.patterns.get(*where, measure)
         session.patterns.get(*where, refused)
