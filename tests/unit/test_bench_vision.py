@@ -69,6 +69,21 @@ def test_a_head_that_follows_content_wants_its_order_and_masks_of_its_own_pictur
     assert text[0] == "| error of 1 calls | 0.3 | 1.0 |" and len(text) == 2 + len(errors)
 
 
+def test_the_oracle_knows_what_mean_queries_cannot():
+    """Neighbours look at opposite places: their mean looks at a third one, where none of them does."""
+    places, made = torch.arange(SIDE), torch.Generator().manual_seed(0)
+    quarters = (2 * (places[:, None] // 16) + places // 16).flatten()
+    signs = 1.0 - 2 * ((places[:, None] + places) % 2).flatten()
+    q, k, v = torch.zeros(1, 1, 1 + SIDE**2, DIM), torch.zeros(1, 1, 1 + SIDE**2, DIM), None
+    q[0, 0, 1:, 0], q[0, 0, 1:, 1] = 9 * signs, 3
+    k[0, 0, 1:, 0], k[0, 0, 1:, 1] = 9.0 * (quarters == 0) - 9.0 * (quarters == 1), 9.0 * (quarters == 2)
+    v = torch.randn(q.shape, generator=made)
+    judge = vision.PictureJudge((SIDE, SIDE), [0.5], HOW)
+    judge.learn(0, q, k, v)
+    errors = {row["method"]: row["error"] for row in judge.rows("same", 0, q, k, v)}
+    assert errors[ORACLE] < 0.3 * errors[OURS]
+
+
 def test_dropped_blocks_have_their_means_at_the_weight_of_the_mean_query():
     layout, made = TokenLayout(3, (1, 20, 21)), torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, layout.length, 8, generator=made, dtype=torch.float64) + 0.5 for _ in range(3))
@@ -113,6 +128,16 @@ def test_every_layer_is_told_and_positions_follow_the_picture():
     assert [(call[0], call[1].shape) for call in told] == [(0, (1, 2, 25, DIM)), (1, (1, 2, 25, DIM))]
     own = vision_model._positions(weights, 5, 5)
     torch.testing.assert_close(own, torch.cat([weights["position.class"], weights["position.grid"]], 1))
+    weights["position.grid"] = torch.arange(5.0).repeat_interleave(5)[None, :, None].expand(1, 25, 128)
+    down = vision_model._positions(weights, 4, 6)[0, 1:, 0].unflatten(0, (4, 6))
+    torch.testing.assert_close(down, down[:, :1].expand(4, 6))
+    assert (down.diff(dim=0) > 0.5).all()
+
+
+def test_keys_are_of_the_normalised_patches():
+    weights, told = random_weights(), []
+    pixels = torch.randn(1, 3, 4 * 14, 6 * 14, generator=torch.Generator().manual_seed(1))
+    vision_model.run(weights, pixels, lambda *call: told.append(call))
     # The first layer's keys are what its matrix makes of the normalised patches; patches lie row by row.
     last = pixels[:, :, -14:, -14:].flatten() @ weights["embeddings.patch_embeddings.projection.weight"].flatten(1).T
     last = last + vision_model._positions(weights, 4, 6)[0, -1]
