@@ -80,13 +80,10 @@ def load_weights(path: Path) -> dict[str, torch.Tensor]:
     weights = {name.removeprefix("backbone."): x.float() for name, x in weights.items()}
     for x in (x for name, x in stored.items() if x.dim() == 3 and not name.startswith("backbone.")):
         weights["position.class" if x.shape[1] == 1 else "position.grid"] = x.float()
-    missing = {
-        name for layer in range(layers_of(weights)) for name in MATRICES.values() if _of(layer, name) not in weights
-    }
-    if missing or not {"position.class", "position.grid"} <= weights.keys():
-        raise ValueError(
-            f"{path.name}: not a transformer of this kind ({', '.join(sorted(missing)) or 'no positions'})"
-        )
+    wanted = {_of(layer, name) for layer in range(layers_of(weights)) for name in MATRICES.values()}
+    missing = (wanted | {"position.class", "position.grid"}) - weights.keys()
+    if missing:
+        raise ValueError(f"{path.name}: not a transformer of this kind, it lacks {', '.join(sorted(missing))}")
     return weights
 
 
