@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..paro_runtime import ahead
+from ..paro_runtime.host.saved import keep_records
 from .calibrate import PAROCalibrate
 from .check import PAROCheck
 from .compare import PAROCompare
@@ -22,5 +23,6 @@ class PAROExtension(ComfyExtension):
         # Here and not in `on_load`, which older hosts do not call; the schemas need the folders.
         register_folders()
         ahead.at_start()
+        keep_records()
         demo = [PARODemoConditioning, PARODemoDecode, PARODemoVAE]
         return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PAROCompare, PAROCheck, *demo]

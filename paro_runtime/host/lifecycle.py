@@ -18,6 +18,7 @@ from ..attempt import Attempt
 from ..reasons import not_used, stopped
 from ..session import Report, Session
 from ..tokens import TokenLayout
+from . import saved
 from .evaluation import OPTIONS_KEY, HostEvaluation
 from .families import Family, ModelCall
 from .override import SLOT, is_override, make_override
@@ -250,6 +251,11 @@ class Lifecycle:
         try:
             report = session.finish()
             log.info("PARO: %s", report.status())
+            made_with = saved.add(report, session.policy.identity)
+            if made_with is not None:
+                report = replace(report, notes=[*report.notes, made_with])
+                session.say(f"{report.status()}\n{made_with}")
+                log.info("PARO: %s", made_with)
             # It lives as long as the patched model, which may be for days.
             return report if report.plan is None else replace(report, plan=report.plan.without_masks())
         except Exception as error:
