@@ -8,7 +8,8 @@ from comfy_api.latest import io, ui
 from ..paro_runtime.host.calibrate import Sampling, calibrate
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan import PlanError
-from ..paro_runtime.settings import Settings, SettingsError, parse_blocks
+from ..paro_runtime.settings import Settings, parse_blocks
+from .errors import checked, told
 from .schema import ALIASES, CATEGORY, PlanType, SettingsType, advanced, schema
 from .storage import plan_store
 
@@ -94,11 +95,7 @@ class PAROCalibrate(io.ComfyNode):
     def validate_inputs(cls, calibrate_steps: str | None = None) -> bool | str:
         # The page marks every input that is named here, whichever is wrong; the name of the plan is checked first
         # thing in the run.
-        try:
-            parse_blocks(calibrate_steps or "", "calibrate_steps")
-        except SettingsError as error:
-            return str(error)
-        return True
+        return checked(cls.hidden.unique_id, lambda: parse_blocks(calibrate_steps or "", "calibrate_steps"))
 
     @classmethod
     def execute(
@@ -120,20 +117,28 @@ class PAROCalibrate(io.ComfyNode):
         positive_3: object = None,
         positive_4: object = None,
     ) -> io.NodeOutput:
-        if plan_name:
-            try:
-                plan_store().locate(plan_name)
-            except PlanError as error:
-                raise PlanError(f"plan_name: {error}") from None
-        made = calibrate(
-            model,
-            negative,
-            [prompt for prompt in (positive, positive_2, positive_3, positive_4) if prompt is not None],
-            Sampling(latent_image, seed, steps, cfg, sampler_name, scheduler, denoise),
-            settings=settings or Settings(),
-            steps=calibrate_steps,
-            store=plan_store(),
-            name=plan_name,
-            on_status=status_line(cls.hidden.unique_id),
-        )
+        show = status_line(cls.hidden.unique_id)
+        with told(show):
+            _check_name(plan_name)
+            made = calibrate(
+                model,
+                negative,
+                [prompt for prompt in (positive, positive_2, positive_3, positive_4) if prompt is not None],
+                Sampling(latent_image, seed, steps, cfg, sampler_name, scheduler, denoise),
+                settings=settings or Settings(),
+                steps=calibrate_steps,
+                store=plan_store(),
+                name=plan_name,
+                on_status=show,
+            )
         return io.NodeOutput(made.plan, made.picture, made.text, ui=ui.PreviewImage(made.picture, cls=cls))
+
+
+def _check_name(name: str) -> None:
+    """Raises PlanError, before anything is sampled, for a name that no file can have; empty is one of PARO's own."""
+    try:
+        if name:
+            plan_store().locate(name)
+    except PlanError as error:
+        reason = str(error).removeprefix("plan: ")
+        raise PlanError(f"plan_name: {reason}; give a name such as my_plan, or none") from None

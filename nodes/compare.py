@@ -12,6 +12,7 @@ from ..paro_runtime.compare import shrunk
 from ..paro_runtime.host.calibrate import Sampling
 from ..paro_runtime.host.compare import Comparison, compare
 from ..paro_runtime.host.status import status_line
+from .errors import told
 from .schema import ALIASES, CATEGORY, schema
 
 _EMPTY = torch.zeros(1, 64, 64, 3)
@@ -97,7 +98,8 @@ class PAROCompare(io.ComfyNode):
     ) -> io.NodeOutput:
         show = status_line(cls.hidden.unique_id)
         sampling = Sampling(latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
-        made = compare(model, positive, negative, vae, sampling, other=other, on_status=show)
+        with told(show):
+            made = compare(model, positive, negative, vae, sampling, other=other, on_status=show)
         shown = {"text": (made.text,), **cls._shown(made)}
         show(made.text)
         picture = _EMPTY if made.picture is None else made.picture

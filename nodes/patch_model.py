@@ -11,11 +11,13 @@ from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan import Plan, PlanError
 from ..paro_runtime.reasons import OFF, not_used
 from ..paro_runtime.settings import PRECISION_NAMES, PRESET_NAMES, Settings
+from .errors import checked, told
 from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, schema
 from .storage import plan_store
 
 log = logging.getLogger("paro")
 AUTO, REMEMBERED = "auto", "remembered"
+COPY = "copy the file there to use it"
 DEFAULT = Settings()
 
 
@@ -87,11 +89,7 @@ class PAROPatchModel(io.ComfyNode):
     def validate_inputs(cls, plan_file: str | None = None) -> bool | str:
         # Naming plan_file lifts the host's list check on purpose: a workflow from another machine, whose plan file is
         # not here, runs and calibrates anew.
-        try:
-            _load(plan_file)
-        except PlanError as error:
-            return f"plan_file: {error}"
-        return True
+        return checked(cls.hidden.unique_id, lambda: _load(plan_file))
 
     @classmethod
     def fingerprint_inputs(cls, plan_file: str | None = None, **others: object) -> str:
@@ -115,18 +113,18 @@ class PAROPatchModel(io.ComfyNode):
         if not enabled:
             show(not_used(OFF))
             return io.NodeOutput(model)
-        settings, note = _chosen(settings, speed, density, precision)
-        remember = plan_file == REMEMBERED
-        if plan is None and plan_file not in (AUTO, REMEMBERED):
-            plan = _load(plan_file)
-            if plan is None:
-                missing = f"plan_file: {plan_file} is not in models/paro; a plan is made on the way"
-                note = missing if note is None else f"{missing}; {note}"
-        if note is not None:
-            log.warning("PARO: %s", note)
-            show(note)
-        rest = {"store": plan_store(), "remember": remember}
-        return io.NodeOutput(patch_model(model, settings, plan=plan, on_status=show, note=note, **rest))
+        with told(show):
+            settings, note = _chosen(settings, speed, density, precision)
+            if plan is None and plan_file not in (AUTO, REMEMBERED):
+                plan = _load(plan_file)
+                if plan is None:
+                    missing = f"plan_file: {plan_file} is not in models/paro, so a plan is made on the way; {COPY}"
+                    note = missing if note is None else f"{missing}; {note}"
+            if note is not None:
+                log.warning("PARO: %s", note)
+                show(note)
+            rest = {"store": plan_store(), "remember": plan_file == REMEMBERED}
+            return io.NodeOutput(patch_model(model, settings, plan=plan, on_status=show, note=note, **rest))
 
 
 def _chosen(settings: Settings | None, speed: str, density: float, precision: str) -> tuple[Settings, str | None]:
@@ -135,18 +133,23 @@ def _chosen(settings: Settings | None, speed: str, density: float, precision: st
         changed = {"speed": speed != DEFAULT.preset, "density": density != DENSITY}
         changed["precision"] = precision != DEFAULT.precision
         names = [name for name, its in changed.items() if its]
-        return settings, f"{', '.join(names)} not used: PARO Settings is connected, and decides" if names else None
+        note = f"{', '.join(names)} not used, since PARO Settings is connected; set them there"
+        return settings, note if names else None
     own = speed == "custom"
     note = None
     if not own and density != DENSITY:
-        note = f"density {density:g} is not used: it counts with the speed custom only, this is {speed}"
+        note = f"density {density:g} is not used, since speed is {speed}; set speed to custom to use it"
     return Settings(preset=speed, density=density if own else None, precision=precision).validated(), note
 
 
 def _load(name: str | None) -> Plan | None:
-    """The plan, or None where no file is named and for one that is not there. Raises PlanError for a file it cannot
-    use."""
-    store = plan_store()
-    if name in (None, AUTO, REMEMBERED) or store.locate(name) is None:
+    """The plan, or None where no file is named and for one that is not there. Raises PlanError, which names the input
+    and says what to do, for a file it cannot use."""
+    if name in (None, AUTO, REMEMBERED):
         return None
-    return store.load(name)
+    store = plan_store()
+    try:
+        return None if store.locate(name) is None else store.load(name)
+    except PlanError as error:
+        reason = str(error).removeprefix("plan: ").removeprefix("plan ")
+        raise PlanError(f"plan_file: {reason}; choose another plan, or auto") from None

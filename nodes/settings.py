@@ -18,9 +18,9 @@ from ..paro_runtime.settings import (
     PRESET_NAMES,
     TAIL_NAMES,
     Settings,
-    SettingsError,
     parse_blocks,
 )
+from .errors import checked, told
 from .schema import ALIASES, CATEGORY, DENSITY, SettingsType, advanced, schema
 
 log = logging.getLogger("paro")
@@ -168,18 +168,15 @@ class PAROSettings(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, dense_blocks: str | None = None) -> bool | str:
         # The page marks every input that is named here, whichever is wrong; the others' bounds are the host's to check.
-        try:
-            parse_blocks(dense_blocks or "", "dense_blocks")
-        except SettingsError as error:
-            return str(error)
-        return True
+        return checked(cls.hidden.unique_id, lambda: parse_blocks(dense_blocks or "", "dense_blocks"))
 
     @classmethod
     def execute(cls, preset: str, density: float, dense_steps: int, **others: Any) -> io.NodeOutput:
+        show = status_line(cls.hidden.unique_id)
         if preset != "custom" and density != DENSITY:
-            note = f"density {density:g} is not used: it counts with the preset custom only, this is {preset}"
+            note = f"density {density:g} is not used, since preset is {preset}; set preset to custom to use it"
             log.warning("PARO Settings: %s", note)
-            status_line(cls.hidden.unique_id)(note)
+            show(note)
         min_tokens = others.pop("min_tokens", BY_RECIPE)
         settings = Settings(
             preset=preset,
@@ -188,7 +185,8 @@ class PAROSettings(io.ComfyNode):
             min_tokens=None if min_tokens == BY_RECIPE else min_tokens,
             **others,
         )
-        return io.NodeOutput(settings.validated())
+        with told(show):
+            return io.NodeOutput(settings.validated())
 
 
 def _combo(name: str, options: tuple[str, ...], tooltip: str, rare: bool = False) -> io.Combo.Input:

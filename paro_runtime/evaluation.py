@@ -18,6 +18,7 @@ from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_sho
 from .patterns import with_bias
 from .plan import Plan, Site
 from .readiness import COMPILING
+from .reasons import hint_of, words_of
 from .refresh import is_short
 from .routing import routed_bits
 from .schedule import GROUPS
@@ -101,7 +102,9 @@ class Evaluation:
             return self._dense(q, k, v, scale, key_bias, dense)
         seen = grid.plan is None and self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
         if grid.plan is None and grid.calibrator is None:
-            attempt.count("fallbacks", grid.lost or "no plan and calibration is off")
+            attempt.count("fallbacks", lost := grid.lost or "no plan and calibration is off")
+            if session.settings.strict:
+                raise RuntimeError(f"strict: {words_of(lost)}; {hint_of(lost)}")
             return self._dense(q, k, v, scale, key_bias, dense)
         if session.schedule.is_dense_step(self.step):
             attempt.count("dense", "dense step")

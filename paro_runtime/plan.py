@@ -174,11 +174,10 @@ class Plan:
 
     def foreign(self, identity: ModelIdentity) -> str | None:
         """Why this plan cannot serve that model on any grid, in one line, or None. Other weights are no reason."""
-        if self.identity.family != identity.family or self.identity.architecture != identity.architecture:
-            return (
-                f"plan: made for {self.identity.family} {self.identity.architecture}, "
-                f"the model is {identity.family} {identity.architecture}"
-            )
+        if self.identity.family != identity.family:
+            return f"plan: made for {self.identity.family}, the model is {identity.family}"
+        if self.identity.architecture != identity.architecture:
+            return f"plan: made for another {identity.family} model, with layers of other sizes"
         return None
 
     def unsuitable(self, identity: ModelIdentity, layout: TokenLayout) -> str | None:

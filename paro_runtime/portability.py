@@ -251,9 +251,10 @@ def move_plan(plan: Plan, layout: TokenLayout, device: torch.device | str = "cpu
     """
     if plan.layout.grid == layout.grid:
         return plan if plan.layout == layout else replace(plan, layout=layout)
-    for site, entry in plan.sites.items():
+    for entry in plan.sites.values():
         if entry.falloff is None:
-            raise PlanError(f"plan: {site.name} does not say how its attention falls off; it serves no other grid")
+            grid = " x ".join(map(str, plan.layout.grid))
+            raise PlanError(f"plan: serves its own size of {grid} tokens only; make one for this size")
     move = _Move(plan, layout.grid, device)
     made = {**plan.made, "moved_from": "x".join(map(str, plan.layout.grid))}
     return Plan(

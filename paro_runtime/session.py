@@ -219,7 +219,8 @@ class Session:
             for saving in self._saving:
                 saving.join()
             if self.settings.dense_blocks and self.sites and not self.dense_block_sites:
-                self.note("dense_blocks: the model has none of the blocks that are named; all are treated alike")
+                named = f"dense_blocks: the model has none of the blocks {self.settings.dense_blocks}"
+                self.note(f"{named}, all are treated alike; name blocks that it has, or leave it empty")
             self.clock.next(self.steps, "", self.counts.sparse)
             report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
             self.patterns.clear()
@@ -255,7 +256,8 @@ class Session:
             reason = given.foreign(self.policy.identity)
             if reason is None:
                 if given.identity.weights != self.policy.identity.weights:
-                    self.note("plan: made for other weights of the same architecture; a fine-tune or LoRA may differ")
+                    others = "plan: made for other weights of this model, of a fine-tune or LoRA say"
+                    self.note(f"{others}; make one for these if the picture suffers")
                 try:
                     grid.plan, grid.source = _moved(given, layout), "given plan"
                 except PlanError as error:

@@ -86,9 +86,11 @@ class Settings:
         if self.density is not None and not (
             isinstance(self.density, (int, float)) and math.isfinite(self.density) and 0 < self.density <= 1
         ):
-            raise SettingsError(f"density: {self.density} is not in the range above 0 up to 1")
+            raise SettingsError(f"density: {self.density} is no share; give a number above 0 and up to 1, such as 0.3")
         if not (isinstance(self.mass_target, (int, float)) and 0 <= self.mass_target <= 1):
-            raise SettingsError(f"mass_target: {self.mass_target!r} is not in the range 0 to 1")
+            raise SettingsError(
+                f"mass_target: {self.mass_target!r} is no share; give a number from 0 to 1, such as 0.97"
+            )
         for name in ("dense_steps", "min_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):
@@ -106,9 +108,13 @@ def parse_blocks(text: str, field: str = "dense_blocks") -> tuple[tuple[int, int
             start = int(part[0] + first)
             end = int(last) if dash else start
         except ValueError:
-            raise SettingsError(f"{field}: {part!r} is not a number or a range like 47-49") from None
-        if dash and not 0 <= start <= end:
-            raise SettingsError(f"{field}: the range {part!r} does not rise")
+            raise SettingsError(
+                f"{field}: {part!r} is not a number or a range; write numbers with commas between, such as 0, 1, 47-49"
+            ) from None
+        if dash and min(start, end) < 0:
+            raise SettingsError(f"{field}: {part!r} is a range from the end; write its numbers, such as -3, -2, -1")
+        if dash and start > end:
+            raise SettingsError(f"{field}: the range {part!r} does not rise; write {end}-{start}")
         ranges.append((start, end))
     return tuple(ranges)
 

@@ -13,12 +13,13 @@ import torch
 from ..calibration import Calibrator
 from ..plan import Plan, PlanError
 from ..plan_store import PlanStore
+from ..reasons import NO_CALL, words_of
 from ..recipes import mask_options, raised_density
 from ..report import kept_text, plan_picture
 from ..settings import Settings, SettingsError, in_blocks, parse_blocks
-from ..verdict import exact
+from ..verdict import exact, most_common
 from .families import family_of
-from .patching import calibration_model, policy_for
+from .patching import calibration_model, last_report, policy_for
 
 UNFINISHED = "unfinished"
 """Folder beside the plans that keeps calibrations which were stopped."""
@@ -67,7 +68,7 @@ def calibrate(
     """
     family = family_of(model.model.diffusion_model)
     if isinstance(family, str):
-        raise PlanError(f"model: {family}")
+        raise PlanError(f"model: {family}, there is nothing to calibrate; docs/models.md lists what PARO knows")
     ranges = parse_blocks(steps, "calibrate_steps")
     _check_steps(ranges, sampling.steps)
     policy = policy_for(model, family, settings)
@@ -85,7 +86,9 @@ def calibrate(
     began = time.perf_counter()
     _sample_prompts(watched, calibrator, negative, positives, missing, sampling, on_status)
     seconds = time.perf_counter() - began
-    raised = raised_density(settings, policy.recipe, calibrator.layout.grid_tokens) if calibrator.layout else None
+    if not calibrator.sites:
+        raise PlanError(_nothing_seen(watched))
+    raised = raised_density(settings, policy.recipe, calibrator.layout.grid_tokens)
     if raised is not None:
         calibrator.options = replace(options, density=raised)
     stability = calibrator.stability()
@@ -106,9 +109,16 @@ def _check_steps(ranges: tuple[tuple[int, int], ...], total: int) -> None:
         beyond = next((step for step in (start, end) if not -total <= step < total), None)
         if beyond is not None:
             raise SettingsError(
-                f"calibrate_steps: there is no step {beyond}, {total} steps are numbered 0 to {total - 1} "
-                f"(-{total} to -1 from the end)"
+                f"calibrate_steps: there is no step {beyond}; name steps from 0 to {total - 1}, "
+                f"or from -{total} to -1, which count from the end"
             )
+
+
+def _nothing_seen(model: Any) -> str:
+    """Why a calibration that ran through has nothing to make a plan of."""
+    report = last_report(model)
+    reason = NO_CALL if isinstance(report, str) else most_common(report.passed + report.fallbacks) or NO_CALL
+    return f"latent_image: {words_of(reason)}, nothing could be calibrated; use the size that you generate at"
 
 
 def _digest(identity: Any, options: Any, steps: str, sampling: Sampling, positives: Sequence[Any]) -> str:

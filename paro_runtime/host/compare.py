@@ -13,6 +13,7 @@ import torch
 
 from ..compare import Figures, clips_of, measure, side_by_side
 from ..compare_text import PLAIN, TWO_MODELS, Timed, labels, text
+from ..reasons import hint_of
 from .calibrate import Sampling
 from .lifecycle import KEY, Lifecycle
 from .patching import last_report, remove
@@ -158,7 +159,9 @@ def check(model: Any, vae: Any) -> None:
             "switch enabled on"
         )
     if not isinstance(found, Lifecycle):
-        raise CompareError(f"model: PARO does not run on this model, so there is nothing to compare: {found}")
+        raise CompareError(
+            f"model: PARO does not run on this model, so there is nothing to compare: {found}; {hint_of(found)}"
+        )
     if not hasattr(vae, "decode") or getattr(vae, "first_stage_model", vae) is None:
         raise CompareError("vae: there is none in it; connect the VAE that belongs to the model, from Load VAE")
 

@@ -69,7 +69,8 @@ def patch_model(
     notes = [note] if note else []
     if isinstance(model.get_attachment(KEY), Lifecycle):
         notes.append(
-            "the model had been through a PARO Patch Model before: this one replaces it, with its own settings"
+            "the model had been through a PARO Patch Model before: this one replaces it, with its own settings; "
+            "take one of them away"
         )
         _say(on_status, notes[-1])
     install(clone, Lifecycle(family, start, settings.strict))
@@ -118,10 +119,10 @@ def policy_for(
     """Everything that is decided before a run. Raises PlanError, SettingsError or RecipeError with one line."""
     identity = identify(model, family.name)
     if plan is not None:
-        made_for = plan.identity
-        if (made_for.family, made_for.architecture) != (identity.family, identity.architecture):
-            # The grid may differ, it is known only when a run begins; the model may not.
-            raise PlanError(plan.unsuitable(identity, plan.layout))
+        # The grid may differ, it is known only when a run begins; the model may not.
+        foreign = plan.foreign(identity)
+        if foreign is not None:
+            raise PlanError(f"{foreign}; choose a plan of this model, or set plan_file to auto")
     recipe = recipe_for(family.name if settings.recipe == "auto" else settings.recipe)
     mask_options(settings.validated(), recipe)
     return Policy(identity, recipe, settings, plan, store)

@@ -30,8 +30,10 @@ SERVER_MODULES = ("aiohttp", "comfyui_frontend_package")
 # As `requires-comfyui` in pyproject.toml says: Wan tells which block is running since then.
 FLOOR = (0, 5, 0)
 PACK = Path(__file__).resolve().parent.parent.parent
-# A prompt without text encoder, for both servers.
+# A prompt without text encoder, for both servers; a model that PARO does not know, and a VAE that is none.
 PROMPT_NODE = """
+import copy
+
 import torch
 
 class Prompt:
@@ -41,7 +43,27 @@ class Prompt:
     def make(self, seed):
         return ([[torch.randn(1, 3, 4096, generator=torch.Generator().manual_seed(seed)), {}]],)
 
-NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt}
+class OtherModel:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"model": ("MODEL",)}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "test"
+
+    def make(self, model):
+        made = model.clone()
+        made.model = copy.copy(model.model)
+        made.model._modules = dict(model.model._modules)
+        inner = copy.copy(model.model.diffusion_model)
+        inner.__class__ = type("HomeMade", (torch.nn.Module,), {})
+        made.model.diffusion_model = inner
+        return (made,)
+
+class NoVae:
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, CATEGORY = ("VAE",), "make", "test"
+
+    def make(self):
+        return (object(),)
+
+NODE_CLASS_MAPPINGS = {"TestPrompt": Prompt, "TestOtherModel": OtherModel, "TestNoVae": NoVae}
 """
 
 

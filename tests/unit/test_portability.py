@@ -164,7 +164,7 @@ def test_orders_that_do_not_suit_the_other_grid_are_changed(problems, plan):
 def test_a_plan_that_does_not_know_its_falloff_serves_its_own_grid_only(plan):
     bare = replace(plan, sites={SITE: replace(plan.sites[SITE], falloff=None)})
     assert move_plan(bare, TokenLayout(0, OLD)).layout == TokenLayout(0, OLD)
-    with pytest.raises(PlanError, match=r"planted\.0\.0 does not say how its attention falls off"):
+    with pytest.raises(PlanError, match=r"plan: serves its own size of .* tokens only"):
         move_plan(bare, TokenLayout(TEXT, NEW))
 
 
