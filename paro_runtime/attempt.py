@@ -40,6 +40,13 @@ class Counts:
         """One more call; kind is the name of a field."""
         getattr(self, kind)[reason] += 1
 
+    def take_over(self, others: Counts) -> None:
+        """As if these had been counted here."""
+        self.sparse += others.sparse
+        self.dense += others.dense
+        self.passed += others.passed
+        self.fallbacks += others.fallbacks
+
     def take_back(self, others: Counts) -> None:
         """As if these had not been counted."""
         self.sparse -= others.sparse

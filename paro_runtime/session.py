@@ -142,6 +142,7 @@ class Session:
         self.tail_seconds = 0.0
         self.backend = ""
         self.device = ""
+        self.quiet = False  # shows nothing and keeps no plan: another session of the same model does
         self._on_status = on_status
         self._grids: dict[tuple[int, int, int], Grid] = {}
         self.patterns = PatternCache()
@@ -227,6 +228,19 @@ class Session:
         release_scratch()
         self.say(report.status())
         return report
+
+    def absorb(self, other: Session) -> None:
+        """Count what a session of the same model, on another device and over by now, did as this one's."""
+        with self.lock:
+            self.counts.take_over(other.counts)
+            for mine, its in (
+                (self.sites, other.sites),
+                (self.sparse_sites, other.sparse_sites),
+                (self.dense_block_sites, other.dense_block_sites),
+                (self.routed_sites, other.routed_sites),
+            ):
+                mine |= its
+            self.notes += [note for note in other.notes if note not in self.notes]
 
     @property
     def step_seconds(self) -> dict[str, float]:
@@ -382,7 +396,7 @@ class Session:
         if grid.begun is not None:
             grid.begun = None
             self.patterns.clear()
-        if self.policy.store is not None and self.policy.remember:
+        if self.policy.store is not None and self.policy.remember and not self.quiet:
             # Later runs would find no masks for what this one could not observe, and never look again.
             missing = [site.name for site in sorted(grid.sites - set(grid.plan.sites) - self.dense_block_sites)]
             if missing:
@@ -447,7 +461,7 @@ class Session:
 
     def say(self, text: str) -> None:
         """Show one line on the node."""
-        if self._on_status is not None:
+        if self._on_status is not None and not self.quiet:
             self._on_status(text)
 
     def too_short_to_drop(self, tokens: int, device: torch.device) -> str | None:

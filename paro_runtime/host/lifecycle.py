@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -57,24 +58,52 @@ def mark_of(samples: Any) -> Hashable | None:
 
 
 class HostRun:
-    """One sampling: its session and family, carried by `transformer_options` between evaluations."""
+    """One sampling of one model: its session and family, carried by `transformer_options` between evaluations."""
 
-    def __init__(self, session: Session, family: Family, guider: Any = None) -> None:
-        """guider: the host's, whose model is sampled."""
+    def __init__(
+        self, session: Session, family: Family, guider: Any = None, lifecycle: Lifecycle | None = None
+    ) -> None:
+        """guider: the host's, whose model is sampled. lifecycle: of that model."""
         self.session = session
         self.family = family
+        self.lifecycle = lifecycle
         self._guider = guider
         self._sigmas: Any = None
         self._compiled_anew = False
+        self._beside: dict[Any, HostRun | None] = {}
+        self._lock = threading.Lock()
 
-    def serves(self, model: Any) -> bool:
-        """Whether it is the model that was patched, or one of its copies on other GPUs: a guider may have a second
-        model, which it calls with the first one's options."""
+    @property
+    def beside(self) -> list[HostRun]:
+        """The runs of other models within this sampling."""
+        return [run for run in self._beside.values() if run is not None]
+
+    def of(self, model: Any) -> HostRun | None:
+        """The run of the model that is evaluated: this one; one beside it; None for a model without PARO.
+
+        The host calls two kinds of other models with this one's options. Its copies on other GPUs, each in a thread of
+        its own, have a session each: what one of them measures is on its own device, and the order in which they come
+        must change nothing. A guider's second model has one where it was patched too.
+        """
         patcher = getattr(self._guider, "model_patcher", None)
-        if patcher is None:
-            return True
+        if patcher is None or patcher.model is model:
+            return self
+        with self._lock:
+            if model not in self._beside:
+                self._beside[model] = None  # whatever goes wrong is tried once
+                self._beside[model] = self._begin_beside(model)
+            return self._beside[model]
+
+    def _begin_beside(self, model: Any) -> HostRun | None:
         copies = (getattr(self._guider, "model_options", None) or {}).get("multigpu_clones", {})
-        return any(each.model is model for each in (patcher, *copies.values()))
+        is_copy = any(copy.model is model for copy in copies.values())
+        attached = getattr(getattr(model, "current_patcher", None), "get_attachment", lambda _: None)
+        its = self.lifecycle if is_copy else attached(KEY)
+        if not isinstance(its, Lifecycle):
+            return None
+        session = its.start(self.session.sigmas)
+        session.quiet = is_copy
+        return HostRun(session, its.family, lifecycle=its)
 
     def compiles_anew(self, evaluation: HostEvaluation, options: dict[str, Any]) -> bool:
         """Whether the evaluation is to be made again because a graph left PARO out: once in a run.
@@ -137,9 +166,9 @@ class Lifecycle:
     def __init__(self, family: Family, start: Callable[[list[float]], Session], strict: bool = False) -> None:
         self.family = family
         self.strict = strict
+        self.start = start
         self.last_report: Report | None = None
         self.why_no_report = NOT_RUN
-        self.start = start
         self._reports: dict[Hashable, Report] = {}
 
     def report_of(self, samples: Any) -> Report | None:
@@ -158,7 +187,7 @@ class Lifecycle:
             sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
             options = executor.class_obj.model_options.setdefault("transformer_options", {})
             session = self.start([float(sigma) for sigma in sigmas])
-            options[OPTIONS_KEY] = HostRun(session, self.family, executor.class_obj)
+            run = options[OPTIONS_KEY] = HostRun(session, self.family, executor.class_obj, self)
             _stand_first(options)
         except Exception as error:
             if self.strict:
@@ -169,18 +198,30 @@ class Lifecycle:
         try:
             result = executor(*args, **kwargs)
         except BaseException:
-            self._stop(session)
+            for each in (run, *run.beside):
+                each.lifecycle._stop(each.session)
             raise
         finally:
             options.pop(OPTIONS_KEY, None)
-        self.last_report = self._finish(session)
+        for each in run.beside:
+            its = each.lifecycle
+            report = its._finish(each.session)
+            if its is self:
+                session.absorb(each.session)
+            else:
+                its._keep(report, result)
+        self._keep(self._finish(session), result)
+        return result
+
+    def _keep(self, report: Report | None, result: Any) -> None:
+        """The report is that of the run that gave this result."""
+        self.last_report = report
         mark = mark_of(result)
-        if self.last_report is not None and mark is not None:
+        if report is not None and mark is not None:
             self._reports.pop(mark, None)
-            self._reports[mark] = self.last_report
+            self._reports[mark] = report
             for oldest in list(self._reports)[:-KEPT_REPORTS]:
                 del self._reports[oldest]
-        return result
 
     def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Wrapper of APPLY_MODEL: (x, t, c_concat, c_crossattn, control, transformer_options), owner the model."""
@@ -190,9 +231,11 @@ class Lifecycle:
         run = (bound["transformer_options"] or {}).get(OPTIONS_KEY)
         if not isinstance(run, HostRun):
             return executor(*args, **kwargs)
-        if not run.serves(executor.class_obj):
+        its = self._run_of(run, executor.class_obj)
+        if its is None:
             run.session.decline("an evaluation of another model than the one that was patched")
             return executor(*args, **kwargs)
+        run = its
         extra = {name: value for name, value in kwargs.items() if name not in APPLY_MODEL}
         model, given = executor.class_obj.diffusion_model, bound["transformer_options"]
         can_redo = repeatable(model, given)
@@ -208,13 +251,23 @@ class Lifecycle:
             options = {**given, OPTIONS_KEY: evaluation}
             if evaluation is not None:
                 _stand_first(options)
-            its = {**bound, "control": _copied(bound["control"]), "transformer_options": options}
-            result = executor(*its.values(), *args[len(APPLY_MODEL) :], **extra)
+                _stand_last(options)
+            passed = {**bound, "control": _copied(bound["control"]), "transformer_options": options}
+            result = executor(*passed.values(), *args[len(APPLY_MODEL) :], **extra)
             if evaluation is not None and can_redo and run.compiles_anew(evaluation, given):
                 continue
             if evaluation is None or not self._end(evaluation, number):
                 break
         return result
+
+    def _run_of(self, run: HostRun, model: Any) -> HostRun | None:
+        try:
+            return run.of(model)
+        except Exception as error:
+            if self.strict:
+                raise
+            run.session.log_once("the beginning of a run beside another", error)
+            return None
 
     def _end(self, evaluation: HostEvaluation, number: int) -> bool:
         try:
@@ -273,11 +326,16 @@ def repeatable(model: Any, options: dict[str, Any]) -> bool:
 
     The host's wrapper for compiled models remembers nothing. Methods replaced on the model itself (its `vars`) may.
     """
-    wrappers = options.get("wrappers", {})
-    others = set().union(*(wrappers.get(kind, {}) for kind in ("apply_model", "diffusion_model")))
     model = getattr(model, "_orig_mod", model)
     replaced = any(callable(value) and hasattr(type(model), name) for name, value in vars(model).items())
-    return not replaced and others <= {KEY, "torch.compile"}
+    return not replaced and not _others_around(options)
+
+
+def _others_around(options: dict[str, Any]) -> bool:
+    """Whether wrappers of other nodes stand around the model; the host's own for compiled models is none."""
+    wrappers = options.get("wrappers", {})
+    keys = set().union(*(wrappers.get(kind, {}) for kind in ("apply_model", "diffusion_model")))
+    return not keys <= {KEY, "torch.compile"}
 
 
 def _copied(control: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -293,3 +351,21 @@ def _stand_first(options: dict[str, Any]) -> None:
     current = options.get(SLOT)
     if not is_override(current):
         options[SLOT] = make_override(current)
+
+
+def _stand_last(options: dict[str, Any]) -> None:
+    """Wrappers that come after PARO's may put an attention into the slot too: a last one, next to the model, stands
+    first once more. Only where there are others, since it would be compiled with the model."""
+    if not _others_around(options):
+        return
+    wrappers = options["wrappers"]
+    inner = {name: given for name, given in wrappers.get("diffusion_model", {}).items() if name != KEY}
+    options["wrappers"] = {**wrappers, "diffusion_model": {**inner, KEY: [_next_to_the_model]}}
+
+
+def _next_to_the_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """Wrapper of DIFFUSION_MODEL, whose arguments are each model's own."""
+    for given in (*args, *kwargs.values()):
+        if isinstance(given, dict) and isinstance(given.get(OPTIONS_KEY), HostEvaluation):
+            _stand_first(given)
+    return executor(*args, **kwargs)

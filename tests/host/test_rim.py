@@ -187,6 +187,42 @@ def test_a_guider_of_two_models_keeps_each_as_it_was_patched(comfy, wan, wan_fil
     assert report.passed == [("an evaluation of another model than the one that was patched", 4)]
 
 
+def test_a_second_model_whose_run_cannot_begin(comfy, wan, wan_file, caplog):
+    nodes = pytest.importorskip("comfy_extras.nodes_custom_sampler", reason="NO av: the host's own nodes")
+    if not hasattr(nodes, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no guider of two models")
+    for strict in (False, True):
+        model, other = (comfy.patched(each, strict=strict, **SPARSE) for each in (wan, comfy.load(wan_file)))
+        other.get_attachment("paro").start = raising
+        guider = nodes.DualModelGuider.execute(model, comfy.text(1), 3.0, other, comfy.text(2))[0]
+        sigmas = comfy.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3)
+        given = (comfy.comfy.samplers.sampler_object("euler"), sigmas)
+        noise = comfy.comfy.sample.prepare_noise(comfy.latent(GRID), 0)
+        if strict:
+            with pytest.raises(OwnBugError):
+                guider.sample(noise, comfy.latent(GRID), *given, disable_pbar=True, seed=0)
+        else:
+            guider.sample(noise, comfy.latent(GRID), *given, disable_pbar=True, seed=0)
+            report = comfy.report(model)
+            assert report.calls == {"sparse": 2 * comfy.LAYERS, "dense step": comfy.LAYERS}
+            assert report.passed == [("an evaluation of another model than the one that was patched", 3)]
+            assert sum(record.exc_info is not None for record in caplog.records) == 1
+
+
+def test_copies_on_other_gpus_count_with_the_first_and_show_nothing(comfy, wan, store, monkeypatch):
+    """Two names of one CPU: the host gives each prompt a thread and a copy of the model."""
+    nodes = pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has no copies on other GPUs")
+    devices = [torch.device("cpu"), torch.device("cpu", 0)]
+    monkeypatch.setattr(comfy.comfy.model_management, "get_all_torch_devices", lambda exclude_current=False: devices)
+    said = []
+    model = nodes.MultiGPUCFGSplitNode.execute(comfy.patched(wan, store=store, said=said, **SPARSE), 2)[0]
+    comfy.sample(model, GRID, steps=3)
+    report = comfy.report(model)
+    assert report.calls == {"sparse": 2 * 2 * comfy.LAYERS, "dense step": 2 * comfy.LAYERS} and not report.passed
+    assert report.sites == report.sites_sparse == comfy.LAYERS and report.steps == 3
+    assert sum("step 2/3" in line for line in said) == 1 and len(store.names()) == 1
+
+
 def test_a_model_that_cannot_be_read_passes_through(comfy, wan, monkeypatch):
     said = []
     monkeypatch.setattr(patching, "identify", raising)
@@ -198,12 +234,31 @@ def test_a_model_that_cannot_be_read_passes_through(comfy, wan, monkeypatch):
         comfy.patched(wan, strict=True, **SPARSE)
 
 
-def test_a_run_serves_its_own_model_and_its_copies():
-    copies = {"multigpu_clones": {"cuda:1": SimpleNamespace(model="copy")}}
-    guider = SimpleNamespace(model_patcher=SimpleNamespace(model="own"), model_options=copies)
-    run = HostRun(None, None, guider)
-    assert run.serves("own") and run.serves("copy") and not run.serves("other")
-    assert HostRun(None, None, object()).serves("other")  # a guider that does not tell
+def test_a_run_for_each_copy_and_each_patched_model():
+    started = []
+
+    def life(name):
+        def start(sigmas):
+            started.append((name, sigmas))
+            return SimpleNamespace(sigmas=sigmas, quiet=False)
+
+        return lifecycle.Lifecycle(name, start)
+
+    def model_with(attached):
+        model = torch.nn.Module()
+        model.current_patcher = SimpleNamespace(get_attachment={"paro": attached}.get)
+        return model
+
+    own, copy, unpatched, patched = "own", "copy", model_with("a reason"), model_with(life("second"))
+    copies = {"multigpu_clones": {"cuda:0": SimpleNamespace(model=own), "cuda:1": SimpleNamespace(model=copy)}}
+    guider = SimpleNamespace(model_patcher=SimpleNamespace(model=own), model_options=copies)
+    run = HostRun(SimpleNamespace(sigmas=[1.0, 0.0]), "first", guider, life("first"))
+    assert run.of(own) is run and run.of("other") is None and run.of(unpatched) is None and not run.beside
+    assert run.of(copy) is run.of(copy) and run.of(copy) is not run
+    assert (run.of(copy).family, run.of(copy).session.quiet) == ("first", True)
+    assert (run.of(patched).family, run.of(patched).session.quiet) == ("second", False)
+    assert started == [("first", [1.0, 0.0]), ("second", [1.0, 0.0])] and len(run.beside) == 2
+    assert HostRun(None, None, object()).of("other").session is None  # a guider that does not tell
 
 
 def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
