@@ -291,17 +291,21 @@ def fp8(bed: Any, paro: Any) -> torch.Tensor:
     return _loaded(bed, paro, dtype=torch.float8_e4m3fn)
 
 
-@sampled(WEIGHTS, "FP8 weights with scales", "a checkpoint with one scale per layer")
-def fp8_scaled(bed: Any, paro: Any) -> torch.Tensor:
-    from safetensors.torch import load_file
-
-    weights = load_file(bed.files["wan"])
+def in_scaled_fp8(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint whose attention is in FP8 with one scale per layer."""
     for name in [n for n in weights if n.endswith((".q.weight", ".k.weight", ".v.weight", ".o.weight"))]:
         scale = weights[name].abs().max() / 448
         weights[name] = (weights[name] / scale).to(torch.float8_e4m3fn)
         weights[name.replace(".weight", ".scale_weight")] = scale
     weights["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
-    return _loaded(bed, paro, weights)
+    return weights
+
+
+@sampled(WEIGHTS, "FP8 weights with scales", "a checkpoint with one scale per layer")
+def fp8_scaled(bed: Any, paro: Any) -> torch.Tensor:
+    from safetensors.torch import load_file
+
+    return _loaded(bed, paro, in_scaled_fp8(load_file(bed.files["wan"])))
 
 
 @sampled(WEIGHTS, "GGUF-style weights", "custom operations that unpack a layer's weights when it runs")

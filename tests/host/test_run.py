@@ -375,3 +375,17 @@ def test_compiled_model(comfy, wan, store):
     report = comfy.report(model)
     assert report.calls == {"sparse": 3 * comfy.LAYERS, "dense step": comfy.LAYERS}
     assert store.names() and comfy.identify(compiled, "wan") == comfy.identify(wan, "wan")
+
+
+def test_experts_in_scaled_fp8_are_told_apart(comfy, wan_file):
+    """High and low noise: two models of one architecture, both in FP8 with scales."""
+    from comfyui_paro.paro_runtime.host.identity import identify
+    from comfyui_paro.tests.host.compositions_model import in_scaled_fp8
+    from safetensors.torch import load_file
+
+    high, low = load_file(wan_file), load_file(wan_file)
+    drawn = torch.Generator().manual_seed(9)
+    low = {key: value + torch.randn(value.shape, generator=drawn) * 0.05 for key, value in low.items()}
+    load = comfy.comfy.sd.load_diffusion_model_state_dict
+    first, again, second = (identify(load(in_scaled_fp8(dict(weights))), "wan") for weights in (high, high, low))
+    assert first == again and first.architecture == second.architecture and first.weights != second.weights
