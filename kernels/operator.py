@@ -8,8 +8,9 @@ import torch
 
 from .problem import Geometry, Precision, SparsePattern, empty_output
 
-# The pack may be imported under more than one name in a process (the host's and the tests'); operators are global.
-NAMESPACE = re.sub(r"\W", "_", f"paro_{__name__.rpartition('.')[0]}")
+# The pack may be imported under more than one name in a process (the host's and the tests'); operators are global. The
+# host's name is the folder's whole path, and torch takes no name with letters beyond ASCII.
+NAMESPACE = re.sub(r"\W", "_", f"paro_{__name__.rpartition('.')[0]}", flags=re.ASCII)
 
 
 @torch.library.custom_op(f"{NAMESPACE}::sparse_attention", mutates_args=())
