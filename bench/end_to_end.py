@@ -24,7 +24,7 @@ _checkout.register()
 
 import torch  # noqa: E402
 from comfyui_paro.bench.architectures import GRIDS, MODELS, RECIPES, TITLES, layout_of, random_model, step_of  # noqa: E402
-from comfyui_paro.kernels.problem import EXPANSIONS  # noqa: E402
+from comfyui_paro.kernels.problem import MOST_EXPANSIONS  # noqa: E402
 from comfyui_paro.paro_runtime.orders import AXIS_ORDERS  # noqa: E402
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import query_block, recipe_for  # noqa: E402
@@ -52,7 +52,7 @@ def banded_plan(layout: TokenLayout, heads: int, layers: int, density: float) ->
     orders = [AXIS_ORDERS[i] for i in torch.randint(6, (heads,), generator=generator).tolist()]
     entry = SitePlan.create(orders, mask, torch.zeros(heads), torch.ones(heads))
     sites = {Site("double", i): entry for i in range(layers)}
-    return Plan(IDENTITY, layout, block_q, sites, expansions=EXPANSIONS)
+    return Plan(IDENTITY, layout, block_q, sites, expansions=MOST_EXPANSIONS)
 
 
 class AttentionTimer:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from comfyui_paro.kernels.pools import expanded_pools, mean_queries, stretch_of_rows, stretches_of
-from comfyui_paro.kernels.problem import EXPANSIONS, Geometry, SparsePattern
+from comfyui_paro.kernels.problem import MOST_EXPANSIONS, Geometry, SparsePattern
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def pattern(
     if density >= 1:
         return SparsePattern(geometry, tables, orders, None, bias)
     mask = block_mask(kind, density, heads, geometry, device)
-    return SparsePattern.from_mask(geometry, tables, orders, mask, bias, expansions=EXPANSIONS)
+    return SparsePattern.from_mask(geometry, tables, orders, mask, bias, expansions=MOST_EXPANSIONS)
 
 
 def exact_rows(q, k, v, p: SparsePattern, head: int, rows: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,6 @@ BLOCK_K = 64
 BLOCK_Q_CHOICES = (64, 128)
 # As many rows as the smallest product of the tensor cores has.
 MOST_EXPANSIONS = 16
-# How many there are: on 8,960 and 18,900 tokens sixteen are worth no more than one (docs/method.md).
-EXPANSIONS = 1
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from .recipes import raised_density
+
 if TYPE_CHECKING:
     from .session import Grid, Session
 
@@ -24,7 +26,8 @@ class Timing:
 class Facts:
     """steps: those that happened. scheduled: all were dense because the schedule says so. part: which steps of a
     longer schedule are, if it is one. calibrating: PARO Calibrate's run. timing: of steps that can be compared.
-    groups: (density, steps) of each group of sparse steps that happened. others: grids beside the report's, in words.
+    groups: (density, steps) of each group of sparse steps that happened. raised_from: the preset's density, where a
+    small grid keeps more (`recipes.raised_density`). others: grids beside the report's, in words.
     """
 
     steps: int = 0
@@ -34,6 +37,7 @@ class Facts:
     calibrating: bool = False
     timing: dict[str, Timing] = field(default_factory=dict)
     groups: tuple[tuple[float, int], ...] = ()
+    raised_from: float | None = None
     others: tuple[str, ...] = ()
 
     @classmethod
@@ -52,6 +56,7 @@ class Facts:
             calibrating=session.calibrator is not None,
             timing={kind: _timing(kind, found) for kind, found in clock.compared.items()},
             groups=_groups(session, grid),
+            raised_from=_raised_from(session, grid),
             others=tuple(one.layout.describe() for one in others),
         )
 
@@ -74,6 +79,14 @@ def _timing(kind: str, found: list[tuple[int, float]]) -> Timing:
     later = [seconds for step, seconds in found if step > 0 or kind != "dense"]
     seconds = later or [seconds for _, seconds in found]
     return Timing(statistics.median(seconds), len(seconds), first=not later)
+
+
+def _raised_from(session: Session, grid: Grid | None) -> float | None:
+    """None where the user gave the plan or the density."""
+    if grid is None or session.policy.plan is not None:
+        return None
+    raised = raised_density(session.settings, session.policy.recipe, grid.layout.grid_tokens)
+    return None if raised is None else session.options.density
 
 
 def _groups(session: Session, grid: Grid | None) -> tuple[tuple[float, int], ...]:

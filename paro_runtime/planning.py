@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ..kernels.kept_words import pack_bits
-from ..kernels.problem import BLOCK_K, EXPANSIONS
+from ..kernels.problem import BLOCK_K, MOST_EXPANSIONS
 from .falloff import falloff_bytes, pack_falloff
 from .plan import Site, SitePlan
 from .recipes import MaskOptions, query_block
@@ -48,7 +48,7 @@ class Method:
     criterion: str = "auto"
     bias: str = "error"
     tiles: bool = True
-    expansions: int = EXPANSIONS
+    expansions: int = MOST_EXPANSIONS
     alpha: float = 0.5
     sigma: float = 1.0
     masks: str = "auto"

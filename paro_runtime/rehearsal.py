@@ -12,7 +12,7 @@ import torch
 
 from ..kernels import gluon_launch
 from ..kernels.compile_only import Launches
-from ..kernels.problem import EXPANSIONS, PRECISIONS, SparsePattern
+from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, SparsePattern
 from . import statistics
 from .attention import run_kernel
 from .dense import dense_pattern
@@ -91,7 +91,7 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
     of_heads = tables.expand(q_heads, -1)
     mask = torch.ones(q_heads, g.q_blocks, g.k_blocks, dtype=torch.bool)
     tail = None if job.pool is None else torch.zeros(q_heads)
-    expansions = 0 if job.pool is None else EXPANSIONS
+    expansions = 0 if job.pool is None else MOST_EXPANSIONS
     pattern = SparsePattern.from_mask(
         g, tables, torch.zeros(heads, dtype=torch.int32), mask, tail, job.pool or g.block_k, expansions
     )

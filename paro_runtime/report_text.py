@@ -82,6 +82,8 @@ def _exact(report: Report) -> Iterable[str]:
         each = ", ".join(f"{exact(density)} in {steps_text(count)}" for density, count in facts.groups)
         about = " of the largest size" * bool(facts.others)
         yield f"{exact(facts.density)} of the blocks{about} kept on average: {each}"
+        if facts.raised_from is not None:
+            yield f"density raised from {exact(facts.raised_from)} to hold quality on so small a grid"
         yield f"the plan's blocks hold {exact(report.mass_kept)} of the attention{_missed(report)}"
     if report.sites_routed:
         yield (

@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels import gluon_launch
-from ..kernels.problem import EXPANSIONS, PRECISIONS, Precision, SparsePattern
+from ..kernels.problem import MOST_EXPANSIONS, PRECISIONS, Precision, SparsePattern
 from .attention import build_pattern, run_kernel
 from .tokens import TokenLayout
 
@@ -137,7 +137,7 @@ def problem(dtype: torch.dtype, head_dim: int, block_q: int, pool: int | None) -
 
 
 def _pattern(known: Problem, masked: bool, block_q: int, pool: int | None, device: torch.device) -> SparsePattern:
-    sizes = {"block_q": block_q, "pool": pool or 64, "expansions": 0 if pool is None else EXPANSIONS}
+    sizes = {"block_q": block_q, "pool": pool or 64, "expansions": 0 if pool is None else MOST_EXPANSIONS}
     bias = torch.tensor([0.5, -0.5]) if masked and pool is not None else None
     return build_pattern(LAYOUT, ORDERS, known.mask if masked else None, bias, device=device, **sizes)
 

@@ -353,13 +353,7 @@ class Session:
     def _options_on(self, layout: TokenLayout) -> MaskOptions:
         """What shapes the masks on this grid."""
         raised = raised_density(self.settings, self.policy.recipe, layout.grid_tokens)
-        if raised is None:
-            return self.options
-        self.note(
-            f"density raised from {self.options.density:g} to {raised:g} to hold quality on a grid of "
-            f"{layout.grid_tokens:,} tokens"
-        )
-        return replace(self.options, density=raised)
+        return self.options if raised is None else replace(self.options, density=raised)
 
     def _calibrator(self, step: int, layout: TokenLayout) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""

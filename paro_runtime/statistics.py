@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels.api import block_statistics, query_sums, row_logsumexp
-from ..kernels.problem import EXPANSIONS, Geometry
+from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import BlockStatistics, block_positions, block_sizes
 from .falloff import observe_falloff
 from .mean_queries import mean_query_masses
@@ -63,7 +63,7 @@ class StatisticsOptions:
     density: float
     order: str = "mass"
     pool: int | None = 64
-    expansions: int = EXPANSIONS
+    expansions: int = MOST_EXPANSIONS
     tiles: bool = True
     pooled_mass: bool = False
     by_mass: bool = False

@@ -18,7 +18,7 @@ from functools import lru_cache
 import torch
 
 from ..kernels.api import block_costs, row_moments
-from ..kernels.problem import EXPANSIONS, Geometry
+from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import block_positions, block_sizes
 from ..kernels.tail_reference import RowMoments, blocks_of
 
@@ -135,7 +135,7 @@ def observe_tail(
     *,
     density: float,
     pool: int,
-    expansions: int = EXPANSIONS,
+    expansions: int = MOST_EXPANSIONS,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     rows: int = ROWS_PER_BLOCK,
@@ -181,7 +181,7 @@ def bias_curves(
     q_blocks: torch.Tensor,
     *,
     pool: int,
-    expansions: int = EXPANSIONS,
+    expansions: int = MOST_EXPANSIONS,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
@@ -219,7 +219,7 @@ def observe_bias(
     mask: torch.Tensor,
     *,
     pool: int,
-    expansions: int = EXPANSIONS,
+    expansions: int = MOST_EXPANSIONS,
     rows: int,
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,

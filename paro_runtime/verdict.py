@@ -41,7 +41,8 @@ def status(report: Report) -> str:
         details.append(f"{report.tokens:,} tokens")
     if facts.sparse_steps:
         if facts.density is not None:
-            details.append(f"{share(facts.density)} of blocks kept")
+            raised = "" if facts.raised_from is None else f", raised from {share(facts.raised_from)}"
+            details.append(f"{share(facts.density)} of blocks kept{raised}")
         details.append(report.precision)
     for detail in details:
         if len(line) + len(detail) + 3 > LINE:

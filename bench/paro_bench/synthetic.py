@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.api import block_statistics, row_logsumexp
-from ...kernels.problem import EXPANSIONS, PRECISIONS
+from ...kernels.problem import MOST_EXPANSIONS, PRECISIONS
 from ...kernels.statistics_reference import BlockStatistics
 from ...paro_runtime.attention import build_pattern, run_kernel
 from ...paro_runtime.orders import ORIGINAL, candidate_orders, order_table, tiled_orders
@@ -115,13 +115,13 @@ class SyntheticCase:
             mask = per_head_masks([mass], density)[0]
             result[name] = Choice(orders, mask)
             if name in ("original order", "ours"):
-                result[f"{name} + tail"] = self._with_tail(orders, mask, density, EXPANSIONS)
+                result[f"{name} + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)
             if name == "ours":
                 result["ours + tail of plain means"] = self._with_tail(orders, mask, density, 0)
                 result["ours + tail of right mass"] = Choice(orders, mask, self._mass_tail(orders, mask))
                 mask = shared_masks([mass], density)[0]
                 result["ours, shared budget"] = Choice(orders, mask)
-                result["ours, shared budget + tail"] = self._with_tail(orders, mask, density, EXPANSIONS)
+                result["ours, shared budget + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)
         for name, orders in (("oracle, original order", original), ("oracle, our orders", ours)):
             mass = self._gather(self.held_out, orders)
             result[name] = Choice(orders, per_head_masks([mass], density)[0])

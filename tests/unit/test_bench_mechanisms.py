@@ -100,7 +100,7 @@ def test_with_every_block_a_row_is_the_dense_run(bench, setup, name):
 
 def test_what_is_switched_off_is_off(bench, setup):
     default = sampled(bench, setup, "default")
-    assert default.report.plan.groups == 3 and default.report.plan.expansions == 1
+    assert default.report.plan.groups == 3 and default.report.plan.expansions == 16
     assert default.session.refresh.error and default.session.refresh._biases
     assert bench.compare(default.latents)["psnr_worst"] < 80
     assert any(" " not in name and "x" in name for name in default.report.plan.made["candidates"])

@@ -14,7 +14,7 @@ from collections import Counter
 import pytest
 import torch
 from comfyui_paro.kernels import api
-from comfyui_paro.kernels.problem import EXPANSIONS
+from comfyui_paro.kernels.problem import MOST_EXPANSIONS
 from comfyui_paro.kernels.support import interpreted
 from comfyui_paro.paro_runtime.recipes import query_block
 from comfyui_paro.paro_runtime.statistics import SHARED_ROWS, SHARED_TOKENS, StatisticsOptions, observe
@@ -101,7 +101,7 @@ LAUNCHES = {
     "triton_pools._expand": lambda a, grid: (
         math.prod(grid)
         * (a["KEYS"] // a["POOL"])
-        * _cells(a, EXPANSIONS, a["KEYS"], 3 if a["key_weights"] is None else 4)
+        * _cells(a, MOST_EXPANSIONS, a["KEYS"], 3 if a["key_weights"] is None else 4)
     ),
 }
 

@@ -105,19 +105,18 @@ def test_triton_is_the_reference(name, dtype, biased):
     if biased:
         bias = torch.randn(2, g.length, generator=generator)
         bias[:, g.prefix + tables[2, 64:128].long()] = -torch.inf
-    wanted = torch.tensor([3, 0, 2], dtype=torch.int32)
     stretches, count = stretches_of(g, expansions), -(-g.grid_tokens // pool)
-    means = torch.empty(6, stretches, 64, dtype=dtype) if expansions else None
+    means = torch.empty(8, stretches, 64, dtype=dtype) if expansions else None
     if expansions:
-        launch_mean_queries(q, g, tables, orders, means, table_group=2, wanted=wanted)
-    keys, values = (torch.full((6, stretches, count, 64), torch.nan) for _ in range(2))
-    weight = torch.full((6, stretches, count), torch.nan)
+        launch_mean_queries(q, g, tables, orders, means, table_group=2)
+    keys, values = (torch.full((8, stretches, count, 64), torch.nan) for _ in range(2))
+    weight = torch.full((8, stretches, count), torch.nan)
     launch_expanded_pools(
         means, k, v, g, tables, orders, pool, keys, values, weight, scale=0.2, q_heads=4, key_bias=bias,
-        table_group=2, wanted=wanted,
+        table_group=2,
     )  # fmt: skip
-    for entry in range(6):
-        batch, head = entry // 3, wanted[entry % 3].item()
+    for entry in range(8):
+        batch, head = divmod(entry, 4)
         rows = tables[orders[head // 2]].long() + g.prefix
         its = (x[batch, h][rows][None, None].double() for x, h in ((q, head), (k, head // 2), (v, head // 2)))
         ordered_q, ordered_k, ordered_v = its

@@ -128,5 +128,11 @@ def test_presets_keep_more_of_a_small_grid_and_say_so(settings, grid, density):
     session = Session(Policy(identity, recipe_for("wan"), Settings(**settings)), sigmas=[1.0, 0.5, 0.0])
     session.begin(layout=layout, sigma=1.0)
     assert session.grids()[0].calibrator.options.density == density
-    raised = f"density raised from {session.options.density:g} to {density:g} to hold quality on a grid of 384 tokens"
-    assert session.notes == ([raised] if density > session.options.density else [])
+    evaluation = session.begin(layout=layout, sigma=0.5)
+    q = torch.randn(1, 2, layout.length, 16)
+    if density > session.options.density:
+        evaluation.attend(Site("block", 0), q, q, q, dense=lambda: q)
+    session.clock.next(2, "", session.counts.sparse)
+    report = session.finish()
+    raised = f"density raised from {session.options.density:.0%} to hold quality".replace("%", " %")
+    assert (raised in report.text()) == (density > session.options.density)
