@@ -1,7 +1,8 @@
 """Suite `sta`: the windows that Sliding Tile Attention found for HunyuanVideo, as attention, under our orders.
 
-The only evidence here that comes from real weights. A window says which tiles of 6 x 8 x 8 tokens a tile looks at; the
-suite asks which share of the 64 x 64 blocks holds any of it under each order, and which order our selector takes.
+The only evidence here that comes from the weights of a published model for video. A window says which tiles of
+6 x 8 x 8 tokens a tile looks at; the suite asks which share of the 64 x 64 blocks holds any of it under each order, and
+which order our selector takes.
 """
 
 from __future__ import annotations
