@@ -1,8 +1,8 @@
 """Attention of a really trained vision transformer: relative L2 error of PARO and of routing by block means, the same
 activations for all.
 
-    python bench/vision.py --grid 48x72 --json bench/results/vision-48x72.json
-    python bench/vision.py --table bench/results/vision-48x72.json
+    python bench/vision.py --pictures coffee rocket garage --json bench/results/vision-40x60.json
+    python bench/vision.py --table bench/results/vision-40x60.json
 
 The model looks at photographs, dense and in float32; every layer's queries, keys and values are judged, tokens being a
 grid of 1 x rows x columns behind the class token. What this needs is told in bench/vision_model.py. Methods:
@@ -12,8 +12,8 @@ grid of 1 x rows x columns behind the class token. What this needs is told in be
 - *masks of the other picture*: kept from it, as well. *oracle masks*: by the attention that each block really has.
 - *block means, pooled tail*: what the host's `sol_attn` does (bench/large_wan/pooled.py); it keeps a few blocks more.
 
-Time is not measured: the CPU's reference computes everything, in float32 where `--precision` is 16bit. What a model for
-generation looks at may differ.
+Time is not measured: the CPU's reference computes everything, in float32 where `--precision` is 16bit. So small a grid
+stays dense in the product, and what a model for generation looks at may differ.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def run(args: argparse.Namespace) -> list[dict]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = tuple(vision_model.PHOTOGRAPHS)
-    parser.add_argument("--grid", default="48x72", help="rows x columns of tokens")
+    parser.add_argument("--grid", default="40x60", help="rows x columns of tokens")
     parser.add_argument("--plan", choices=names, default=names[0], help="the picture that plans are made of")
     parser.add_argument("--pictures", choices=names, nargs="+", default=names[1:], help="those that are judged")
     parser.add_argument("--layers", type=int, nargs="+", help="that are judged, from 0; all by default")
