@@ -4,6 +4,8 @@
 //   node scripts/page.mjs run URL FILE [OUT [SHOT]]  opens FILE, saves it to OUT as the page would, runs it
 //   node scripts/page.mjs shot URL FILE PICTURE      takes a picture of FILE
 //   node scripts/page.mjs nodes URL PICTURE          takes a picture of the pack's nodes
+//   node scripts/page.mjs tell URL FILE [FOLDER]     runs every prompt of FILE (name: API format), tells what the page
+//                                                    then says that it did not say before, and which inputs it marks
 //
 // Needs the npm package playwright-core (found through NODE_PATH as well) and a Chromium (CHROMIUM, or the system's).
 // Prints one line of JSON: node types the page does not know, errors, and how the run ended.
@@ -107,6 +109,41 @@ async function run(page) {
   );
 }
 
+// All that a user can read on the page, with what opens behind "View details"; the nodes are drawn within the window.
+async function read(page) {
+  await page.evaluate(() => {
+    const { canvas, graph } = window.app;
+    graph.nodes.forEach((node, n) => (node.pos = [(n % 4) * 480, Math.floor(n / 4) * 560]));
+    canvas.ds.scale = 0.5;
+    canvas.ds.offset = [120, 160];
+    canvas.setDirty(true, true);
+  });
+  await page.waitForTimeout(1000);
+  const details = page.getByRole("button", { name: "View details" }).last();
+  const first = await page.evaluate(() => document.body.innerText);
+  if (!(await details.count())) return first;
+  await details.click();
+  await page.waitForTimeout(1000);
+  return first + "\n" + await page.evaluate(() => document.body.innerText);
+}
+
+async function tell(page, prompts, folder) {
+  const told = {};
+  for (const [name, prompt] of Object.entries(prompts)) {
+    await enter(page);
+    await page.evaluate((json) => (window.app.graph.clear(), window.app.loadApiJson(json, "mistake")), prompt);
+    const before = new Set((await read(page)).split("\n"));
+    await run(page);
+    await page.waitForTimeout(1500);
+    const text = (await read(page)).split("\n").filter((line) => !before.has(line));
+    const marks = await page.evaluate(() => window.app.graph.nodes.flatMap((node) =>
+      (node.inputs ?? []).filter((input) => input.hasErrors).map((input) => input.name)));
+    told[name] = { text, marks };
+    if (folder) await page.screenshot({ path: join(folder, `${Object.keys(told).length}.png`) });
+  }
+  return told;
+}
+
 async function shot(page, path) {
   const box = await page.evaluate(() => {
     const { canvas, graph } = window.app;
@@ -133,6 +170,8 @@ try {
       const json = await page.evaluate(build, spec);
       writeFileSync(join(rest[0], `${spec.name}.json`), JSON.stringify(json, null, 2) + "\n");
     }
+  } else if (command === "tell") {
+    result.told = await tell(page, JSON.parse(readFileSync(rest[0], "utf8")), rest[1]);
   } else if (command === "nodes") {
     await page.evaluate(build, PICTURE);
     await shot(page, rest[0]);

@@ -7,7 +7,10 @@ It is booted on a GPU where there is one. What needs it on the CPU, where result
 from __future__ import annotations
 
 import gc
+import json
 import os
+import shutil
+import subprocess
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -201,3 +204,22 @@ def stock_server(host_path, tmp_path_factory):
     """A running server that never saw the pack."""
     with _server(host_path, None, tmp_path_factory.mktemp("stock")) as server:
         yield server
+
+
+@pytest.fixture(scope="session")
+def page(server):
+    """Runs scripts/page.mjs against the server; skips without Node, playwright-core or a Chromium."""
+    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    node = shutil.which("node")
+    probe = ["-e", "require('playwright-core')"]
+    if node is None or chromium is None or subprocess.run([node, *probe], capture_output=True).returncode:
+        pytest.skip("NO BROWSER: needs node, the npm package playwright-core (NODE_PATH) and Chromium (CHROMIUM)")
+
+    def run(*arguments: str) -> dict:
+        command = [node, str(PACK / "scripts" / "page.mjs"), arguments[0], server.url, *map(str, arguments[1:])]
+        environment = {**os.environ, "CHROMIUM": chromium}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run

@@ -57,3 +57,32 @@ def test_the_main_node_chooses_speed_by_itself(comfy, wan, store, monkeypatch, w
     ((found, note),) = used
     assert (found.preset, found.density, found.precision) == expected
     assert note is None and not said if told is None else note.startswith(told) and said == [note]
+
+
+def test_a_refusal_is_on_the_node_until_the_input_is_right(comfy, monkeypatch):
+    from comfyui_paro.nodes import errors
+    from comfyui_paro.nodes.settings import PAROSettings
+
+    said = []
+    monkeypatch.setattr(errors, "status_line", lambda node: lambda text: said.append((node, text)))
+    monkeypatch.setattr(PAROSettings, "hidden", types.SimpleNamespace(unique_id="7"), raising=False)
+    sentence = "dense_blocks: the range '3-1' does not rise; write 1-3"
+    assert PAROSettings.validate_inputs(dense_blocks="0, 1") is True and not said
+    assert PAROSettings.validate_inputs(dense_blocks="3-1") == sentence
+    assert PAROSettings.validate_inputs(dense_blocks="1-3") is True
+    assert PAROSettings.validate_inputs(dense_blocks="1-3") is True
+    assert said == [("7", sentence), ("7", " ")]
+
+
+def test_a_mistake_ends_a_run_as_a_built_in_error_and_is_on_the_node(comfy):
+    from comfyui_paro.nodes.errors import MISTAKES, told
+
+    for kind in MISTAKES:
+        said = []
+        with pytest.raises(ValueError, match="wrong; mend it") as error, told(said.append):
+            raise kind("wrong; mend it")
+        assert type(error.value) is ValueError and said == ["wrong; mend it"]
+    # What is no mistake of the user's stays what it is.
+    with pytest.raises(KeyError), told(said.append):
+        raise KeyError("x")
+    assert len(said) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from comfyui_paro.kernels import support
 from comfyui_paro.paro_runtime.plan_file import load_plan, save_plan
 from comfyui_paro.scripts.comfy_server import ComfyError
-from comfyui_paro.tests.host.mistakes import FAILED, REFUSED, TOLD
+from comfyui_paro.tests.host.mistakes import FAILED, MISTAKES, REFUSED, TOLD
 from comfyui_paro.tests.host.test_server import OTHER, SPARSE, change_plan, clear, graph, plans
 from safetensors.torch import load_file, save_file
 
@@ -138,3 +139,52 @@ def test_a_folder_that_may_not_be_read(comfy, store, monkeypatch):
     with pytest.raises(ValueError) as error:
         module._load("mine.safetensors")
     assert fits(FOLDER, str(error.value)), str(error.value)
+
+
+SEEN = (
+    "`dense_blocks` 3-1",
+    "`dense_blocks` in words",
+    "`plan_file`: half of a file",
+    "`plan_file` with a path",
+    "`calibrate_steps` in words",
+    "`plan_file`: a plan of another family",
+    "`calibrate_steps` 99 of 3",
+    "`plan_name` with a path",
+    "PARO Compare without PARO on the model",
+    "`density` without the speed custom",
+    "a size too small",
+)
+"""Mistakes that are made in the page as well, and read from it."""
+
+
+def numbered(prompt: dict) -> dict:
+    """Nodes with numbers, as the page has them."""
+    numbers = {name: str(number) for number, name in enumerate(prompt, 1)}
+
+    def renamed(value):
+        return [numbers[value[0]], value[1]] if isinstance(value, list) else value
+
+    return {
+        numbers[name]: {**node, "inputs": {key: renamed(value) for key, value in node["inputs"].items()}}
+        for name, node in prompt.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def told(page, files, tmp_path_factory) -> dict:
+    """What the page said to each mistake."""
+    prompts = tmp_path_factory.mktemp("page") / "prompts.json"
+    made = {row: MISTAKES[row].prompt for row in SEEN}
+    prompts.write_text(json.dumps({row: numbered(prompt) for row, prompt in made.items()}), encoding="utf-8")
+    return page("tell", prompts)["told"]
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("row", SEEN)
+def test_read_from_the_page(told, row):
+    """The sentence stands on the page, by itself or behind the kind of error; only the guilty input is marked."""
+    lines = [line.removeprefix("- ").rpartition("ValueError: ")[2] for line in told[row]["text"]]
+    whole = [line.partition(" · ")[0] for line in lines]
+    assert any(fits(row, line) for line in whole), lines[:40]
+    assert tuple(told[row]["marks"]) == MISTAKES[row].marks
+    assert "custom_nodes" not in "".join(line for line in told[row]["text"] if "Exception" in line)

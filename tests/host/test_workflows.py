@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -97,25 +94,6 @@ def test_help_and_names_for_every_node(known, server):
         english = translated["en"]["nodeDefs"][name]["inputs"]
         # After a change of a schema: scripts/write_names.py, then the other languages by hand.
         assert all(english[key]["tooltip"] == d[1]["tooltip"] for key, d in declared.items()), name
-
-
-@pytest.fixture(scope="module")
-def page(server):
-    """Runs scripts/page.mjs against the server; skips without Node, playwright-core or a Chromium."""
-    chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    node = shutil.which("node")
-    probe = ["-e", "require('playwright-core')"]
-    if node is None or chromium is None or subprocess.run([node, *probe], capture_output=True).returncode:
-        pytest.skip("NO BROWSER: needs node, the npm package playwright-core (NODE_PATH) and Chromium (CHROMIUM)")
-
-    def run(*arguments: str) -> dict:
-        command = [node, str(PACK / "scripts" / "page.mjs"), arguments[0], server.url, *map(str, arguments[1:])]
-        environment = {**os.environ, "CHROMIUM": chromium}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
 
 
 @pytest.mark.browser
