@@ -127,6 +127,20 @@ def test_a_sampler_with_sigmas_of_its_own(comfy, wan, store, told):
     assert report.calls == {"sparse": 8 * comfy.LAYERS, "dense step": 2 * comfy.LAYERS}
 
 
+@pytest.mark.parametrize("told", [[1.0, float("nan"), 0.0], [float("inf"), 0.5, 0.0], [[1.0, 0.5, 0.0]], [0.5], None])
+def test_sigmas_that_cannot_be_a_schedule_are_not_followed(comfy, wan, told):
+    def own(model, x, sigmas, extra_args=None, callback=None, disable=None):
+        given = None if told is None else torch.tensor(told)
+        extra_args["model_options"]["transformer_options"]["sample_sigmas"] = given
+        return comfy.comfy.k_diffusion.sampling.sample_euler(model, x, sigmas, extra_args=extra_args, disable=True)
+
+    model = comfy.patched(wan, **SPARSE)
+    _custom(comfy, model, _sigmas(comfy, wan, 10), comfy.comfy.samplers.KSAMPLER(own))
+    report = comfy.report(model)
+    assert (report.dense_steps, report.steps) == (2, 10) and not report.passed
+    assert report.calls == {"sparse": 8 * comfy.LAYERS, "dense step": 2 * comfy.LAYERS}
+
+
 @pytest.mark.parametrize("sampler, evaluations, dense", [("euler", 8, 2), ("heun", 15, 3)])
 def test_noise_that_a_sampler_adds_before_each_step(comfy, wan, store, sampler, evaluations, dense):
     """s_churn: every step is evaluated above its own sigma. heun's second evaluation counts as the next step."""

@@ -154,20 +154,23 @@ def bare_entry(density=((0.6, 0.5), (0.4, 0.3), (0.2, 0.35))):
     )
 
 
-@pytest.mark.parametrize("group", [0, 2])
-def test_heads_keep_the_heaviest_blocks_as_many_as_the_plan_says(group):
+@pytest.mark.parametrize("group, masked", [(0, False), (2, False), (0, True)])
+def test_heads_keep_the_heaviest_blocks_as_many_as_the_plan_says(group, masked):
     entry = bare_entry()
     q, k = torch.randn(2, 1, 2, LAYOUT.length, 16)
+    bias = torch.zeros(1, LAYOUT.length)
+    bias[:, 3:150] = -10.0
+    rest = {"scale": 1.0, "key_bias": bias} if masked else {"scale": None, "key_bias": None}
     sizes = {"block_q": 64, "pool": 64, "expansions": 16, "kv_heads": 2, "device": torch.device("cpu")}
     seen = []
 
     def measure(pattern):
         seen.append(pattern)
-        return routed_bits(entry, group, q, k, pattern, scale=None, key_bias=None)
+        return routed_bits(entry, group, q, k, pattern, **rest)
 
     made = pattern_of(entry, LAYOUT, group=group, measure=measure, **sizes)
     assert seen[0].kept_words is None
-    masses = mean_query_masses(q, k, made.geometry, made.tables_of_heads(2))
+    masses = mean_query_masses(q, k, made.geometry, made.tables_of_heads(2), **rest)
     counts = (entry.density[group] * 36).round().long()
     assert torch.equal(made.mask, masks_of_counts(masses, counts[None])[0])
     assert torch.equal(made.tail_bias, entry.tail_bias[group])
@@ -257,6 +260,35 @@ def test_without_room_for_patterns_masks_are_measured_every_time(monkeypatch):
     monkeypatch.setattr(evaluation_module, "routed_bits", lambda *a, **k: measured.append(1) or routed_bits(*a, **k))
     report = run(sigmas=LONG).finish()
     assert len(measured) == 8 and report.calls == {"sparse": 8, "dense step": 1}
+
+
+def test_all_that_is_measured_knows_of_the_calls_scale_and_mask(monkeypatch):
+    bias, seen = torch.zeros(1, LAYOUT.length), {}
+
+    def watch(where, name):
+        real = getattr(where, name)
+
+        def watched(*args, **kwargs):
+            seen.setdefault(name, []).append((kwargs["scale"], kwargs["key_bias"] is bias))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(where, name, watched)
+
+    watch(Calibrator, "observe")
+    watch(BiasRefresh, "measure")
+    watch(QueryCorrection, "apply")
+    watch(evaluation_module, "routed_bits")
+    watch(evaluation_module, "run_kernel")
+    session = Session(
+        Policy(IDENTITY, recipe_for("wan"), Settings("custom", density=0.3, dense_steps=1)), sigmas=SIGMAS
+    )
+    for sigma in SIGMAS[:-1]:
+        q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32)
+        call = {"scale": 0.25, "key_bias": bias, "dense": v.clone, "blocks": 1}
+        session.begin(layout=LAYOUT, sigma=sigma).attend(SITE, q, k, v, **call)
+    assert session.finish().calls["sparse"] == 4
+    assert set(seen) == {"observe", "measure", "apply", "routed_bits", "run_kernel"}
+    assert {each for name in seen for each in seen[name]} == {(0.25, True)}
 
 
 @pytest.mark.parametrize("short, measured", [(False, [1, 4, 6]), (True, [1])])
