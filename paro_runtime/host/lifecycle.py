@@ -101,6 +101,7 @@ class HostRun:
         its = self.lifecycle if is_copy else attached(KEY)
         if not isinstance(its, Lifecycle):
             return None
+        its.last_report = None
         session = its.start(self.session.sigmas)
         session.quiet = is_copy
         return HostRun(session, its.family, lifecycle=its)

@@ -209,6 +209,34 @@ def test_a_second_model_whose_run_cannot_begin(comfy, wan, wan_file, caplog):
             assert sum(record.exc_info is not None for record in caplog.records) == 1
 
 
+def test_a_second_model_has_the_report_of_its_last_run(comfy, wan, wan_file):
+    """And none where that was cancelled."""
+    nodes = pytest.importorskip("comfy_extras.nodes_custom_sampler", reason="NO av: the host's own nodes")
+    if not hasattr(nodes, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no guider of two models")
+
+    def cancel(step, *_):
+        if step == 1:
+            raise OwnBugError
+
+    model, other = comfy.patched(wan, **SPARSE), comfy.patched(comfy.load(wan_file), density=0.6, preset="custom")
+    sigmas = comfy.comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), "simple", 3)
+    given = (comfy.comfy.samplers.sampler_object("euler"), sigmas)
+    noise = comfy.comfy.sample.prepare_noise(comfy.latent(GRID), 0)
+    for callback in (None, cancel):
+        guider = nodes.DualModelGuider.execute(model, comfy.text(1), 3.0, other, comfy.text(2))[0]
+        run = {"callback": callback, "disable_pbar": True, "seed": 0}
+        if callback is None:
+            out = guider.sample(noise, comfy.latent(GRID), *given, **run)
+            for each, density in ((model, 0.4), (other, 0.6)):
+                assert abs(comfy.report(each, out).density - density) < 0.05
+        else:
+            with pytest.raises(OwnBugError):
+                guider.sample(noise, comfy.latent(GRID), *given, **run)
+    for each in (model, other):
+        assert comfy.report(each).startswith("Not finished: the sampling was stopped in step 2 of 3")
+
+
 def test_copies_on_other_gpus_count_with_the_first_and_show_nothing(comfy, wan, store, monkeypatch):
     """Two names of one CPU: the host gives each prompt a thread and a copy of the model."""
     nodes = pytest.importorskip("comfy_extras.nodes_multigpu", reason="this ComfyUI has no copies on other GPUs")
