@@ -47,7 +47,6 @@ from comfyui_paro.kernels.api import (  # noqa: E402
 from comfyui_paro.kernels.problem import SparsePattern  # noqa: E402
 from comfyui_paro.paro_runtime.attention import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.calibration import Calibrator  # noqa: E402
-from comfyui_paro.paro_runtime.falloff import observe_falloff  # noqa: E402
 from comfyui_paro.paro_runtime.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Site  # noqa: E402
 from comfyui_paro.paro_runtime.recipes import MaskOptions, query_block  # noqa: E402
@@ -195,7 +194,6 @@ def measure_tiny(grid: tuple[int, int, int], repeats: int, step: int = 2, seed: 
         "attention": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v),
         "orders": lambda q, k, v: order_scores(q, k, g, options),
         "tail": lambda q, k, v: observe_tail(q, k, v, g, rows, density=DENSITY, pool=POOL),
-        "falloff": lambda q, k, v: observe_falloff(q, k, layout),
         "rotation": lambda q, k, v: logit_errors(q, k, g, rows),
     }
     whole = {"all": calibrate}

@@ -4,11 +4,9 @@
     python bench/fidelity.py --suite tiny --device cuda --json bench/results/fidelity-tiny.json
     python bench/fidelity.py --suite tiny --merge one.json two.json --json bench/results/fidelity-tiny.json
     python bench/fidelity.py --suite sta
-    python bench/fidelity.py --suite moved --seeds 4 --densities 0.1 0.2 0.3 --json bench/results/fidelity-moved.json
 
 Suites: `synthetic`, planted attention patterns; `tiny`, the tiny trained video model against its own dense run; `sta`,
-windows published for HunyuanVideo; `moved`, plans used on another grid than their own. The figures validate this
-implementation; they are not the quality of any model.
+windows published for HunyuanVideo. The figures validate this implementation; they are not the quality of any model.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import importlib.util
-import itertools
 import json
 import platform
 import re
@@ -115,23 +112,7 @@ def merge_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     return records, f"{table(records)}\n\n{overview(records)}\n\n{acceptance(records)}"
 
 
-def run_moved(args: argparse.Namespace) -> tuple[list[dict], str]:
-    """Planted heads over the seeds, then the tiny model; the first `--grids` moves of each."""
-    from comfyui_paro.bench.paro_bench.moved import PLANTED_MOVES, TINY_MOVES, planted, table, tiny
-
-    records = []
-    for old, grids in PLANTED_MOVES[: args.grids]:
-        for grid, seed in itertools.product(grids, range(args.seed, args.seed + args.seeds)):
-            records += planted(old, grid, args.densities, seed)
-            save(args, records)
-    for old, grids, videos in TINY_MOVES[: args.grids]:
-        for grid in grids:
-            records += tiny(old, grid, args.densities, videos, device=args.device)
-            save(args, records)
-    return records, table(records)
-
-
-SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta, "moved": run_moved}
+SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta}
 
 
 def main() -> None:

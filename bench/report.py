@@ -266,12 +266,11 @@ def tiny_calibration_tables(reports: list[dict]) -> list[str]:
             f"{report['repeats']} repeats.",
             "",
             *([report["note"], ""] if report.get("note") else []),
-            "| grid | tokens | attention | orders | tail | falloff | rotation | in all | times attention "
-            "| the first time |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            "| grid | tokens | attention | orders | tail | rotation | in all | times attention | the first time |",
+            "|---|---|---|---|---|---|---|---|---|",
         ]
         for row in report["rows"]:
-            times = [row.get(f"{name}_ms") for name in ("attention", "orders", "tail", "falloff", "rotation", "all")]
+            times = [row.get(f"{name}_ms") for name in ("attention", "orders", "tail", "rotation", "all")]
             cells = [row["grid"], f"{row['length']}", *map(cell, times)]
             cells += [cell(row.get("ratio")), cell(row.get("first_ratio"))]
             lines.append("| " + " | ".join(cells) + " |")

@@ -117,7 +117,7 @@ def main() -> int:
     rehearsal = importlib.import_module(f"{PACKAGE}.paro_runtime.rehearsal")
     # Parts of an observation that launch no kernel of ours, and take a CPU most of the time.
     statistics = importlib.import_module(f"{PACKAGE}.paro_runtime.statistics")
-    statistics.observe_falloff = statistics.logit_errors = lambda *args, **kwargs: None
+    statistics.logit_errors = lambda *args, **kwargs: None
     job = rehearsal.Job.from_dict(task["job"])
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # One core is left to whoever waits for this.

@@ -42,9 +42,8 @@ class Calibrator:
         bias_later: bool = False,
     ) -> None:
         """partial: folder that keeps the sums after every observation; what it holds already is taken up again.
-        own: the plan is for the run that is observed, and no other: what moves a plan to other grids and what
-        `stability` compares are left out. bias_later: that run measures the tail's bias under its masks before it uses
-        them: none is worked out here.
+        own: the plan is for the run that is observed, and no other: what `stability` compares is left out.
+        bias_later: that run measures the tail's bias under its masks before it uses them: none is worked out here.
 
         Raises PlanError when the folder belongs to another model, grid or options.
         """
@@ -113,7 +112,6 @@ class Calibrator:
             method.by_mass_alone(layout),
             method.alpha,
             method.sigma,
-            not self._own,
             not self._bias_later,
             method.routes(layout),
         )

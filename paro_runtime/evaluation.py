@@ -95,7 +95,6 @@ class Evaluation:
         if too_short is not None:
             attempt.count("dense", too_short)
             return self._dense(q, k, v, scale, key_bias, dense, wanted=True)
-        self._check_moved_plan(site, q, k, scale, key_bias)
         if session.schedule.is_dense_block(site.block_index, blocks):
             session.dense_block_sites.add(site)
             attempt.count("dense", "dense block")
@@ -159,21 +158,6 @@ class Evaluation:
         if session.calibrator is not None:
             return session.calibrate_steps is None or self.step in session.calibrate_steps
         return grid.calibrator is not None and self.step >= session.schedule.dense_steps - 1
-
-    def _check_moved_plan(self, site, q, k, scale, key_bias) -> None:
-        """Measure what a moved plan keeps here. Trouble in measuring leaves the plan unjudged, and is told."""
-        check = self._grid.check
-        if check is None or not self._attempt.sound():
-            return
-        try:
-            with self.session.lasting():
-                check.measure(site, self.layout, q, k, scale=scale, key_bias=key_bias)
-        except Exception as error:
-            if self.session.settings.strict:
-                raise
-            with self.session.lock:
-                self._grid.check = None
-            self.session.note(f"plan: what it keeps after the move could not be measured ({one_line(error)})")
 
     def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> bool:
         """Whether the call was observed."""

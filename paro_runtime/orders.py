@@ -15,6 +15,7 @@ makes every aligned run of 8, 16 or 32 tokens compact too.
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from itertools import permutations
 
@@ -48,6 +49,25 @@ def tiled_orders(grid: tuple[int, int, int]) -> tuple[str, ...]:
     if min(grid[1:]) == 1:
         return ()
     return tuple(n for n in TILED_ORDERS if all(t <= s for t, s in zip(_tile(n), grid, strict=True)))
+
+
+@lru_cache(maxsize=64)
+def nearest_order(name: str, grid: tuple[int, int, int]) -> str:
+    """What stands for an order on a grid where it may be no candidate: of axis orders the candidate that is the same
+    permutation, of boxes the one most like it that fits, else the model's own order.
+
+    It depends on nothing else: heads that share an order go on sharing one. Raises ValueError for a name that is no
+    order.
+    """
+    order_number(name)
+    if name in AXIS_ORDERS:
+        return next(n for n in candidate_orders(grid) if torch.equal(order_table(n, grid), order_table(name, grid)))
+    tile = _tile(name)
+
+    def unlike(other: str) -> float:
+        return sum(abs(math.log2(a / b)) for a, b in zip(tile, _tile(other), strict=True))
+
+    return min(tiled_orders(grid), key=unlike, default=ORIGINAL)
 
 
 def _tile(name: str) -> tuple[int, ...]:

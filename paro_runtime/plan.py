@@ -9,7 +9,8 @@ import torch
 
 from ..kernels.kept_words import pack_bits, unpack_bits
 from ..kernels.problem import BLOCK_K
-from .orders import ALL_ORDERS
+from .orders import ALL_ORDERS, nearest_order
+from .recipes import query_block
 from .tokens import TokenLayout
 
 
@@ -56,9 +57,8 @@ class SitePlan:
     of its mask `[heads, q_blocks, k_blocks]`, which is `shape`; [groups, 0] where runs measure their masks themselves
     (`routing`), as many blocks of each head as density says.
 
-    tail_bias float32 [groups, heads] or None; density and mass_kept float32 [groups, heads], as calibrated. falloff
-    uint8 [heads, packed_width(grid)] as `falloff.pack_falloff` makes it, or None: the plan then serves its grid only.
-    rotate: INT8 queries and keys are rotated by a Hadamard matrix first.
+    tail_bias float32 [groups, heads] or None; density and mass_kept float32 [groups, heads], as calibrated. rotate:
+    INT8 queries and keys are rotated by a Hadamard matrix first.
     """
 
     orders: tuple[str, ...]
@@ -67,28 +67,25 @@ class SitePlan:
     tail_bias: torch.Tensor | None
     density: torch.Tensor
     mass_kept: torch.Tensor
-    falloff: torch.Tensor | None = None
     rotate: bool = False
 
     @classmethod
-    def create(
-        cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor, falloff=None, rotate: bool = False
-    ) -> SitePlan:
+    def create(cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor, rotate: bool = False) -> SitePlan:
         """One group of steps, from a bool mask `[heads, q_blocks, k_blocks]` on any device; tail_bias and mass_kept
         are [heads]."""
         density = mask.float().mean((1, 2))
         bias = None if tail_bias is None else [tail_bias]
-        return cls.of_groups(orders, [pack_bits(mask)], mask.shape, [density], bias, [mass_kept], falloff, rotate)
+        return cls.of_groups(orders, [pack_bits(mask)], mask.shape, [density], bias, [mass_kept], rotate)
 
     @classmethod
-    def of_groups(cls, orders, packed, shape, density, tail_bias, mass_kept, falloff=None, rotate=False) -> SitePlan:
-        """From what each group of steps has, in lists, on any device; falloff and rotate as they are."""
+    def of_groups(cls, orders, packed, shape, density, tail_bias, mass_kept, rotate=False) -> SitePlan:
+        """From what each group of steps has, in lists, on any device."""
 
         def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
             return torch.stack([part.float() for part in parts]).cpu()
 
         bias = None if tail_bias is None else joined(tail_bias)
-        rest = (bias, joined(density), joined(mass_kept), falloff, rotate)
+        rest = (bias, joined(density), joined(mass_kept), rotate)
         return cls(tuple(orders), torch.stack(list(packed)).cpu(), tuple(shape), *rest)
 
     @classmethod
@@ -110,6 +107,10 @@ class SitePlan:
     def has_masks(self) -> bool:
         """Whether there are masks, or runs measure them."""
         return self.packed.shape[1] > 0
+
+    def without_masks(self) -> SitePlan:
+        """The same for runs that measure their masks themselves."""
+        return replace(self, packed=self.packed.new_empty(self.groups, 0))
 
     def mask(self, device: torch.device | str = "cpu", group: int = 0) -> torch.Tensor:
         """bool `[heads, q_blocks, k_blocks]` on `device`, of a site that has masks."""
@@ -160,12 +161,22 @@ class Plan:
         return torch.cat(values, 1).mean(1).tolist() if values else [1.0]
 
     def without_masks(self) -> Plan:
-        """What a report tells of the plan: no masks, which are nearly all of its memory, and nothing to move it by."""
+        """What a report tells of the plan: no masks, which are nearly all of its memory."""
+        return replace(self, sites={site: entry.without_masks() for site, entry in self.sites.items()})
 
-        def bare(entry: SitePlan) -> SitePlan:
-            return replace(entry, packed=entry.packed.new_empty(entry.groups, 0), falloff=None)
-
-        return replace(self, sites={site: bare(entry) for site, entry in self.sites.items()})
+    def moved(self, layout: TokenLayout) -> Plan:
+        """For another layout of the same model. On another grid orders (`nearest_order`), densities and biases stay,
+        and runs measure their masks themselves; mass_kept is still that of the grid the plan was made on."""
+        if self.layout.grid == layout.grid:
+            return replace(self, layout=layout)
+        block_q = query_block(layout.grid_tokens)
+        blocks = tuple(-(-layout.grid_tokens // size) for size in (block_q, BLOCK_K))
+        sites = {}
+        for site, entry in self.without_masks().sites.items():
+            orders = tuple(nearest_order(name, layout.grid) for name in entry.orders)
+            sites[site] = replace(entry, orders=orders, shape=(len(orders), *blocks))
+        made = {**self.made, "moved_from": _grid(self.layout)}
+        return replace(self, layout=layout, block_q=block_q, sites=sites, made=made)
 
     def orders_histogram(self) -> dict[str, int]:
         """Heads per order, in the order of `ALL_ORDERS`."""

@@ -19,7 +19,6 @@ from safetensors.torch import save_file
 
 from ..kernels.kept_words import count_bits, words_of_rows
 from ..kernels.problem import BLOCK_K, BLOCK_Q_CHOICES, MOST_EXPANSIONS
-from .falloff import packed_width
 from .orders import ALL_ORDERS
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
 from .tokens import TokenLayout
@@ -27,6 +26,8 @@ from .tokens import TokenLayout
 FORMAT = 4
 # Heads whose masks are looked at together when a file is checked.
 HEADS_AT_ONCE = 8
+# Files may hold a byte for each of so many distances, and each block of keys, of every head: nothing uses them.
+MOST_DISTANCES = 20**3
 LIMITS = {
     "metadata_bytes": 4 << 20,
     "sites": 4096,
@@ -42,7 +43,7 @@ def save_plan(plan: Plan, path: Path) -> None:
     tensors, sites = {}, []
     for number, (site, entry) in enumerate(sorted(plan.sites.items())):
         key = f"{number:04d}"
-        optional = {"tail": entry.tail_bias is not None, "falloff": entry.falloff is not None, "mask": entry.has_masks}
+        optional = {"tail": entry.tail_bias is not None, "mask": entry.has_masks}
         sites.append({"name": site.name, "shape": list(entry.shape), **optional, "rotate": entry.rotate})
         tensors[f"{key}.orders"] = torch.tensor([ALL_ORDERS.index(name) for name in entry.orders], dtype=torch.uint8)
         if entry.has_masks:
@@ -51,8 +52,6 @@ def save_plan(plan: Plan, path: Path) -> None:
         tensors[f"{key}.mass_kept"] = entry.mass_kept
         if entry.tail_bias is not None:
             tensors[f"{key}.tail_bias"] = entry.tail_bias
-        if entry.falloff is not None:
-            tensors[f"{key}.falloff"] = entry.falloff
     header = {
         "format": FORMAT,
         "identity": asdict(plan.identity),
@@ -176,19 +175,19 @@ class _Header:
                 raise PlanError(
                     f"plan {name}: mask of {entry['name']!r} is {entry['shape']}, expected heads x {blocks}"
                 )
-            # Absent from plans made before they could be chosen.
-            for key, default in (("rotate", False), ("mask", True)):
+            # Each is absent from plans of some version.
+            for key, default in (("rotate", False), ("mask", True), ("falloff", False)):
                 value = entry.get(key, default)
                 if type(value) is not bool:
                     raise PlanError(f"plan {name}: {key} of {entry['name']!r} is {value!r}, expected true or false")
             masks = self.content["groups"] * math.prod(blocks) // 8 if entry.get("mask", True) else 0
             budget -= heads * (masks + self.falloff_width(entry))
             if budget < 0:
-                raise PlanError(f"plan {name}: masks and falloffs over {LIMITS['mask_bytes']} bytes")
+                raise PlanError(f"plan {name}: masks over {LIMITS['mask_bytes']} bytes")
 
     def falloff_width(self, entry: dict) -> int:
-        """Bytes per head of a site's falloff, 0 without one."""
-        return packed_width(self.layout.grid) if entry["falloff"] else 0
+        """Bytes per head that a site's falloff may have, 0 without one."""
+        return MOST_DISTANCES + self.blocks[1] if entry.get("falloff", False) else 0
 
     def plan(self, sites: dict[Site, SitePlan]) -> Plan:
         """The plan with these sites."""
@@ -239,7 +238,8 @@ def _read_site(
     if tail:
         expected["tail_bias"] = ("F32", [groups, heads])
     if width:
-        expected["falloff"] = ("U8", [heads, width])
+        found = file.get_slice(f"{key}.falloff").get_shape()
+        expected["falloff"] = ("U8", [heads, min([*found[-1:], width])])
     tensors = {}
     for part, (dtype, size) in expected.items():
         view = file.get_slice(f"{key}.{part}")
@@ -285,6 +285,6 @@ def _kept_blocks(packed: torch.Tensor, shape: tuple[int, int, int]) -> tuple[tor
 
 def _site_plan(tensors: dict[str, torch.Tensor], shape: tuple[int, int, int], names: list[str], rotate) -> SitePlan:
     orders = tuple(names[i] for i in tensors["orders"].tolist())
-    rest = (tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"], tensors.get("falloff"), rotate)
+    rest = (tensors.get("tail_bias"), tensors["density"], tensors["mass_kept"], rotate)
     masks = tensors.get("mask", torch.empty(len(tensors["density"]), 0, dtype=torch.uint8))
     return SitePlan(orders, masks, shape, *rest)

@@ -12,7 +12,6 @@ import torch
 
 from ..kernels.kept_words import pack_bits
 from ..kernels.problem import BLOCK_K, MOST_EXPANSIONS
-from .falloff import falloff_bytes, pack_falloff
 from .plan import Site, SitePlan
 from .recipes import MaskOptions, query_block
 from .rotation import CASES, root_means, rotates
@@ -23,9 +22,6 @@ from .sums import SiteSums
 from .tables import Worth
 from .tail import bias_at
 from .tokens import TokenLayout
-
-# Falloffs that are packed at a time, in bytes of what that takes.
-FALLOFF_BYTES = 1 << 27
 
 
 @dataclass(frozen=True)
@@ -194,27 +190,17 @@ class Planner:
             packed = torch.stack([pack_bits(mask) for mask in masks])
         return _Masks(packed.cpu(), density, torch.stack(kept), bias)
 
-    def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor | None, torch.Tensor | None]:
-        """Of all heads of all sites: their orders; their falloffs, packed, on the CPU, if they were measured; the
-        curves of those sites whose bias comes from curves alone, on the device."""
+    def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor | None]:
+        """Of all heads of all sites their orders; the curves of those sites whose bias comes from curves alone, on the
+        device."""
         sums = self._sums
         choices = torch.cat([s.choice.to(device) for s in sums]).tolist()
         names = [s.candidates for s in sums for _ in range(s.choice.numel())]
         orders = [its[choice] for its, choice in zip(names, choices, strict=True)]
         curves = [sums[number].curves.to(device) for number in self._of_curves]
-        return orders, self._falloffs(orders, device), torch.cat(curves) if curves else None
+        return orders, torch.cat(curves) if curves else None
 
-    def _falloffs(self, orders: list[str], device: torch.device) -> torch.Tensor | None:
-        sums, grid = self._sums, self.layout.grid
-        if any(s.falloff is None for s in sums):
-            return None
-        falloff = torch.cat([s.falloff.to(device) for s in sums])
-        received = torch.cat([s.received.to(device) for s in sums])
-        step = max(1, FALLOFF_BYTES // falloff_bytes(grid))
-        parts = (slice(first, first + step) for first in range(0, len(orders), step))
-        return torch.cat([pack_falloff(falloff[its], received[its], orders[its], grid) for its in parts]).cpu()
-
-    def _joined(self, made: list[_Masks], orders: list[str], falloff, curves) -> dict[Site, SitePlan]:
+    def _joined(self, made: list[_Masks], orders: list[str], curves) -> dict[Site, SitePlan]:
         heads = [each.density.shape[1] for each in made]
         block_q = query_block(self.layout.grid_tokens)
         blocks = tuple(-(-self.layout.grid_tokens // size) for size in (block_q, BLOCK_K))
@@ -238,7 +224,6 @@ class Planner:
                 None if bias is None else bias.cpu().clone(),
                 density[number].clone(),
                 kept[number].clone(),
-                None if falloff is None else falloff[some].clone(),
                 errors is not None and rotates(errors),
             )
         return entries

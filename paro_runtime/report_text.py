@@ -84,7 +84,9 @@ def _exact(report: Report) -> Iterable[str]:
         yield f"{exact(facts.density)} of the blocks{about} kept on average: {each}"
         if facts.raised_from is not None:
             yield f"density raised from {exact(facts.raised_from)} to hold quality on so small a grid"
-        yield f"the plan's blocks hold {exact(report.mass_kept)} of the attention{_missed(report)}"
+        # Of a moved plan nobody knows what they hold on this grid.
+        if report.plan is None or "moved_from" not in report.plan.made:
+            yield f"the plan's blocks hold {exact(report.mass_kept)} of the attention{_missed(report)}"
     if report.sites_routed:
         yield (
             f"{report.sites_routed} of {report.sites_sparse} attention layers "

@@ -25,7 +25,6 @@ from .evaluation import Evaluation
 from .patterns import PatternCache
 from .plan import IN_PASSING, ModelIdentity, Plan, PlanError, Site
 from .plan_store import FoundPlan, PlanStore
-from .portability import MovedPlanCheck, move_plan
 from .readiness import Readiness
 from .recipes import MaskOptions, Recipe, mask_options, query_block, raised_density
 from .refresh import BiasRefresh
@@ -44,16 +43,6 @@ MUCH_NOISE = 0.94
 # Eight steps on an H200: Z-Image at 9,216 tokens takes 2.4 s dense by cuDNN and 2.7 s sparse, Qwen-Image at 6,889
 # 2.6 and 4.3 s, Flux 1 at 16,384 6.4 and 6.1 s (bench/results/whole_run_h200.json, af143df).
 SPARSE_FROM = {9: 12_288, 10: 12_288}
-
-
-def _moved(plan: Plan, layout: TokenLayout) -> Plan:
-    """`move_plan` on the GPU if there is one with room (about 1 GB), since a CPU takes minutes at 720p."""
-    if torch.cuda.is_available():
-        try:
-            return move_plan(plan, layout, "cuda")
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    return move_plan(plan, layout)
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,6 @@ class Grid:
     source: str = ""
     calibrator: Calibrator | None = None
     seen_step: int | None = None
-    check: MovedPlanCheck | None = None
     coming: FoundPlan | None = None
     begun: Plan | None = None
     lost: str = ""
@@ -193,8 +181,6 @@ class Session:
             if grid.calibrator is not None and grid.seen_step is None and step != self.clock.step:
                 # What it sees depends on when it first may: kernels can come late.
                 grid.calibrator = self._calibrator(step, layout)
-            if grid.check is not None and step != self.clock.step:
-                self._judge_moved_plan(grid, step)
             if step != self.clock.step:
                 kind = self._step_kind(step, grid)
                 self.clock.next(step, kind, self.counts.sparse)
@@ -272,15 +258,11 @@ class Session:
                 if given.identity.weights != self.policy.identity.weights:
                     others = "plan: made for other weights of this model, of a fine-tune or LoRA say"
                     self.note(f"{others}; make one for these if the picture suffers")
-                try:
-                    grid.plan, grid.source = _moved(given, layout), "given plan"
-                except PlanError as error:
-                    reason = str(error)
-                else:
-                    if given.layout.grid != layout.grid:
-                        grid.source = "given plan, moved to this grid"
-                        grid.check = MovedPlanCheck(grid.plan)
-                    return grid
+                grid.plan, grid.source = given.moved(layout), "given plan"
+                if given.layout.grid != layout.grid:
+                    grid.source = "given plan, moved to this grid"
+                    self.note(f"plan: moved from the grid {grid.plan.made['moved_from']}, the run measures its masks")
+                return grid
             self.note(f"{reason}; calibrating anew")
         elif self.policy.store is not None:
             found, note = self.policy.store.find(
@@ -327,22 +309,6 @@ class Session:
         made = plan.made
         from_noise = made.get("by") == IN_PASSING and made.get("criterion") == "mass" and made.get("step") == 0
         return from_noise and self.options.pool is not None and self.method.criterion == "auto"
-
-    def _judge_moved_plan(self, grid: Grid, step: int) -> None:
-        verdict = grid.check.verdict()
-        if verdict is None:
-            return
-        stays, text = verdict
-        self.note(text)
-        grid.check = None
-        if not stays:
-            grid.plan = None
-            self.patterns.clear()
-            if self.refresh is not None:
-                self.refresh.forget()
-            if self.settings.calibrate:
-                grid.calibrator = self._calibrator(step, grid.layout)
-                grid.source = IN_PASSING
 
     @property
     def from_noise(self) -> bool:

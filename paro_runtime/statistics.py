@@ -5,7 +5,7 @@ for all orders, all of them on the smallest; on large ones some rows of some que
 chosen orders and where the values are at hand, the tail's errors on a few rows of every block, which tell the block
 sums too. Without values, or for masks by mass, block sums come from every row of small grids, and from a few mean
 queries of every block of large ones; where runs measure their masks themselves, of some blocks, which tell how many
-blocks each head wants. The falloff with distance, if asked for, comes from a few hundred rows at most.
+blocks each head wants.
 What is looked at shrinks with the size of the grid: up to three dense attentions on the smallest, a third of one on
 75,600 tokens (`tests/unit/test_calibration_cost.py`). Nothing waits for the device on large grids.
 """
@@ -20,7 +20,6 @@ import torch
 from ..kernels.api import block_statistics, query_sums, row_logsumexp
 from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import BlockStatistics, block_positions, block_sizes
-from .falloff import observe_falloff
 from .mean_queries import mean_query_masses
 from .orders import ORIGINAL, candidate_orders, order_table, tiled_orders
 from .rotation import logit_errors
@@ -36,8 +35,8 @@ SHARED_TOKENS, SHARED_ROWS = 8192, 4096
 ORDER_BLOCKS, ORDER_ROWS = 24, 16
 # Query blocks for the paper's metric, every row of them. Fewer where there are few, for the cost's sake.
 PAPER_BLOCKS, PAPER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
-# On large grids: rows of each block for the tail's errors, and of all for the falloff.
-LARGE_TAIL_ROWS, LARGE_FALLOFF_ROWS = 4, 64
+# On large grids: rows of each block for the tail's errors.
+LARGE_TAIL_ROWS = 4
 # Query blocks, evenly spread, that tell how many blocks a head wants.
 BUDGET_BLOCKS = 48
 # What an order must be better by, as a share of its score, for a head to leave the one that it was observed under.
@@ -57,7 +56,7 @@ class StatisticsOptions:
     by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
     tail's sampled rows would tell them; on large grids no errors of single blocks then. sampled: on large grids, block
     sums of some blocks only (`budget_blocks`), since runs measure their masks themselves.
-    alpha, sigma: of the paper's metric. falloff: measure the falloff with distance, for plans that may move.
+    alpha, sigma: of the paper's metric.
     """
 
     density: float
@@ -69,7 +68,6 @@ class StatisticsOptions:
     by_mass: bool = False
     alpha: float = 0.5
     sigma: float = 1.0
-    falloff: bool = True
     curves: bool = True
     sampled: bool = False
 
@@ -88,7 +86,6 @@ class Observation:
     choice  int64 [H]: index of the order under which the rest was taken.
     mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's or from
             mean queries; of those of `budget_blocks` only where the options say so.
-    falloff float32 [H, bins]: mean weight of a key by its distance, see `falloff.observe_falloff`, or None.
     pooled  the same as mass with pooled keys, or None unless asked for.
     tail    errors of the tail, or None without a tail or without values.
     logit_errors float32 [H, 3]: what quantising does to the logits, see `rotation.logit_errors`.
@@ -98,7 +95,6 @@ class Observation:
     scores: torch.Tensor
     choice: torch.Tensor
     mass: torch.Tensor
-    falloff: torch.Tensor | None
     pooled: torch.Tensor | None = None
     tail: TailObservation | None = None
     logit_errors: torch.Tensor | None = None
@@ -188,12 +184,8 @@ def observe(
         del rest["key_bias"]
         full = block_statistics(q, k, lse, geometry, rows, pool=pool, **rest)
         mass, pooled = full.mass, full.pooled
-    few = {"rows": LARGE_FALLOFF_ROWS} if large else {}
-    falloff = None
-    if options.falloff:
-        falloff = observe_falloff(q, k, layout, scale=scale, key_bias=key_bias, **few)
     errors = logit_errors(q, k, geometry, rows, scale=scale)
-    return Observation(candidates, scores, choice, mass, falloff, pooled, tail, errors)
+    return Observation(candidates, scores, choice, mass, pooled, tail, errors)
 
 
 @lru_cache(maxsize=8)

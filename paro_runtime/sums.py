@@ -32,10 +32,9 @@ class SiteSums:
     """Sums; `weight` counts, per head, the observations under its present order. H = query heads.
 
     With errors the mass is only told to people: it is that of up to MASS_BLOCKS query blocks, evenly spread.
-    scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, pooled, error [H, q_blocks, k_blocks]; falloff
-    [H, bins], of every order, or None; received [H, k_blocks]: mass over all query blocks; curves [H, densities,
-    biases] and energy [H] as in `tail.TailObservation`; logit_errors [H, 3] as in `rotation`. done: (prompt, step) of
-    what is summed.
+    scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, pooled, error [H, q_blocks, k_blocks]; curves
+    [H, densities, biases] and energy [H] as in `tail.TailObservation`; logit_errors [H, 3] as in `rotation`. done:
+    (prompt, step) of what is summed.
     """
 
     candidates: tuple[str, ...]
@@ -43,8 +42,6 @@ class SiteSums:
     choice: torch.Tensor
     weight: torch.Tensor
     mass: torch.Tensor
-    falloff: torch.Tensor | None
-    received: torch.Tensor
     pooled: torch.Tensor | None = None
     error: torch.Tensor | None = None
     curves: torch.Tensor | None = None
@@ -71,10 +68,9 @@ class SiteSums:
         """Fold in one more observation; heads whose order changed start anew with it."""
         same = more.choice == self.choice
         self.scores = self.scores + more.scores
-        self.falloff = None if self.falloff is None or more.falloff is None else self.falloff + more.falloff
         self.choice = more.choice
         self.weight = self.weight.where(same, 0) + more.weight
-        for name in ("mass", "received", "pooled", "error", "curves", "energy", "logit_errors"):
+        for name in ("mass", "pooled", "error", "curves", "energy", "logit_errors"):
             total, new = getattr(self, name), getattr(more, name)
             if total is None or new is None:
                 continue
@@ -99,8 +95,6 @@ def stored(seen: Observation, with_error: bool, compact: bool) -> SiteSums:
         seen.choice,
         torch.ones_like(seen.choice),
         table(mass),
-        seen.falloff,
-        seen.mass.sum(1),
         table(seen.pooled),
         table(tail.error) if with_error else None,
         None if tail is None else tail.curves,

@@ -20,7 +20,7 @@ import torch
 from ..kernels.api import block_costs, row_moments
 from ..kernels.problem import MOST_EXPANSIONS, Geometry
 from ..kernels.statistics_reference import block_positions, block_sizes
-from ..kernels.tail_reference import RowMoments, blocks_of
+from ..kernels.tail_reference import RowMoments
 
 # Rows looked at in every query block.
 ROWS_PER_BLOCK = 16
@@ -260,41 +260,3 @@ def bias_at(curves: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     part = ((place - points[upper - 1]) / (points[upper] - points[upper - 1]))[..., None]
     rows = torch.arange(curves.shape[0], device=curves.device)
     return best_bias(curves[rows, upper - 1] * (1 - part) + curves[rows, upper] * part)
-
-
-def kept_on_rows(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    rows: int = 256,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Share of each head's grid attention inside a mask, from evenly spread rows: float32 `[Hq]`.
-
-    Arguments as in `observe_bias`. Costs rows / L of a product Q K^T.
-    """
-    g, (batch, heads, _, dim) = geometry, q.shape
-    scale = dim**-0.5 if scale is None else scale
-    positions = spread_positions(g.grid_tokens, rows, q.device)
-    count = positions.numel()
-    group = heads // k.shape[1]
-    kept = torch.zeros(2, heads, device=q.device)
-    for some in head_groups(heads, group, 16 * count * g.length):
-        its = tables[some].long()
-        asked = its[:, positions] + g.prefix
-        columns = (its + g.prefix)[:, None].expand(-1, count, -1)
-        stays = mask[some][:, positions // g.block_q]
-        for b in range(batch):
-            queries = q[b, some].gather(1, asked[..., None].expand(-1, -1, dim)).float() * scale
-            keys = k[b, of_key_heads(some, group)].float()
-            logits = torch.einsum("hgrd,hld->hgrl", queries.unflatten(0, (-1, group)), keys).flatten(0, 1)
-            if key_bias is not None:
-                logits += key_bias[b].float()
-            blocks = blocks_of(logits.softmax(2).gather(2, columns), g.block_k, 2).sum(3)
-            kept[0, some] += (blocks * stays).sum((1, 2))
-            kept[1, some] += blocks.sum((1, 2))
-    return kept[0] / kept[1].clamp_min(1e-20)

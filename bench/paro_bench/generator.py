@@ -84,7 +84,7 @@ def _positions(grid: tuple[int, int, int]) -> torch.Tensor:
     return torch.stack(axes, -1).reshape(-1, 3)
 
 
-def _make_head(kind: Archetype, grid: tuple[int, int, int], seed: int, sinks_at_places: bool) -> _Head:
+def _make_head(kind: Archetype, grid: tuple[int, int, int], seed: int) -> _Head:
     generator = torch.Generator().manual_seed(seed)
     positions = _positions(grid)
     sobol = torch.quasirandom.SobolEngine(3, scramble=True, seed=seed).draw(POSITION // 2)
@@ -95,9 +95,6 @@ def _make_head(kind: Archetype, grid: tuple[int, int, int], seed: int, sinks_at_
     content = torch.randn(CONTENT, 3, generator=generator) / torch.tensor([5.0, 4.0, 4.0])
     rotation = torch.linalg.qr(torch.randn(HEAD_DIM, HEAD_DIM, generator=generator))[0]
     sinks = torch.randperm(len(positions), generator=generator)[:4]
-    if sinks_at_places:
-        places = (torch.rand(4, 3, generator=torch.Generator().manual_seed(seed)) * torch.tensor(grid)).long()
-        sinks = (places[:, 0] * grid[1] + places[:, 1]) * grid[2] + places[:, 2]
     outliers = torch.zeros(HEAD_DIM)
     outliers[torch.randperm(HEAD_DIM, generator=generator)[:3]] = torch.tensor(OUTLIERS)
     return _Head(kind, positions, features, content, rotation, sinks, outliers)
@@ -159,16 +156,11 @@ class Problem:
     v: torch.Tensor
 
 
-def make_problem(
-    grid: tuple[int, int, int], level: Level, seed: int = 0, samples=(1, 2, 9), sinks_at_places: bool = False
-) -> Problem:
-    """Deterministic in its arguments. `seed` moves heads and samples together.
-
-    sinks_at_places: the same head has its sinks at the same places of the picture on every grid.
-    """
+def make_problem(grid: tuple[int, int, int], level: Level, seed: int = 0, samples=(1, 2, 9)) -> Problem:
+    """Deterministic in its arguments. `seed` moves heads and samples together."""
     columns = []
     for number, kind in enumerate(ARCHETYPES):
-        head = _make_head(kind, grid, 100 + number + 1000 * seed, sinks_at_places)
+        head = _make_head(kind, grid, 100 + number + 1000 * seed)
         drawn = [_sample(head, grid, level, 100_000 * (seed + 1) + 100 * sample + number) for sample in samples]
         columns.append([torch.stack(parts) for parts in zip(*drawn, strict=True)])
     q, k, v = (torch.stack(parts, 1) for parts in zip(*columns, strict=True))

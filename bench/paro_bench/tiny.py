@@ -284,7 +284,7 @@ def _side_by_side(plans: list[Plan]) -> Plan:
             }
             joined = {name: None if parts[0] is None else torch.cat(parts, 1) for name, parts in columns.items()}
             shape = (len(orders), *entries[0].shape[1:])
-            sites[site] = replace(entries[0], orders=tuple(orders), shape=shape, falloff=None, rotate=False, **joined)
+            sites[site] = replace(entries[0], orders=tuple(orders), shape=shape, rotate=False, **joined)
             continue
         groups = []
         for group in range(plans[0].groups):

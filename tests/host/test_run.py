@@ -30,10 +30,8 @@ def test_sparse_run_and_its_report(comfy, wan, store):
     assert not report.fallbacks and not report.passed
     assert torch.isfinite(out).all() and (out - dense).abs().max() > 0.01  # the exact tests' tolerance is far below
     assert said[-1] == report.status() and said[-1].startswith(report.verdict())
-    # A report is kept with the model: it shows the plan, and holds nothing large of it.
+    # A report is kept with the model: it shows the plan.
     assert report.picture() is not None
-    assert all(entry.falloff is None for entry in report.plan.sites.values())
-    assert all(entry.falloff is not None for entry in store.load(store.names()[0]).sites.values())
 
 
 def test_a_run_that_starts_from_a_picture_sees_no_pure_noise(comfy, wan, store):

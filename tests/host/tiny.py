@@ -12,7 +12,6 @@ import comfy.ops
 import comfy.sample
 import comfy.sd
 import torch
-from comfyui_paro.paro_runtime.falloff import packed_width
 from comfyui_paro.paro_runtime.host.identity import identify
 from comfyui_paro.paro_runtime.host.patching import last_report, patch_model
 from comfyui_paro.paro_runtime.plan import Plan, Site, SitePlan
@@ -126,11 +125,11 @@ def patched(model: Any, *, plan: Plan | None = None, store: Any = None, said: li
 
 
 def full_plan(model: Any, family: str, layout: TokenLayout, order: str, sites: list[Site]) -> Plan:
-    """A plan that keeps every block, with one order for all heads, which attend alike at every distance."""
+    """A plan that keeps every block, with one order for all heads."""
     block_q = query_block(layout.grid_tokens)
     blocks = (-(-layout.grid_tokens // block_q), -(-layout.grid_tokens // 64))
-    mask, falloff = torch.ones(HEADS, *blocks, dtype=torch.bool), torch.zeros(HEADS, packed_width(layout.grid))
-    entry = SitePlan.create([order] * HEADS, mask, None, torch.ones(HEADS), falloff.to(torch.uint8))
+    mask = torch.ones(HEADS, *blocks, dtype=torch.bool)
+    entry = SitePlan.create([order] * HEADS, mask, None, torch.ones(HEADS))
     return Plan(identify(model, family), layout, block_q, dict.fromkeys(sites, entry))
 
 

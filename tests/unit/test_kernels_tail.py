@@ -225,7 +225,7 @@ def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
         monkeypatch.setattr(triton_tail, "units_of", lambda *_: torch.ones(3, heads))
     tables = tables.contiguous()
     levels = torch.zeros(1, dtype=torch.uint8).expand(heads, g.q_blocks, g.k_blocks).contiguous()
-    positions = torch.zeros(max(64, g.grid_tokens // 100), dtype=torch.long)
+    positions = torch.zeros(measured_rows(g.grid_tokens), dtype=torch.long)
     with Allocated() as allocated:
         triton_moments.launch_row_moments(q, q, q, g, tables, positions, levels, 1, pool=64, expansions=16)
     assert allocated.bytes < 100 << 20

@@ -7,21 +7,19 @@ import pytest
 import torch
 from comfyui_paro.bench.paro_bench.baselines import band_mask, radial_mask, random_mask
 from comfyui_paro.bench.paro_bench.generator import ARCHETYPES, EASY, HARD, TEXT, make_problem
-from comfyui_paro.bench.paro_bench.moved import SITE
 from comfyui_paro.bench.paro_bench.sta import published, run
 from comfyui_paro.kernels.problem import PRECISIONS
 from comfyui_paro.kernels.reference import sparse_attention_reference
 from comfyui_paro.paro_runtime.attention import build_pattern
 from comfyui_paro.paro_runtime.calibration import Calibrator, Method
 from comfyui_paro.paro_runtime.orders import order_table
-from comfyui_paro.paro_runtime.plan import ModelIdentity
+from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.recipes import MaskOptions
 from comfyui_paro.paro_runtime.refresh import BiasRefresh, measured_rows
 from comfyui_paro.paro_runtime.selection import (
     SharedBudget,
     best_of_rows,
     density_for,
-    mass_kept,
     per_head_masks,
     shared_masks,
 )
@@ -32,7 +30,6 @@ from comfyui_paro.paro_runtime.tail import (
     NO_TAIL,
     best_bias,
     bias_at,
-    kept_on_rows,
     observe_bias,
     observe_tail,
     spread_positions,
@@ -42,6 +39,7 @@ from comfyui_paro.paro_runtime.tokens import TokenLayout
 IDENTITY = ModelIdentity("bench", "planted", "planted")
 GRID = (7, 9, 8)
 LAYOUT = TokenLayout(TEXT, GRID)
+SITE = Site("planted", 0)
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +204,8 @@ def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch)
     entry, _ = masked
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
     refresh, wrong, whole, worst = BiasRefresh(), 0.0, 0.0, 0.0
-    for site in ("a", "b"):
-        call = [x[site == "b", None][:, :, :] for x in (planted.q, planted.k, planted.v)]
+    for site, number in (("a", 0), ("b", 1)):
+        call = [x[number : number + 1] for x in (planted.q, planted.k, planted.v)]
         seen = refresh.measure(site, 3, *call, pattern, scale=None, key_bias=None)
         out = sparse_attention_reference(*call, pattern, PRECISIONS["16bit"])
         refresh.judge(site, 3, seen, out)
@@ -221,17 +219,6 @@ def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch)
     assert refresh.error is None
     restore()
     assert refresh.error is not None
-
-
-def test_kept_on_rows_is_the_mass_kept(planted, masked):
-    from comfyui_paro.kernels.api import block_statistics, row_logsumexp
-
-    entry, tables = masked
-    q, k = planted.q[:1], planted.k[:1]
-    geometry = geometry_of(LAYOUT, 64)
-    exact = mass_kept(block_statistics(q, k, row_logsumexp(q, k), geometry, tables).mass, entry.mask())
-    every = kept_on_rows(q, k, geometry, tables, entry.mask(), rows=LAYOUT.grid_tokens)
-    torch.testing.assert_close(every, exact, atol=1e-4, rtol=1e-3)
 
 
 def test_blocks_by_mass_and_by_error_are_two_choices(planted):
@@ -265,7 +252,7 @@ def test_a_full_gpu_leaves_the_masks_to_the_cpu(planted, monkeypatch):
 def test_a_gpu_that_is_full_by_then_leaves_the_rest_to_the_cpu(planted, monkeypatch):
     calibrator = Calibrator(IDENTITY, MaskOptions(0.25, "mass", "shared", 64))
     calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
-    expected, full = calibrator.plan({}), ["packing", "masks"]
+    expected, full = calibrator.plan({}), ["small", "masks"]
 
     def once(name, function):
         def call(*args, **more):
@@ -276,12 +263,11 @@ def test_a_gpu_that_is_full_by_then_leaves_the_rest_to_the_cpu(planted, monkeypa
 
         return call
 
-    for name, place in (("packing", "pack_falloff"), ("masks", "pack_bits")):
+    for name, place in (("small", "Planner._small"), ("masks", "pack_bits")):
         place = f"comfyui_paro.paro_runtime.planning.{place}"
         monkeypatch.setattr(place, once(name, pkgutil.resolve_name(place)))
     plan = calibrator.plan({})
     assert not full and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)
-    assert torch.equal(plan.sites[SITE].falloff, expected.sites[SITE].falloff)
 
 
 def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
@@ -314,21 +300,19 @@ def test_block_sums_of_every_order_stay_on_their_device():
 
 def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypatch):
     """Grouped heads, done one key head at a time, against all at once."""
-    entry, tables = masked
+    _, tables = masked
     q, k, v = planted.q[:1], planted.k[:1, ::2], planted.v[:1, ::2]
     tables, g = tables[::2].repeat_interleave(2, 0), geometry_of(LAYOUT, 64)
     whole = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
-    kept = kept_on_rows(q, k, g, tables, entry.mask())
     monkeypatch.setattr("comfyui_paro.paro_runtime.tail.GROUP_BYTES", 1)
     monkeypatch.setattr("comfyui_paro.kernels.tail_reference.CHUNK_ELEMENTS", 1 << 12)
     parts = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
     for name in ("error", "mass", "curves", "energy"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(kept_on_rows(q, k, g, tables, entry.mask()), kept)
 
 
 def test_the_mass_of_some_query_blocks_tells_what_a_mask_keeps(planted, monkeypatch, tmp_path):
-    """Errors choose the blocks; the attention kept and what each block of keys draws must not depend on MASS_BLOCKS."""
+    """Errors choose the blocks; the attention kept must not depend on MASS_BLOCKS."""
     plans = []
     for number in (5, 1 << 20):
         monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", number)
@@ -339,7 +323,7 @@ def test_the_mass_of_some_query_blocks_tells_what_a_mask_keeps(planted, monkeypa
         assert resumed.observations == 1
         plans.append(resumed.plan({}).sites[SITE])
     few, every = plans
-    assert torch.equal(few.packed, every.packed) and torch.equal(few.falloff, every.falloff)
+    assert torch.equal(few.packed, every.packed)
     assert not torch.equal(few.mass_kept, every.mass_kept)
     torch.testing.assert_close(few.mass_kept, every.mass_kept, atol=0.15, rtol=0)
 

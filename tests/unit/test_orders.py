@@ -8,6 +8,7 @@ from comfyui_paro.paro_runtime.orders import (
     ALL_ORDERS,
     AXIS_ORDERS,
     candidate_orders,
+    nearest_order,
     order_number,
     order_table,
     order_tables,
@@ -117,3 +118,34 @@ def test_blocks_stay_compact_where_boxes_do_not_fit(grid):
         places = blocks_of(name, grid).float()
         spread = (places - places.mean(1, keepdim=True)).square().mean((0, 1))
         assert (spread <= 2 * (tile.square() - 1).clamp_min(1) / 12 + 0.3).all(), (name, spread)
+
+
+@pytest.mark.parametrize("grid", [*GRIDS, (9, 13, 11), (1, 40, 64)])
+def test_what_stands_for_an_order_is_a_candidate(grid):
+    """One that is a candidate stands for itself, and an axis order for the same permutation."""
+    candidates = candidate_orders(grid) + tiled_orders(grid)
+    for name in ALL_ORDERS:
+        found = nearest_order(name, grid)
+        assert found in candidates and (name not in candidates or found == name)
+        assert name not in AXIS_ORDERS or torch.equal(order_table(found, grid), order_table(name, grid))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid", "nearest"),
+    [
+        ("4x4x4", (1, 40, 64), "1x8x8"),  # a video's box on an image
+        ("8x4x2", (1, 40, 64), "1x8x8"),
+        ("8x4x2", (5, 12, 12), "4x4x4"),  # too few frames
+        ("1x8x8", (8, 6, 6), "4x4x4"),  # too few rows
+        ("8x2x4", (1, 6, 40), "FHW"),  # no box at all
+        ("1x8x8", (9, 13, 11), "1x8x8"),  # an image's box in a video
+        ("WHF", (1, 40, 64), "FWH"),
+    ],
+)
+def test_boxes_that_do_not_fit_give_way_to_the_most_alike(name, grid, nearest):
+    assert nearest_order(name, grid) == nearest
+
+
+def test_what_is_no_order_has_none_near():
+    with pytest.raises(ValueError, match="'FFF' is none of"):
+        nearest_order("FFF", (4, 8, 8))

@@ -75,15 +75,6 @@ def test_plans_of_other_runs_are_left_alone_unless_they_are_to_be_remembered(tmp
     assert session.finish().plan_source == "plan found"
 
 
-def test_only_plans_for_others_keep_what_moves_them(tmp_path):
-    """To another grid: how attention falls off with distance takes a run longer to measure than it is worth to it."""
-    for remember in (False, True):
-        its = replace(policy(store=PlanStore([], tmp_path)), remember=remember)
-        sample(session := Session(its, sigmas=SIGMAS))
-        entries = session.finish().plan.sites.values()
-        assert all((entry.falloff is not None) == remember for entry in entries)
-
-
 def test_a_site_alone_has_masks_of_the_step_that_wants_them():
     """Those of every group would take three times the memory of a whole plan beside the plan that follows."""
     options = mask_options(Settings(dense_steps=0, density=0.4), recipe_for("wan"))

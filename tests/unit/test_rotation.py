@@ -6,7 +6,6 @@ from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.paro_runtime import self_check as self_check_module
 from comfyui_paro.paro_runtime.calibration import Calibrator
 from comfyui_paro.paro_runtime.plan import ModelIdentity, Plan, Site, SitePlan
-from comfyui_paro.paro_runtime.portability import move_plan
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
 from comfyui_paro.paro_runtime.rotation import PLAIN, ROTATED, UNSMOOTHED, logit_errors, root_means, rotates
 from comfyui_paro.paro_runtime.self_check import site_precision
@@ -87,7 +86,7 @@ def test_a_plan_rotates_the_sites_that_need_it(plan):
     assert [plan.sites[site].rotate for site in (PLAIN_SITE, OUTLIER_SITE)] == [False, True]
     errors = plan.made["int8_logit_error"]
     assert errors["plain"] > 1.3 * errors["rotated"] > 0
-    moved = move_plan(plan, TokenLayout(3, (4, 10, 8), 2))
+    moved = plan.moved(TokenLayout(3, (4, 10, 8), 2))
     assert [moved.sites[site].rotate for site in (PLAIN_SITE, OUTLIER_SITE)] == [False, True]
 
 

@@ -220,6 +220,7 @@ def test_a_plan_found_and_one_moved_from_another_size(tmp_path):
     moved = run(plan=found.plan, layouts=[SMALLER])
     assert "- the one that was given, moved here from a grid of 4 x 8 x 10\n" in moved.text()
     assert "given plan" not in moved.text() and moved.verdict().startswith("3 of 5 steps sparse")
+    assert "the plan's blocks hold" in found.text() and "the plan's blocks hold" not in moved.text()
 
 
 def test_fallback_in_every_layer(monkeypatch):
