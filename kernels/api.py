@@ -150,7 +150,6 @@ def block_statistics(
     q_blocks: torch.Tensor | None = None,
     scale: float | None = None,
     epsilon: float | None = None,
-    pool: int | None = None,
     rows_per_block: int | None = None,
     backend: str = "auto",
 ) -> BlockStatistics:
@@ -159,7 +158,7 @@ def block_statistics(
         run = block_statistics_reference
     else:
         from .triton_statistics import launch_block_statistics as run
-    rest = {"q_blocks": q_blocks, "scale": scale, "epsilon": epsilon, "pool": pool, "rows_per_block": rows_per_block}
+    rest = {"q_blocks": q_blocks, "scale": scale, "epsilon": epsilon, "rows_per_block": rows_per_block}
     return run(q, k, lse, geometry, rows, **rest)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from .problem import Geometry
-from .reference import CHUNK_ELEMENTS, pool_counts, pool_rows
+from .reference import CHUNK_ELEMENTS
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,11 @@ class BlockStatistics:
 
     mass    [H, n, k_blocks]: sum of attention weights over the block's rows and keys (a row sums to 1 over all keys).
     maximum [H, n, k_blocks]: largest weight, or None.  small [H, n, k_blocks]: share of weights below epsilon, or None.
-    pooled  [H, n, k_blocks]: what `mass` would be if each key were its pool's mean key (for the tail), or None.
     """
 
     mass: torch.Tensor
     maximum: torch.Tensor | None = None
     small: torch.Tensor | None = None
-    pooled: torch.Tensor | None = None
 
 
 def row_logsumexp_reference(
@@ -73,19 +71,18 @@ def block_statistics_reference(
     q_blocks: torch.Tensor | None = None,
     scale: float | None = None,
     epsilon: float | None = None,
-    pool: int | None = None,
     rows_per_block: int | None = None,
 ) -> BlockStatistics:
     """Statistics of the grid-to-grid part under one order per head.
 
     q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, lse `[B, Hq, L]` of full rows (context keys included). rows int `[Hq, N]`:
     grid index at each position of the head's order. q_blocks: int64 indices of the query blocks to look at (default
-    all). epsilon: also maxima and the share of weights below epsilon. pool: also the pooled mass with this pool size.
-    rows_per_block: look only at so many rows of each query block, a power of two up to 64, and estimate the sums of all
-    (neither epsilon nor pool then); lse is read only where they are.
+    all). epsilon: also maxima and the share of weights below epsilon. rows_per_block: look only at so many rows of each
+    query block, a power of two up to 64, and estimate the sums of all (no epsilon then); lse is read only where they
+    are.
     """
-    if rows_per_block is not None and (epsilon is not None or pool is not None):
-        raise ValueError("rows_per_block: maxima, small values and pooled mass need every row")
+    if rows_per_block is not None and epsilon is not None:
+        raise ValueError("rows_per_block: maxima and small values need every row")
     g = geometry
     scale = q.shape[3] ** -0.5 if scale is None else scale
     batch, heads = q.shape[:2]
@@ -93,11 +90,9 @@ def block_statistics_reference(
     blocks = torch.arange(g.q_blocks, device=q.device) if q_blocks is None else q_blocks
     shape = (heads, blocks.numel(), g.k_blocks)
     mass = torch.zeros(shape, device=q.device)
-    maximum = small = pooled = None
+    maximum = small = None
     if epsilon is not None:
         maximum, small = torch.zeros(shape, device=q.device), torch.zeros(shape, device=q.device)
-    if pool is not None:
-        pooled = torch.zeros(shape, device=q.device)
     key_padding = -g.grid_tokens % g.block_k
     cells = torch.full((g.k_blocks,), g.block_k, device=q.device)
     cells[-1] -= key_padding
@@ -108,9 +103,6 @@ def block_statistics_reference(
             kh = k[b, h // group].float()[source]
             qh = q[b, h].float()[source]
             row_lse = lse[b, h][source]
-            if pool is not None:
-                pooled_keys = pool_rows(kh, pool)
-                log_counts = pool_counts(g.grid_tokens, pool, q.device).float().log()
             for first in range(0, blocks.numel(), step):
                 chosen = blocks[first : first + step]
                 position, real = block_positions(g, chosen, rows_per_block)
@@ -125,14 +117,9 @@ def block_statistics_reference(
                     counted = (tiles < epsilon) & real[:, :, None, None]
                     counted = counted.sum((1, 3)) - (real.sum(1)[:, None] * (g.block_k - cells)[None])
                     small[h, out] += counted / (real.sum(1)[:, None] * cells[None]) / batch
-                if pool is not None:
-                    tail = torch.exp(q_rows @ pooled_keys.T * scale + log_counts - row_bias).sum(1)
-                    per_block = g.block_k // pool
-                    tail = torch.nn.functional.pad(tail, (0, -tail.shape[1] % per_block))
-                    pooled[h, out] += tail.unflatten(1, (g.k_blocks, per_block)).sum(2) / batch
     if rows_per_block is not None:
         mass *= block_sizes(g, blocks)[:, None] / rows_per_block
-    return BlockStatistics(mass, maximum, small, pooled)
+    return BlockStatistics(mass, maximum, small)
 
 
 def query_sums_reference(

@@ -14,7 +14,6 @@ import triton.language as tl
 
 from .call import capability_of
 from .problem import BLOCK_K, Geometry
-from .reference import pool_rows
 from .settled import settle
 from .statistics_reference import BlockStatistics, block_positions, block_sizes
 
@@ -133,33 +132,6 @@ def _take_rows(
     tl.store(out + place, x, inside)
 
 
-@triton.jit(do_not_specialize=["tokens", "pools"])
-def _pooled_mass(
-    Q, pooled, lse, mass, tokens, pools, rows_per_head, scale_log2, share,
-    PADDED_D: tl.constexpr, BLOCK_Q: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, POOL: tl.constexpr,
-):  # fmt: skip
-    """Mass of each pool if its mean key stood for all of its keys. Grid: (query blocks, H); pooled float32."""
-    block, head = tl.program_id(0), tl.program_id(1)
-    channels = tl.arange(0, PADDED_D)
-    Q += head.to(tl.int64) * rows_per_head * PADDED_D
-    pooled += head.to(tl.int64) * pools * PADDED_D
-    lse += head * rows_per_head
-    out = (head * tl.num_programs(0) + block).to(tl.int64) * pools
-    for start in range(0, pools, KEYS):
-        pool = start + tl.arange(0, KEYS)
-        k = tl.load(pooled + pool[:, None] * PADDED_D + channels[None, :], (pool < pools)[:, None], 0.0)
-        count = tl.maximum(tl.minimum(tokens - pool * POOL, POOL), 1)
-        log_count = tl.log2(count.to(tl.float32))
-        total = tl.zeros([KEYS], tl.float32)
-        for part in tl.static_range(0, BLOCK_Q, ROWS):
-            rows = block * BLOCK_Q + part + tl.arange(0, ROWS)
-            q = tl.load(Q + rows[:, None] * PADDED_D + channels[None, :]).to(tl.float32)
-            score = tl.dot(q, tl.trans(k), input_precision="tf32x3") * scale_log2 + log_count[None, :]
-            total += tl.sum(tl.exp2(score - tl.load(lse + rows)[:, None]), 0)
-        before = tl.load(mass + out + pool, pool < pools, 0.0)
-        tl.store(mass + out + pool, before + total * share, pool < pools)
-
-
 @dataclass(frozen=True)
 class StatisticsTile:
     """rows: query rows per program at most. keys: keys per step. warps, stages: Triton's launch options."""
@@ -240,7 +212,6 @@ def launch_block_statistics(
     q_blocks: torch.Tensor | None = None,
     scale: float | None = None,
     epsilon: float | None = None,
-    pool: int | None = None,
     rows_per_block: int | None = None,
 ) -> BlockStatistics:
     """The Triton counterpart of `statistics_reference.block_statistics_reference`."""
@@ -260,8 +231,6 @@ def launch_block_statistics(
     shape = (heads, blocks.numel(), g.k_blocks)
     mass = torch.empty(shape, device=device)
     maximum, small = (torch.empty(shape, device=device) for _ in range(2)) if epsilon is not None else (None, None)
-    pools = 0 if pool is None else -(-g.grid_tokens // pool)
-    pool_mass = torch.zeros(heads, blocks.numel(), pools, device=device) if pool is not None else None
     per_head = (g.grid_tokens + position.numel()) * padded * q.element_size()
     step = balanced(heads, REORDER_BYTES // per_head)
     group = heads // k.shape[1]
@@ -281,24 +250,13 @@ def launch_block_statistics(
                 DETAILED=epsilon is not None, ACCUMULATE=b > 0, PRECISION=_precision(q.dtype),
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
-            if pool is not None:
-                _pooled_mass[(blocks.numel(), source.shape[0])](
-                    queries, pool_rows(keys.float(), pool).contiguous(), row_lse, pool_mass[some],
-                    g.grid_tokens, pools, position.numel(), scale_log2, 1 / batch,
-                    PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=64, KEYS=g.block_k, POOL=pool,
-                    num_warps=4, num_stages=2, enable_fp_fusion=True,
-                )  # fmt: skip
     if rows_per_block is not None:
         mass *= block_sizes(g, blocks)[:, None] / rows_per_block
     if small is not None:
         cells = torch.full((g.k_blocks,), g.block_k, device=device)
         cells[-1] -= -g.grid_tokens % g.block_k
         small /= real.view(blocks.numel(), -1).sum(1)[None, :, None] * cells
-    pooled = None
-    if pool is not None:
-        per_block = g.block_k // pool
-        pooled = torch.nn.functional.pad(pool_mass, (0, -pools % per_block)).unflatten(2, (-1, per_block)).sum(3)
-    return BlockStatistics(mass, maximum, small, pooled)
+    return BlockStatistics(mass, maximum, small)
 
 
 settle(globals())

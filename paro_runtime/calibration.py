@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,8 +17,6 @@ from .partial import PartialStore
 from .plan import ModelIdentity, Plan, PlanError, Site
 from .planning import Method, Planner
 from .recipes import MaskOptions, query_block
-from .schedule import GROUPS
-from .stability import Glimpse, Stability, compare, glimpse
 from .statistics import Observation, StatisticsOptions, observe
 from .sums import SiteSums, stored
 from .tokens import TokenLayout
@@ -38,12 +35,11 @@ class Calibrator:
         *,
         method: Method | None = None,
         partial: Path | None = None,
-        own: bool = False,
         bias_later: bool = False,
     ) -> None:
         """partial: folder that keeps the sums after every observation; what it holds already is taken up again.
-        own: the plan is for the run that is observed, and no other: what `stability` compares is left out.
-        bias_later: that run measures the tail's bias under its masks before it uses them: none is worked out here.
+        bias_later: the plan is for the run that is observed alone, which measures the tail's bias under its masks
+        before it uses them: none is worked out here.
 
         Raises PlanError when the folder belongs to another model, grid or options.
         """
@@ -53,9 +49,7 @@ class Calibrator:
         self.layout: TokenLayout | None = None
         self.prompt = 0
         self._sums: dict[Site, SiteSums] = {}
-        self._of_groups: dict[tuple[Site, int], SiteSums] = {}
-        self._glimpses: dict[tuple[Site, int, int], Glimpse] = {}
-        self._own, self._bias_later = own, bias_later
+        self._bias_later = bias_later
         self._lock = threading.Lock()
         self._device = torch.device("cpu")  # where what was last observed was
         self._partial = PartialStore(partial, identity, options.as_dict()) if partial is not None else None
@@ -108,7 +102,6 @@ class Calibrator:
             options.pool,
             method.expansions,
             method.tiles,
-            options.pool is not None and method.bias == "mass",
             method.by_mass_alone(layout),
             method.alpha,
             method.sigma,
@@ -133,33 +126,19 @@ class Calibrator:
         self._add(site, step, seen)
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:
-        look = glimpse(seen, self.options.compared_density) if not self._own else None
         # Many observations are added up on the CPU, one or two of a run where they were made.
         fresh = stored(seen, not self.method.by_mass_alone(self.layout), compact=self._partial is None)
         if self._partial is not None:
-            look, fresh = look and look.on_cpu(), fresh.on_cpu()
+            fresh = fresh.on_cpu()
         with self._lock:
-            label = (self.prompt, step)
-            if look is not None:
-                self._glimpses[(site, *label)] = look
             if site in self._sums:
                 self._sums[site].add(fresh)
             else:
                 self._sums[site] = fresh
             sums = self._sums[site]
-            sums.done.add(label)
-            if self.method.time_groups is not None:
-                key = (site, self.method.time_groups.group(step, GROUPS))
-                if key in self._of_groups:
-                    self._of_groups[key].add(fresh)
-                else:
-                    self._of_groups[key] = replace(fresh, done=set())
+            sums.done.add((self.prompt, step))
             if self._partial is not None:
                 self._partial.write(site, sums, self.layout)
-
-    def stability(self) -> Stability:
-        """Agreement of orders and masks between steps of a prompt and between prompts, of what this object saw."""
-        return compare(self._glimpses)
 
     def forget_partial(self) -> None:
         """Remove the folder of sums: the plan is saved."""
@@ -174,24 +153,23 @@ class Calibrator:
         made = {
             "observations": self.observations,
             "candidates": list(self._sums[self.sites[0]].candidates),
-            "stability": self.stability().as_dict(),
             "int8_logit_error": planner.logit_errors(),
             **made,
         }
         return self._plan(planner, made)
 
     def plan_of(self, site: Site, group: int) -> Plan:
-        """What one site that was observed would have in one of the GROUPS of sparse steps if it were the only site:
+        """What one site that was observed would have in a group of sparse steps if it were the only site:
         nothing is shared with others. A plan of that group alone."""
         return self._plan(self._planner([site], group), {})
 
     def _planner(self, sites: Sequence[Site], group: int | None = None) -> Planner:
         with self._lock:
             sums = {site: self._sums[site] for site in sites}
-        return Planner(self.layout, self.options, self.method, sums, self._of_groups, group, self._bias_later)
+        return Planner(self.layout, self.options, self.method, sums, group)
 
     def _plan(self, planner: Planner, made: dict) -> Plan:
         made = {"criterion": "mass" if planner.by_mass else "error", **made}
-        block_q, pool, expansions = query_block(self.layout.grid_tokens), self.options.pool or 64, planner.expansions
+        rest = (self.options.pool or 64, self.options.as_dict(), made, self.method.expansions)
         entries = planner.entries(self._device)
-        return Plan(self.identity, self.layout, block_q, entries, pool, self.options.as_dict(), made, expansions)
+        return Plan(self.identity, self.layout, query_block(self.layout.grid_tokens), entries, *rest)

@@ -15,8 +15,7 @@ from ..kernels.problem import BLOCK_K, MOST_EXPANSIONS
 from .plan import Site, SitePlan
 from .recipes import MaskOptions, query_block
 from .rotation import CASES, root_means, rotates
-from .schedule import GROUPS, Schedule
-from .selection import PerHeadBudget, SharedBudget, density_for, mass_kept, tail_bias
+from .selection import PerHeadBudget, SharedBudget, density_for, mass_kept
 from .statistics import SHARED_TOKENS
 from .sums import SiteSums
 from .tables import Worth
@@ -32,23 +31,18 @@ class Method:
     them to the tail would cost, or by `mass`. `auto` is error, but mass where errors mislead, since they were measured
     in hardly anything but noise (docs/method.md): in plans made in passing from such a step, and in those for runs
     without a dense step. Without a tail or without values it is always mass.
-    bias: the tail's bias by least `error`, or so that the total `mass` is right.
-    tiles: offer tiled orders. expansions: of the tail's pools; with a bias by mass they are plain means.
+    tiles: offer tiled orders. expansions: of the tail's pools.
     alpha, sigma: of the paper's metric.
     masks: kept in the `plan`, or measured in the `run` (`routing`); `auto`: in the run on large grids and in plans made
-    in passing of little but noise, where criterion is auto and time_groups None.
-    time_groups: each group of sparse steps of this schedule has masks from its own steps, as in the paper; None takes
-    all observations for all masks. What a resumed calibration had observed before counts for all groups.
+    in passing of little but noise, where criterion is auto.
     """
 
     criterion: str = "auto"
-    bias: str = "error"
     tiles: bool = True
     expansions: int = MOST_EXPANSIONS
     alpha: float = 0.5
     sigma: float = 1.0
     masks: str = "auto"
-    time_groups: Schedule | None = None
 
     def in_passing(self, noisy: bool) -> Method:
         """This method for a plan that a run makes of one of its own steps; noisy: that begins with hardly anything but
@@ -61,8 +55,7 @@ class Method:
         """Whether the runs that a plan is for measure their masks themselves."""
         if self.masks != "auto":
             return self.masks == "run"
-        large = layout.grid_tokens > SHARED_TOKENS
-        return large and self.criterion == "auto" and self.time_groups is None
+        return layout.grid_tokens > SHARED_TOKENS and self.criterion == "auto"
 
     @property
     def by_mass(self) -> bool:
@@ -81,12 +74,11 @@ class Method:
 @dataclass
 class _Masks:
     """What a site's masks come to, of each group of steps: packed uint8 `[groups, bytes]` on the CPU; density and kept
-    float32 `[groups, H]` where they were made; bias alike, where it follows from the masks themselves."""
+    float32 `[groups, H]` where they were made."""
 
     packed: torch.Tensor
     density: torch.Tensor
     kept: torch.Tensor
-    bias: torch.Tensor | None
 
 
 class Planner:
@@ -98,34 +90,24 @@ class Planner:
         options: MaskOptions,
         method: Method,
         sums: dict[Site, SiteSums],
-        of_groups: dict[tuple[Site, int], SiteSums],
         group: int | None = None,
-        bias_later: bool = False,
     ) -> None:
-        """sums: of every observation, by site, in the plan's order; of_groups: of the steps of one group, where masks
-        of groups follow from their own. group: of steps, the only one that the plan is for, and has masks of.
-        bias_later: sites without curves have a bias of zero, until it is measured."""
+        """sums: of every observation, by site, in the plan's order. group: of steps, the only one that the plan is for,
+        and has masks of. With a tail, sites without curves have a bias of zero, until a run measures it."""
         self.layout, self.options, self.method = layout, options, method
         self.sites = tuple(sums)
         self._sums = list(sums.values())
-        self._of_groups = of_groups
-        self._group, self._bias_later = group, bias_later
+        self._group = group
         measured = [n for n, s in enumerate(self._sums) if s.logit_errors is not None]
         errors = root_means([(self._sums[n].logit_errors, self._sums[n].weight) for n in measured])
         self._errors = dict(zip(measured, errors, strict=True))
-        # Sites whose bias follows from one set of curves, for every group of steps.
-        alike = method.time_groups is None and options.pool is not None and method.bias == "error"
-        self._of_curves = [n for n, s in enumerate(self._sums) if alike and s.curves is not None]
+        # Sites whose bias follows from curves.
+        self._of_curves = [n for n, s in enumerate(self._sums) if options.pool is not None and s.curves is not None]
 
     @property
     def by_mass(self) -> bool:
         """Whether blocks of any site are kept by their mass."""
         return any(map(self._by_mass, self._sums))
-
-    @property
-    def expansions(self) -> int:
-        """Of the pools that the biases are for: one that makes the mass right was measured with plain means."""
-        return self.method.expansions if all(map(self._bias_by_error, self._sums)) else 0
 
     def logit_errors(self) -> dict[str, float]:
         """Relative error that INT8 makes in the attention weights, by how it quantises: worst site."""
@@ -135,10 +117,10 @@ class Planner:
     def entries(self, device: torch.device) -> dict[Site, SitePlan]:
         """Every site's part of the plan, worked out on `device`, or on the CPU as soon as that has no more room."""
         try:
-            budgets = self._budgets(device)
+            budget = self._budget(device)
         except torch.OutOfMemoryError:
             device = torch.device("cpu")
-            budgets = self._budgets(device)
+            budget = self._budget(device)
         try:
             small = self._small(device)
         except torch.OutOfMemoryError:
@@ -147,48 +129,29 @@ class Planner:
         made = []
         for number in range(len(self.sites)):
             try:
-                made.append(self._masks(number, budgets, device))
+                made.append(self._masks(number, budget, device))
             except torch.OutOfMemoryError:
                 device = torch.device("cpu")
-                made.append(self._masks(number, budgets, device))
+                made.append(self._masks(number, budget, device))
         return self._joined(made, *small)
 
-    def _budgets(self, device: torch.device) -> list[SharedBudget | PerHeadBudget]:
-        """One for all groups of steps, or one for each."""
+    def _budget(self, device: torch.device) -> SharedBudget | PerHeadBudget:
         budget = SharedBudget if self.options.budget == "shared" else PerHeadBudget
         densities = self.options.densities(self._density(budget, device))
         if self._group is not None:
             densities = (densities[min(self._group, len(densities) - 1)],)
-        if self.method.time_groups is None:
-            return [budget([self._worth(s) for s in self._sums], densities, device)]
-        densities *= GROUPS if len(densities) == 1 else 1
-        return [
-            budget([self._worth(self._of_group(site, group)) for site in range(len(self.sites))], [density], device)
-            for group, density in enumerate(densities)
-        ]
+        return budget([self._worth(s) for s in self._sums], densities, device)
 
-    def _masks(self, number: int, budgets: list, device: torch.device) -> _Masks:
-        total = self._sums[number]
-        masks = [mask for budget in budgets for mask in budget.masks(number, device)]
-        if self.method.time_groups is None:
-            its = [total] * len(masks)
-        else:
-            its = [self._of_group(number, group) for group in range(len(masks))]
+    def _masks(self, number: int, budget: SharedBudget | PerHeadBudget, device: torch.device) -> _Masks:
+        its, masks = self._sums[number], budget.masks(number, device)
         density = torch.stack([mask.float().mean((1, 2)) for mask in masks])
-        kept, mass, mass_of = [], None, None
-        for s, mask in zip(its, masks, strict=True):
-            if s is not mass_of:
-                mass_of, mass = s, s.mass.to(device).float()
-            kept.append(mass_kept(mass, s.mask_of_mass(mask)))
-        bias = None
-        if number not in self._of_curves:
-            biases = [self._bias(s, *rest) for s, *rest in zip(its, masks, density, strict=True)]
-            bias = None if biases[0] is None else torch.stack(biases)
+        mass = its.mass.to(device).float()
+        kept = torch.stack([mass_kept(mass, its.mask_of_mass(mask)) for mask in masks])
         if self.method.routes(self.layout):
             packed = torch.empty(len(masks), 0, dtype=torch.uint8)
         else:
             packed = torch.stack([pack_bits(mask) for mask in masks])
-        return _Masks(packed.cpu(), density, torch.stack(kept), bias)
+        return _Masks(packed.cpu(), density, kept)
 
     def _small(self, device: torch.device) -> tuple[list[str], torch.Tensor | None]:
         """Of all heads of all sites their orders; the curves of those sites whose bias comes from curves alone, on the
@@ -205,7 +168,9 @@ class Planner:
         block_q = query_block(self.layout.grid_tokens)
         blocks = tuple(-(-self.layout.grid_tokens // size) for size in (block_q, BLOCK_K))
         device = made[0].density.device  # a GPU if there was room at all
-        biases = {n: each.bias for n, each in enumerate(made) if each.bias is not None}
+        biases = {}
+        if self.options.pool is not None:
+            biases = {n: torch.zeros_like(each.density, device="cpu") for n, each in enumerate(made)}
         if curves is not None:
             its = torch.cat([made[n].density.to(device) for n in self._of_curves], 1)
             found = bias_at(curves.to(device), its).cpu().split([heads[n] for n in self._of_curves], 1)
@@ -221,7 +186,7 @@ class Planner:
                 each.packed,
                 (heads[number], *blocks),
                 # Copies: a slice would hold every site's numbers as long as one of them lives.
-                None if bias is None else bias.cpu().clone(),
+                None if bias is None else bias.clone(),
                 density[number].clone(),
                 kept[number].clone(),
                 errors is not None and rotates(errors),
@@ -243,19 +208,6 @@ class Planner:
             [Worth(s.mass) for s in self._sums], judged, target, density, choose, self.options.densities, device
         )
 
-    def _of_group(self, number: int, group: int) -> SiteSums:
-        """What was observed in the steps of one group; where a head had another order there, or nothing was seen, what
-        was observed in all of them."""
-        total, own = self._sums[number], self._of_groups.get((self.sites[number], group))
-        if own is None:
-            return total
-        same, mine = own.choice == total.choice, own.tensors()
-        parts = {
-            name: mine.get(name, every).where(same.view(-1, *[1] * (every.dim() - 1)), every)
-            for name, every in total.tensors().items()
-        }
-        return replace(total, **parts)
-
     def _by_mass(self, s: SiteSums) -> bool:
         method = self.method
         return s.error is None or method.by_mass_alone(self.layout) or method.steep(self.options)
@@ -265,14 +217,3 @@ class Planner:
         if self._by_mass(s):
             return Worth(s.mass, s.weight)
         return Worth(s.error, s.energy.clamp_min(1e-20))
-
-    def _bias_by_error(self, s: SiteSums) -> bool:
-        return (s.curves is not None or self._bias_later) and self.method.bias == "error"
-
-    def _bias(self, s: SiteSums, mask: torch.Tensor, density: torch.Tensor) -> torch.Tensor | None:
-        """The tail's bias under a mask whose heads have these densities `[H]`, float32 `[H]`."""
-        if self.options.pool is None:
-            return None
-        if self._bias_by_error(s):
-            return torch.zeros_like(density) if s.curves is None else bias_at(s.curves.to(density.device), density)
-        return None if s.pooled is None else tail_bias(s.mass.to(mask.device), s.pooled.to(mask.device), mask)

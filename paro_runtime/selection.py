@@ -80,12 +80,6 @@ def paper_scores(seen: Sequence[BlockStatistics], alpha: float, sigma: float = 1
     return -metric
 
 
-def best_of_rows(mass: torch.Tensor, density: float) -> torch.Tensor:
-    """The best blocks of every row, `density` of them and at least one: bool like mass `[H, n, k_blocks]`."""
-    count = max(1, round(density * mass.shape[2]))
-    return torch.zeros_like(mass, dtype=torch.bool).scatter_(2, mass.topk(count, 2).indices, True)
-
-
 def _must_keep(mass: torch.Tensor, density: float) -> torch.Tensor:
     """Blocks that stay whatever the threshold: the best of every row and the head's floor. bool like mass."""
     keep = _best_of_every_row(mass)
@@ -254,18 +248,6 @@ def density_for(
         middle = (low + high) / 2
         low, high = (low, middle) if kept(middle) >= target else (middle, high)
     return high
-
-
-def tail_bias(mass: torch.Tensor, pooled: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """log(true mass of the dropped blocks / their pooled mass) per head, float32 `[H]`; 0 where nothing is dropped.
-
-    A mean key underestimates the mass of its block (Jensen); one number per head makes the total right.
-    """
-    dropped = ~mask
-    true_mass = mass.float().mul(dropped).sum((1, 2))
-    pooled_mass = pooled.float().mul(dropped).sum((1, 2))
-    ratio = true_mass.clamp_min(1e-20) / pooled_mass.clamp_min(1e-20)
-    return ratio.log().clamp(-8, 8).where(true_mass > 0, 0)
 
 
 def mass_kept(mass: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -323,11 +323,12 @@ class Session:
 
     def _calibrator(self, step: int, layout: TokenLayout) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
-        seen, own = max(step, self.schedule.dense_steps - 1), not self.policy.remember
+        seen = max(step, self.schedule.dense_steps - 1)
         method = self.method.in_passing(self._noisy(seen))
         # A sparse step that sees its masks itself goes by what it saw.
-        later = own and self.refresh is not None and self.schedule.is_dense_step(seen)
-        return Calibrator(self.policy.identity, self._options_on(layout), method=method, own=own, bias_later=later)
+        own = not self.policy.remember and self.refresh is not None
+        later = own and self.schedule.is_dense_step(seen)
+        return Calibrator(self.policy.identity, self._options_on(layout), method=method, bias_later=later)
 
     def _noisy(self, step: int) -> bool:
         """Whether a step begins with hardly anything but noise."""

@@ -52,7 +52,6 @@ class StatisticsOptions:
     density: at which orders are compared. order: `mass`, `paper` or `original`. tiles: offer tiled orders to `mass`.
     pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels.pools`).
     curves: try biases on sampled rows, for a plan whose first run does not measure them under its masks anyway.
-    pooled_mass: also measure the mass of pooled keys, plain means, for a bias that only makes the total mass right.
     by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
     tail's sampled rows would tell them; on large grids no errors of single blocks then. sampled: on large grids, block
     sums of some blocks only (`budget_blocks`), since runs measure their masks themselves.
@@ -64,7 +63,6 @@ class StatisticsOptions:
     pool: int | None = 64
     expansions: int = MOST_EXPANSIONS
     tiles: bool = True
-    pooled_mass: bool = False
     by_mass: bool = False
     alpha: float = 0.5
     sigma: float = 1.0
@@ -86,7 +84,6 @@ class Observation:
     choice  int64 [H]: index of the order under which the rest was taken.
     mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's or from
             mean queries; of those of `budget_blocks` only where the options say so.
-    pooled  the same as mass with pooled keys, or None unless asked for.
     tail    errors of the tail, or None without a tail or without values.
     logit_errors float32 [H, 3]: what quantising does to the logits, see `rotation.logit_errors`.
     """
@@ -95,7 +92,6 @@ class Observation:
     scores: torch.Tensor
     choice: torch.Tensor
     mass: torch.Tensor
-    pooled: torch.Tensor | None = None
     tail: TailObservation | None = None
     logit_errors: torch.Tensor | None = None
 
@@ -160,12 +156,10 @@ def observe(
     rows = _tables_on(candidates, layout.grid, q.device)[choice]
     large = layout.grid_tokens > SHARED_TOKENS
     rest["key_bias"] = key_bias
-    # Without values only the masses can tell a bias.
-    pool = options.pool if options.pooled_mass or v is None else None
-    mass = pooled = tail = None
-    if masses is not None and pool is None:
+    mass = tail = None
+    if masses is not None:
         mass = torch.stack([masses[order][head] for head, order in enumerate(choice.tolist())])
-    elif large and pool is None and (options.by_mass or v is None or options.pool is None):
+    elif large and (options.by_mass or v is None or options.pool is None):
         seen = budget_blocks(geometry, q.device) if options.sampled else None
         mass = mean_query_masses(q, k, geometry, rows, q_blocks=seen, **rest)
     if v is not None and options.pool is not None:
@@ -177,15 +171,14 @@ def observe(
         else:
             sizes = {"curves": options.curves} | ({"rows": LARGE_TAIL_ROWS} if large else {})
             tail = observe_tail(q, k, v, geometry, rows, density=options.density, **sizes, **pools, **rest)
-    if mass is None and pool is None and tail is not None and not options.by_mass:
+    if mass is None and tail is not None and not options.by_mass:
         mass = tail.mass
     if mass is None:
         lse = row_logsumexp(q, k, **rest)
         del rest["key_bias"]
-        full = block_statistics(q, k, lse, geometry, rows, pool=pool, **rest)
-        mass, pooled = full.mass, full.pooled
+        mass = block_statistics(q, k, lse, geometry, rows, **rest).mass
     errors = logit_errors(q, k, geometry, rows, scale=scale)
-    return Observation(candidates, scores, choice, mass, pooled, tail, errors)
+    return Observation(candidates, scores, choice, mass, tail, errors)
 
 
 @lru_cache(maxsize=8)

@@ -32,7 +32,7 @@ class SiteSums:
     """Sums; `weight` counts, per head, the observations under its present order. H = query heads.
 
     With errors the mass is only told to people: it is that of up to MASS_BLOCKS query blocks, evenly spread.
-    scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, pooled, error [H, q_blocks, k_blocks]; curves
+    scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, error [H, q_blocks, k_blocks]; curves
     [H, densities, biases] and energy [H] as in `tail.TailObservation`; logit_errors [H, 3] as in `rotation`. done:
     (prompt, step) of what is summed.
     """
@@ -42,7 +42,6 @@ class SiteSums:
     choice: torch.Tensor
     weight: torch.Tensor
     mass: torch.Tensor
-    pooled: torch.Tensor | None = None
     error: torch.Tensor | None = None
     curves: torch.Tensor | None = None
     energy: torch.Tensor | None = None
@@ -70,7 +69,7 @@ class SiteSums:
         self.scores = self.scores + more.scores
         self.choice = more.choice
         self.weight = self.weight.where(same, 0) + more.weight
-        for name in ("mass", "pooled", "error", "curves", "energy", "logit_errors"):
+        for name in ("mass", "error", "curves", "energy", "logit_errors"):
             total, new = getattr(self, name), getattr(more, name)
             if total is None or new is None:
                 continue
@@ -87,7 +86,7 @@ def stored(seen: Observation, with_error: bool, compact: bool) -> SiteSums:
 
     tail, mass = seen.tail, seen.mass
     with_error = with_error and tail is not None and tail.error is not None
-    if with_error and seen.pooled is None:
+    if with_error:
         mass = mass[:, some_blocks(mass.shape[1], mass.device)]
     return SiteSums(
         seen.candidates,
@@ -95,7 +94,6 @@ def stored(seen: Observation, with_error: bool, compact: bool) -> SiteSums:
         seen.choice,
         torch.ones_like(seen.choice),
         table(mass),
-        table(seen.pooled),
         table(tail.error) if with_error else None,
         None if tail is None else tail.curves,
         None if tail is None else tail.energy,

@@ -97,7 +97,6 @@ class Plans:
                 ModelIdentity("wan", "bench", "bench"),
                 MaskOptions(density, order, "shared", BLOCK),
                 method=Method(tiles=tiles, masks=masks),
-                own=True,
             )
             for name, (order, tiles) in ((name, ORDERS[name]) for name in kinds)
             for density in densities

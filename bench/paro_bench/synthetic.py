@@ -10,12 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.api import block_statistics, row_logsumexp
 from ...kernels.problem import MOST_EXPANSIONS, PRECISIONS
 from ...kernels.statistics_reference import BlockStatistics
 from ...paro_runtime.attention import build_pattern, run_kernel
 from ...paro_runtime.orders import ORIGINAL, candidate_orders, order_table, tiled_orders
-from ...paro_runtime.selection import mass_kept_scores, per_head_masks, shared_masks, tail_bias
+from ...paro_runtime.selection import mass_kept_scores, per_head_masks, shared_masks
 from ...paro_runtime.statistics import StatisticsOptions, first_best, geometry_of, observe, sums_under_orders
 from ...paro_runtime.tail import bias_at, observe_tail
 from ...paro_runtime.tokens import TokenLayout
@@ -77,14 +76,6 @@ class SyntheticCase:
         seen = observe_tail(p.q[:-1], p.k[:-1], p.v[:-1], self.geometry, tables, density=density, **pools)
         return Choice(orders, mask, bias_at(seen.curves, mask.float().mean((1, 2))), expansions)
 
-    def _mass_tail(self, orders: tuple[str, ...], mask: torch.Tensor) -> torch.Tensor:
-        """The bias that makes the dropped mass right, for comparison."""
-        p = self.problem
-        rows = torch.stack([order_table(name, self.layout.grid) for name in orders])
-        q, k = p.q[:-1], p.k[:-1]
-        seen = block_statistics(q, k, row_logsumexp(q, k), self.geometry, rows, pool=POOL)
-        return tail_bias(seen.mass, seen.pooled, mask)
-
     def _scores(self, density: float) -> torch.Tensor:
         return mass_kept_scores([BlockStatistics(self.calibration[name]) for name in self.candidates], density)
 
@@ -118,7 +109,6 @@ class SyntheticCase:
                 result[f"{name} + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)
             if name == "ours":
                 result["ours + tail of plain means"] = self._with_tail(orders, mask, density, 0)
-                result["ours + tail of right mass"] = Choice(orders, mask, self._mass_tail(orders, mask))
                 mask = shared_masks([mass], density)[0]
                 result["ours, shared budget"] = Choice(orders, mask)
                 result["ours, shared budget + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)

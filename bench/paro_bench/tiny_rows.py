@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 
 from ...paro_runtime.calibration import Method
-from ...paro_runtime.schedule import Schedule
 from .tiny import STEPS, Variant
 
-PAPER = Method(criterion="mass", bias="mass", tiles=False)
+PAPER = Method(criterion="mass", tiles=False)
 
 
 def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> list[Variant]:
@@ -29,13 +28,6 @@ def standard_variants(densities=(0.05, 0.1, 0.2, 0.3), dense_steps=(0, 3)) -> li
             Variant("ours, offline, blocks by mass", *common, method=Method(criterion="mass")),
             Variant("ours, offline, plain means", *common, method=Method(expansions=0)),
             Variant("ours, offline, bias kept", *common, refresh=False),
-            Variant(
-                "ours, offline, time groups",
-                *common,
-                schedule="constant",
-                method=Method(time_groups=Schedule.create(STEPS, dense, "")),
-            ),
-            Variant("axis orders, tail of right mass (prototype)", *common, method=PAPER, **theirs),
             Variant("original order, tail", *common, order="original"),
         ]
     return made

@@ -91,13 +91,12 @@ def calibrate(
     raised = raised_density(settings, policy.recipe, calibrator.layout.grid_tokens)
     if raised is not None:
         calibrator.options = replace(options, density=raised)
-    stability = calibrator.stability()
     made = {"by": "PARO Calibrate", "prompts": len(positives), "steps": steps or "all", "sampled": sampling.steps}
-    plan = calibrator.plan({**made, "stability": stability.as_dict()})
+    plan = calibrator.plan(made)
     file = store.save(plan, name or None).name
     calibrator.forget_partial()
     on_status(f"saved {file} · {kept_text(plan)}, {exact(plan.mass_kept)} of the attention in them")
-    text = [_text(plan, file, len(positives), seconds), stability.text()]
+    text = [_text(plan, file, len(positives), seconds)]
     if len(missing) < len(positives):
         text.append(f"taken up again: {len(positives) - len(missing)} prompt(s) had been observed before")
     return Calibration(plan, file, "\n".join(text), plan_picture(plan))

@@ -13,7 +13,7 @@ from comfyui_paro.paro_runtime.plan_file import load_plan
 from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
 from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.schedule import FALL, STEEP_FALL, Schedule, falling_densities
+from comfyui_paro.paro_runtime.schedule import FALL, STEEP_FALL, falling_densities
 from comfyui_paro.paro_runtime.selection import shared_masks
 from comfyui_paro.paro_runtime.session import Policy, Session
 from comfyui_paro.paro_runtime.settings import Settings
@@ -70,29 +70,6 @@ def test_runs_without_dense_steps_fall_more_steeply_and_keep_blocks_by_mass(plan
         assert plan.density == pytest.approx(0.25, abs=0.02)
     kept = [plans["steep", criterion].mass_kept for criterion in ("auto", "error")]
     assert kept[0] > kept[1]
-
-
-def test_groups_may_have_masks_from_their_own_steps(planted):
-    """The paper's time groups. Of six steps 0 and 5 are in the first and the last group; none in between was seen."""
-
-    def calibrated(steps, schedule, time_groups=None):
-        options = MaskOptions(0.25, "original", "shared", 64, 0.0, schedule)
-        calibrator = Calibrator(IDENTITY, options, method=Method(time_groups=time_groups))
-        for step in steps:
-            q, k, v = (x[step % 2 : step % 2 + 1] for x in (planted.q, planted.k, planted.v))
-            calibrator.observe(SITE, LAYOUT, q.roll(step, 1), k.roll(step, 1), v, step=step)
-        return calibrator.plan({}).sites[SITE]
-
-    apart = calibrated((0, 5), "constant", Schedule.create(6, 0, ""))
-    seen = [calibrated(steps, "constant") for steps in ((0,), (0, 5), (5,))]
-    assert apart.groups == 3 and not torch.equal(seen[0].packed, seen[2].packed)
-    for group, alone in enumerate(seen):
-        assert torch.equal(apart.packed[group], alone.packed[0]) and torch.equal(
-            apart.tail_bias[group], alone.tail_bias[0]
-        )
-    falling = calibrated((0, 5), "falling", Schedule.create(6, 0, ""))
-    assert torch.equal(falling.packed[2], calibrated((5,), "falling").packed[2])
-    assert falling.density.mean(1).tolist() == pytest.approx(falling_densities(0.25), abs=0.02)
 
 
 def test_a_constant_density_has_one_group_of_plain_masks(planted):

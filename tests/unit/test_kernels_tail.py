@@ -10,6 +10,7 @@ import torch.utils._pytree
 from comfyui_paro.kernels.api import block_costs, row_moments
 from comfyui_paro.kernels.problem import Geometry
 from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.paro_runtime.refresh import measured_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")

@@ -314,14 +314,17 @@ def test_a_damaged_part_is_observed_again_and_a_foreign_folder_refused(tmp_path)
         Calibrator(ModelIdentity("wan", "other", "x"), OPTIONS, partial=tmp_path / "c")
 
 
-def test_stability_compares_steps_and_prompts():
-    calibrator = Calibrator(IDENTITY, OPTIONS)
-    feed(calibrator)
-    values = calibrator.stability().as_dict()
-    assert set(values) == {
-        f"{what}_between_{which}" for what in ("orders", "masks") for which in ("steps", "prompts")
-    } and all(0 <= value <= 1 for value in values.values())
-    assert calibrator.plan({}).made["stability"] == values
+def test_sums_that_hold_what_this_version_does_not_know_are_observed_again(tmp_path):
+    """As those of a version that also summed how attention falls off with distance."""
+    feed(Calibrator(IDENTITY, OPTIONS, partial=tmp_path / "c"), prompts=1)
+    path = next((tmp_path / "c").glob("*.sums"))
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()[partial_module.KEY]
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    for more, sites in (({}, 2), ({"falloff": torch.ones(2, 17)}, 1)):
+        found = tensors | more
+        save_file(found, path, metadata={partial_module.KEY: text, partial_module.DIGEST: file_digest(text, found)})
+        assert len(Calibrator(IDENTITY, OPTIONS, partial=tmp_path / "c").sites) == sites
 
 
 @pytest.mark.parametrize(

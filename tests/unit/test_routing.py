@@ -276,7 +276,6 @@ def test_all_that_is_measured_knows_of_the_calls_scale_and_mask(monkeypatch):
 
     watch(Calibrator, "observe")
     watch(BiasRefresh, "measure")
-    watch(QueryCorrection, "apply")
     watch(evaluation_module, "routed_bits")
     watch(evaluation_module, "run_kernel")
     session = Session(

@@ -31,8 +31,11 @@ IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
 SITES = [Site("double", i) for i in range(3)]
 
 
+DEFAULT = Settings(density=0.3, dense_steps=2)
+
+
 def policy(settings=None, store=None, plan=None, identity=IDENTITY):
-    return Policy(identity, recipe_for("wan"), settings or Settings(density=0.3, dense_steps=2), plan, store, remember=True)
+    return Policy(identity, recipe_for("wan"), settings or DEFAULT, plan, store, remember=True)
 
 
 def tensors(site, step, layout=LAYOUT, heads=4, dim=32, kv_heads=None):

@@ -38,8 +38,11 @@ NEVER = (
 """Not to be said of a run in which nothing was sparse."""
 
 
+DEFAULT = Settings(density=0.3, dense_steps=2)
+
+
 def run(settings=None, sigmas=SIGMAS, layouts=(LAYOUT,), plan=None, store=None, **more) -> Report:
-    policy = Policy(IDENTITY, recipe_for("wan"), settings or Settings(density=0.3, dense_steps=2), plan, store, remember=True)
+    policy = Policy(IDENTITY, recipe_for("wan"), settings or DEFAULT, plan, store, remember=True)
     session = Session(policy, sigmas=sigmas, **more)
     for step, sigma in enumerate(sigmas[:-1]):
         for layout in layouts:
