@@ -286,7 +286,7 @@ def test_all_that_is_measured_knows_of_the_calls_scale_and_mask(monkeypatch):
         call = {"scale": 0.25, "key_bias": bias, "dense": v.clone, "blocks": 1}
         session.begin(layout=LAYOUT, sigma=sigma).attend(SITE, q, k, v, **call)
     assert session.finish().calls["sparse"] == 4
-    assert set(seen) == {"observe", "measure", "apply", "routed_bits", "run_kernel"}
+    assert set(seen) == {"observe", "measure", "routed_bits", "run_kernel"}
     assert {each for name in seen for each in seen[name]} == {(0.25, True)}
 
 
