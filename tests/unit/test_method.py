@@ -200,7 +200,7 @@ def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch)
     """Every row looked at: what is told is the error of the whole results, in all steps and in the worst site."""
     monkeypatch.setattr("comfyui_paro.paro_runtime.refresh.measured_rows", lambda tokens: tokens)
     entry, _ = masked
-    pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
+    pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias[0])
     refresh, wrong, whole, worst = BiasRefresh(), 0.0, 0.0, 0.0
     for site, number in (("a", 0), ("b", 1)):
         call = [x[number : number + 1] for x in (planted.q, planted.k, planted.v)]

@@ -33,7 +33,9 @@ def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
 
     monkeypatch.setattr(Planner, "entries", planned)
     monkeypatch.setattr(BiasRefresh, "measure", measuring)
-    session = Session(policy(Settings(dense_steps=0, density_schedule="constant")), sigmas=SIGMAS, highest_noise=9.0)
+    session = Session(
+        policy(Settings(density=0.3, dense_steps=0, density_schedule="constant")), sigmas=SIGMAS, highest_noise=9.0
+    )
     results = sample(session)
     assert not any(map(was_dense, results.values()))
     assert budgets == [1] * len(SITES) + [len(SITES)] and {step for step, *_ in measured} == {1}
@@ -67,7 +69,7 @@ def test_plans_of_other_runs_are_left_alone_unless_they_are_to_be_remembered(tmp
     assert report.plan_source == "calibrated on the way" and not report.notes
     assert len(list(tmp_path.iterdir())) == 1
     # Where calibrating is forbidden there is nothing better, and what was made on purpose always serves.
-    no_other = replace(own, settings=Settings(dense_steps=2, calibrate=False))
+    no_other = replace(own, settings=Settings(density=0.3, dense_steps=2, calibrate=False))
     sample(session := Session(no_other, sigmas=SIGMAS))
     assert session.finish().plan_source == "plan found"
     store.save(replace(kept, made={**kept.made, "by": "PARO Calibrate"}))

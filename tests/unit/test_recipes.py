@@ -132,7 +132,7 @@ def test_presets_keep_more_of_a_small_grid_and_say_so(settings, grid, density):
     q = torch.randn(1, 2, layout.length, 16)
     if density > session.options.density:
         evaluation.attend(Site("block", 0), q, q, q, dense=lambda: q)
-    session.clock.next(2, "", session.counts.sparse)
+    evaluation.end()
     report = session.finish()
     raised = f"density raised from {session.options.density:.0%} to hold quality".replace("%", " %")
     assert (raised in report.text()) == (density > session.options.density)

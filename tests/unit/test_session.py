@@ -427,7 +427,7 @@ def test_a_plan_that_cannot_be_read_for_want_of_memory_is_told(tmp_path, monkeyp
         raise MemoryError("no room")
 
     monkeypatch.setattr(plan_store_module, "load_plan", full)
-    session = Session(policy(Settings(dense_steps=2, strict=strict), store), sigmas=SIGMAS)
+    session = Session(policy(Settings(density=0.3, dense_steps=2, strict=strict), store), sigmas=SIGMAS)
     if strict:
         with pytest.raises(MemoryError):
             sample(session)
