@@ -144,7 +144,6 @@ TOLD = {
     "`density` without the speed custom": bare(density=0.2),
     "`speed` with PARO Settings connected": sampled(speed="fast"),
     "`plan_file` of another machine": sampled(plan_file="theirs.safetensors"),
-    "`plan_file`: a plan that knows one size only": sampled(plan_file="one_size.safetensors"),
     "`plan_file`: a plan of other weights": sampled(plan_file="weights.safetensors"),
     "two PARO Patch Model in a row": twice(),
     "PARO Report before anything was sampled": early(),

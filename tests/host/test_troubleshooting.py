@@ -64,10 +64,8 @@ def files(server) -> None:
 
 
 def _changed(good: Path, folder: Path) -> None:
-    """Plans of this model that can be read: without what moves them to another size, and of a fine-tune."""
+    """A plan of a fine-tune of this model, which can be read."""
     plan = load_plan(good)
-    bare = {site: replace(entry, falloff=None) for site, entry in plan.sites.items()}
-    save_plan(replace(plan, sites=bare), folder / "one_size.safetensors")
     save_plan(replace(plan, identity=replace(plan.identity, weights="1" * 16)), folder / "weights.safetensors")
 
 

@@ -118,4 +118,4 @@ def test_a_fine_tune_is_noted_and_another_architecture_refused(plan):
     assert any("fine-tune" in note for note in report.notes) and "moved" in report.plan_source
     results, report = run(plan, *tensors, identity=ModelIdentity("wan", "z" * 16, "b" * 16))
     assert report.plan_source == "calibrated on the way" and results[0] is None
-    assert any("made for wan aaaa" in note for note in report.notes)
+    assert any("made for another wan model" in note for note in report.notes)
