@@ -133,5 +133,5 @@ def test_presets_keep_more_of_a_small_grid_and_say_so(settings, grid, density):
         if q is not None:
             evaluation.attend(Site("block", 0), q, q, q, dense=lambda: q)
         evaluation.end()
-    raised = f"density raised from {session.options.density:.0%} to hold quality".replace("%", " %")
+    raised = f"density raised from {100 * session.options.density:.1f} % to hold quality"
     assert (raised in session.finish().text()) == (density > session.options.density)
