@@ -81,9 +81,8 @@ class ComfyHost:
             graph["settings"] = _node(
                 "PAROSettings",
                 preset=settings.preset,
-                density=settings.density,
+                density=0.3 if settings.density is None else settings.density,
                 precision=settings.precision,
-                dense_steps=settings.dense_steps,
                 order=settings.order,
                 min_tokens=settings.min_tokens,
             )

@@ -1,6 +1,6 @@
 """The main job, end to end: the same clip dense and with PARO, and what the difference is.
 
-python scripts/demo.py [--out DIR] [--host auto|comfyui|embedded] [--density 0.3] [--precision int8] [--seed N]
+python scripts/demo.py [--out DIR] [--host auto|comfyui|embedded] [--density 0.7] [--precision int8] [--seed N]
                        [--size FxHxW]
 
 Writes report.json, dense.webp, paro.webp, difference.png and plan.png to DIR. With a ComfyUI the clips come from a
@@ -20,8 +20,6 @@ import _checkout
 from _environment import BASE_MODULES, ensure
 from _host import clone_host, find_host, host_version
 
-DENSE_STEPS = 3
-
 
 def parse_size(text: str) -> tuple[int, int, int]:
     """`8x12x12` -> token grid (F, H, W)."""
@@ -36,7 +34,9 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the results (default: out)")
     parser.add_argument("--host", choices=("auto", "comfyui", "embedded"), default="auto")
-    parser.add_argument("--density", type=float, default=0.3, help="share of blocks kept, above 0 up to 1")
+    parser.add_argument(
+        "--density", type=float, help="share of blocks kept, above 0 up to 1 (default: the preset balanced)"
+    )
     parser.add_argument("--precision", default="int8", help="auto, 16bit, int8, int8_pv8, fp8, int4 or int4_pv4")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=parse_size, default=(8, 12, 12), help="tokens FxHxW (default: 8x12x12)")
@@ -74,9 +74,8 @@ def main() -> int:
     from comfyui_paro.paro_runtime.settings import Settings, SettingsError
     from comfyui_paro.tests.tiny_wan.data import BACKGROUNDS, DIRECTIONS, SHAPES
 
-    settings = Settings(
-        preset="custom", density=args.density, precision=args.precision, dense_steps=DENSE_STEPS, min_tokens=0
-    )
+    preset = "balanced" if args.density is None else "custom"
+    settings = Settings(preset=preset, density=args.density, precision=args.precision, min_tokens=0)
     try:
         settings.validated()
     except SettingsError as error:
