@@ -163,6 +163,17 @@ class Calibrator:
         nothing is shared with others. A plan of that group alone."""
         return self._plan(self._planner([site], group), {})
 
+    def sums(self) -> dict[Site, SiteSums]:
+        """What was observed so far, on the CPU."""
+        with self._lock:
+            return {site: sums.on_cpu() for site, sums in self._sums.items()}
+
+    def with_sums(self, sums: dict[Site, SiteSums]) -> Calibrator:
+        """Another one for the same purpose that has observed these, which are on the CPU."""
+        other = Calibrator(self.identity, self.options, method=self.method, bias_later=self._bias_later)
+        other.layout, other._sums = self.layout, sums
+        return other
+
     def _planner(self, sites: Sequence[Site], group: int | None = None) -> Planner:
         with self._lock:
             sums = {site: self._sums[site] for site in sites}

@@ -112,6 +112,16 @@ class SitePlan:
         """The same for runs that measure their masks themselves."""
         return replace(self, packed=self.packed.new_empty(self.groups, 0))
 
+    def of_heads(self, heads: slice) -> SitePlan:
+        """The same for these of its query heads alone."""
+        orders, packed = self.orders[heads], self.packed
+        if self.has_masks:
+            packed = torch.stack([pack_bits(self.mask(group=group)[heads]) for group in range(self.groups)])
+        columns = {name: getattr(self, name) for name in PER_GROUP if name != "packed"}
+        # Copies: a slice would hold every head's numbers as long as it lives.
+        own = {name: None if its is None else its[:, heads].clone() for name, its in columns.items()}
+        return replace(self, orders=orders, packed=packed, shape=(len(orders), *self.shape[1:]), **own)
+
     def mask(self, device: torch.device | str = "cpu", group: int = 0) -> torch.Tensor:
         """bool `[heads, q_blocks, k_blocks]` on `device`, of a site that has masks."""
         return unpack_bits(self.packed[group].to(device), self.shape)
@@ -178,6 +188,17 @@ class Plan:
         made = {**self.made, "moved_from": _grid(self.layout)}
         return replace(self, layout=layout, block_q=block_q, sites=sites, made=made)
 
+    def of_rank(self, rank: int, ranks: int) -> Plan:
+        """What one of several processes needs that share the heads of every site (`heads_of_rank`). Raises
+        PlanError where a site's heads do not divide."""
+        sites = {}
+        for site, entry in self.sites.items():
+            heads = len(entry.orders)
+            if heads % ranks:
+                raise PlanError(f"plan: the {heads} heads of {site.name} do not divide over {ranks} ranks")
+            sites[site] = entry.of_heads(heads_of_rank(heads, rank, ranks))
+        return replace(self, sites=sites)
+
     def orders_histogram(self) -> dict[str, int]:
         """Heads per order, in the order of `ALL_ORDERS`."""
         names = [name for site in self.sites.values() for name in site.orders]
@@ -197,6 +218,13 @@ class Plan:
         if reason is None and self.layout.grid != layout.grid:
             return f"plan: made for the grid {_grid(self.layout)}, the model runs on {_grid(layout)}"
         return reason
+
+
+def heads_of_rank(heads: int, rank: int, ranks: int) -> slice:
+    """The heads of one of several ranks: equal runs in the model's own order, which every library that splits heads
+    uses. Query heads stay with the key heads that they share wherever the key heads divide."""
+    each = heads // ranks
+    return slice(rank * each, (rank + 1) * each)
 
 
 def _grid(layout: TokenLayout) -> str:

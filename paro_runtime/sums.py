@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 
@@ -56,6 +57,12 @@ class SiteSums:
     def on_cpu(self) -> SiteSums:
         """The same on the CPU."""
         return replace(self, **{name: value.cpu() for name, value in self.tensors().items()})
+
+    @classmethod
+    def joined(cls, parts: Sequence[SiteSums]) -> SiteSums:
+        """Those of all heads, from those of some heads each, in order, of the same observations."""
+        columns = [part.tensors() for part in parts]
+        return replace(parts[0], **{name: torch.cat([its[name] for its in columns]) for name in columns[0]})
 
     def mask_of_mass(self, mask: torch.Tensor) -> torch.Tensor:
         """The rows of a mask `[H, q_blocks, k_blocks]` that `mass` is about."""
