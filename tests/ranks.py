@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -75,6 +76,14 @@ def part_of(x: torch.Tensor, dim: int, rank: int, ranks: int) -> torch.Tensor:
     own = x.narrow(dim, rank * part, min(part, x.shape[dim] - rank * part))
     shape = [part - own.shape[dim] if place == dim % x.dim() else size for place, size in enumerate(x.shape)]
     return torch.cat([own, own.new_ones(shape)], dim)
+
+
+def joined(parts: list[torch.Tensor], streams: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The sequence of what each rank holds `[B, H, local, D]`, and its padding."""
+    held = [part.split([-(-length // len(parts)) for length in streams], 2) for part in parts]
+    padded = [torch.cat(its, 2) for its in zip(*held, strict=True)]
+    ends = [stream[:, :, length:] for stream, length in zip(padded, streams, strict=True)]
+    return torch.cat([x[:, :, :length] for x, length in zip(padded, streams, strict=True)], 2), torch.cat(ends, 2)
 
 
 class SplitBlock(torch.nn.Module):
@@ -168,9 +177,10 @@ def alone(device: str = "cpu") -> dict:
     return results(device, split=False)
 
 
-def run_ranks(ranks: int, folder: Path, device: str = "cpu") -> list[dict]:
-    """`results` of so many processes, by rank. Raises RuntimeError with what they printed if one fails or hangs."""
-    command = [sys.executable, str(Path(__file__).resolve())]
+def run_ranks(ranks: int, folder: Path, device: str = "cpu", script: Path | None = None) -> list[dict]:
+    """`results` of so many processes, or those of another script that ends in `be_rank`, by rank. Raises RuntimeError
+    with what they printed if one fails or hangs."""
+    command = [sys.executable, str(script or Path(__file__).resolve())]
     begun = []
     for rank in range(ranks):
         log = (folder / f"log{rank}").open("w+", encoding="utf-8")
@@ -192,17 +202,19 @@ def run_ranks(ranks: int, folder: Path, device: str = "cpu") -> list[dict]:
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
-def _rank(rank: int, ranks: int, folder: Path, device: str) -> None:
+def be_rank(found_by: Callable[[str], dict]) -> None:
+    """Be the rank that the command line says: leave what `found_by(device)` gives, on the CPU, in the folder."""
+    rank, ranks, folder, device = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]
     if device == "cuda":
         torch.cuda.set_device(rank)
     backend = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.FileStore(str(folder / "store"), ranks), rank=rank, world_size=ranks)
     with torch.inference_mode():
-        found = results(device, split=True)
+        found = found_by(device)
     on_cpu = {name: its.cpu() if isinstance(its, torch.Tensor) else its for name, its in found.items()}
     torch.save(on_cpu, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    _rank(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4])
+    be_rank(lambda device: results(device, split=True))

@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from ..attempt import Attempt
 from ..reasons import not_used, stopped
@@ -326,7 +327,10 @@ def repeatable(model: Any, options: dict[str, Any]) -> bool:
     that might count evaluations or remember the one before, as caches of steps do.
 
     The host's wrapper for compiled models remembers nothing. Methods replaced on the model itself (its `vars`) may.
+    Where other processes share the work, none may make an exchange that the others do not.
     """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        return False
     model = getattr(model, "_orig_mod", model)
     replaced = any(callable(value) and hasattr(type(model), name) for name, value in vars(model).items())
     return not replaced and not _others_around(options)

@@ -24,17 +24,9 @@ def two(tmp_path_factory):
     return ranks.run_ranks(2, tmp_path_factory.mktemp("two"))
 
 
-def joined(parts, streams):
-    """The sequence of what each rank holds, and the padding."""
-    held = [part.split([-(-length // len(parts)) for length in streams], 2) for part in parts]
-    padded = [torch.cat(its, 2) for its in zip(*held, strict=True)]
-    ends = [stream[:, :, length:] for stream, length in zip(padded, streams, strict=True)]
-    return torch.cat([x[:, :, :length] for x, length in zip(padded, streams, strict=True)], 2), torch.cat(ends, 2)
-
-
 @pytest.mark.parametrize("name, heads, kv_heads, precision", ranks.CALLS)
 def test_two_ranks_give_a_call_of_one_bit_for_bit(one, two, name, heads, kv_heads, precision):
-    whole, padding = joined([its[name, heads] for its in two], ranks.STREAMS[name])
+    whole, padding = ranks.joined([its[name, heads] for its in two], ranks.STREAMS[name])
     assert torch.equal(whole, one[name, heads])
     assert padding.shape[2] and not padding.any()
     # With the ranks' heads exchanged, or with the plan's, it is another result: the comparison can fail.
@@ -116,3 +108,12 @@ def test_ranks_that_observed_different_calls_make_no_plan(monkeypatch):
     monkeypatch.setattr(dist, "all_gather_object", gather)
     with pytest.raises(PlanError, match="the ranks did not observe the same calls"):
         plan_of_all(calibrator, {})
+
+
+def test_one_rank_alone_makes_no_evaluation_again(monkeypatch):
+    from comfyui_paro.paro_runtime.host.lifecycle import repeatable
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for world in (1, 2):
+        monkeypatch.setattr(dist, "get_world_size", lambda its=world: its)
+        assert repeatable(torch.nn.Linear(1, 1), {}) == (world == 1)
