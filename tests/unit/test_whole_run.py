@@ -8,6 +8,7 @@ import threading
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench import timeline
+from comfyui_paro.bench.paro_bench.real_models import RUNS
 from comfyui_paro.paro_runtime.attention import build_pattern
 from comfyui_paro.paro_runtime.dense import dense_pattern
 from comfyui_paro.paro_runtime.tokens import TokenLayout
@@ -124,20 +125,42 @@ def test_the_page_has_a_line_per_row_and_says_what_is_not_measured():
     assert "Nothing: not measured." in "\n".join(report.whole_run_tables([]))
 
 
+def test_a_table_has_the_parts_that_its_rows_have():
+    rows = [{**PARO, "parts": {"planning": 1.0}}, {**PARO, "parts": {"bias_and_corrections": 2.0}}]
+    head, _, *lines = (t for t in report.whole_run_tables([{**HEADER, "rows": rows}]) if t.startswith("|"))
+    assert head.endswith("| host GB | planning | bias, corrections |")
+    assert [line.split("|")[-3:-1] for line in lines] == [[" 1.0 ", " not measured "], [" not measured ", " 2.0 "]]
+
+
 def test_the_readme_says_what_the_rows_say():
-    block = report.speed_block([{**HEADER, "rows": [DENSE, BROKEN, PARO]}])
-    line = "| a | 10.0 | not measured | not measured | not measured | not measured | 2.50 |"
-    assert line in block
-    first, last = report.README_MARKS
-    readme = report.with_speed(f"x\n{first}\nold 9.9 times\n{last}\ny", block)
-    assert readme.startswith("x\n") and readme.endswith("\ny") and line in readme and "9.9" not in readme
+    rows = [DENSE, BROKEN, PARO]
+    line = "| a | G | 10.0 s | not measured | not measured | not measured | 2.50 |"
+    assert line in report.speed_block([{**HEADER, "rows": rows}])
+    claimed = [{**row, "case": report.CLAIMED} for row in rows]
+    claim = report.claim_block([{**HEADER, "rows": rows}, {**HEADER, "gpu": "H", "rows": claimed}])
+    assert (
+        "on one H: 4.0 seconds" in claim
+        and "takes 10.0 (2.5 times as fast)" in claim
+        and "d at commit c in ComfyUI 3" in claim
+    )
+    for empty in (report.claim_block([]), report.claim_block([{**HEADER, "rows": rows}]), report.speed_block([])):
+        assert empty == "Whole runs: not measured.\n"
+
+
+def test_blocks_replace_what_stood_between_their_marks():
+    first, last = report.SPEED_MARKS
+    readme = report.with_block(f"x\n{first}\nold 9.9 times\n{last}\ny", report.SPEED_MARKS, "new\n")
+    assert readme == f"x\n{first}\nnew\n{last}\ny"
     with pytest.raises(ValueError, match="once each"):
-        report.with_speed("no marks", block)
+        report.with_block("no marks", report.SPEED_MARKS, "new\n")
+
+
+def test_every_title_is_of_a_run():
+    assert set(report.TITLES) <= set(RUNS) and report.CLAIMED in report.TITLES
 
 
 def test_the_committed_pages_stand_in_the_committed_results():
     reports = report.read("whole_run*.json")
     readme = report.README.read_text(encoding="utf-8")
-    assert readme == report.with_speed(readme, report.speed_block(reports)), "run bench/report.py"
-    page = report.TARGET.read_text(encoding="utf-8")
-    assert "\n".join(report.whole_run_tables(reports)) in page, "run bench/report.py"
+    assert readme == report.with_speed(readme, reports), "run bench/report.py"
+    assert report.TARGET.read_text(encoding="utf-8") == report.benchmarks_page(), "run bench/report.py"
