@@ -187,7 +187,7 @@ def speed_block(reports: list[dict]) -> str:
         return f"Whole runs: {MISSING}.\n"
     others = [("int8", None), ("sol_attn", None), ("paro", "first_ever"), ("paro", "second")]
     lines = [
-        "| model and run | card | ComfyUI's default | its INT8 | its `sol_attn` | PARO, first run ever | PARO, later |",
+        "| model and run | card | ComfyUI's default | its INT8 | its sparse node | PARO, first ever | PARO, later |",
         "|---|---|---|---|---|---|---|",
     ]
     for report in reports:
