@@ -86,7 +86,6 @@ def shape_table(rows: list[dict]) -> list[str]:
     return lines
 
 
-# Columns by the names of a row's parts; a table has those that its rows have.
 PARTS = {
     "dense_attention": "dense attention",
     "sparse_attention": "sparse attention",
@@ -95,7 +94,6 @@ PARTS = {
     "planning": "planning",
     "masks": "masks",
     "bias": "bias",
-    "bias_and_corrections": "bias, corrections",
     "compiling": "compiling",
     "loading_plan": "loading the plan",
 }
@@ -127,11 +125,10 @@ def whole_run_tables(reports: list[dict]) -> list[str]:
             "",
         ]
         lines += [report["note"], ""] if report.get("note") else []
-        parts = [name for name in PARTS if any(name in (row.get("parts") or {}) for row in report["rows"])]
         heads = ["case", "attention", "run", "seconds", "speed-up", "sites sparse", "fallbacks", "peak GPU GB"]
-        heads += ["host GB", *(PARTS[name] for name in parts)]
+        heads += ["host GB", *PARTS.values()]
         lines += ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
-        lines += [_whole_run_line(row, parts) for row in report["rows"]]
+        lines += [_whole_run_line(row) for row in report["rows"]]
         notes = {f"{row['case']}: {note}." for row in report["rows"] for note in row.get("notes", [])}
         others = {row.get("commit", report["commit"]) for row in report["rows"]} - {report["commit"]}
         lines += ["", *sorted(notes)] if notes else []
@@ -140,8 +137,8 @@ def whole_run_tables(reports: list[dict]) -> list[str]:
     return lines if reports else [*lines, f"Nothing: {MISSING}.", ""]
 
 
-def _whole_run_line(row: dict, parts: list[str]) -> str:
-    spent = row.get("parts") or {}
+def _whole_run_line(row: dict) -> str:
+    parts = row.get("parts") or {}
     known = row.get("sites_sparse") is not None
     cells = [
         row["case"],
@@ -153,7 +150,7 @@ def _whole_run_line(row: dict, parts: list[str]) -> str:
         f"{sum(row['fallbacks'].values())}" if known else "" if row["run"] is None else MISSING,
         cell(row.get("peak_gpu_gb"), 1),
         cell(row.get("host_gb")) + (f" ({cell(row['host_files_gb'])})" if row.get("host_files_gb") else ""),
-        *(cell(spent.get(name), 1) for name in parts),
+        *(cell(parts.get(name), 1) for name in PARTS),
     ]
     return "| " + " | ".join(text.replace("|", "/").replace("\n", " ") for text in cells) + " |"
 
@@ -198,11 +195,12 @@ def speed_block(reports: list[dict]) -> str:
             cells += [cell(found.get((case, *other), {}).get("speedup")) for other in others]
             lines.append("| " + " | ".join(cells) + " |")
     lines.append("")
-    lines += [
-        f"{report['gpu']}: ComfyUI {report['comfyui']}, torch {report['torch']}, Triton {report['triton']}, "
-        f"{report['date']}, commit {report['commit']}."
-        for report in reports
-    ]
+    for report in reports:
+        commits = sorted({row.get("commit", report["commit"]) for row in report["rows"]})
+        lines.append(
+            f"{report['gpu']}: ComfyUI {report['comfyui']}, torch {report['torch']}, Triton {report['triton']}, up to "
+            f"{report['date']}, at {', '.join(commits)}."
+        )
     return "\n".join([*lines, ""])
 
 
