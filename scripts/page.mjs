@@ -2,6 +2,7 @@
 //
 //   node scripts/page.mjs build URL FOLDER           writes every workflow of workflows.mjs to FOLDER
 //   node scripts/page.mjs run URL FILE [OUT [SHOT]]  opens FILE, saves it to OUT as the page would, runs it
+//   node scripts/page.mjs open URL FILE...           opens each FILE: unknown, red and overlapping nodes, and errors
 //   node scripts/page.mjs shot URL FILE PICTURE      takes a picture of FILE
 //   node scripts/page.mjs nodes URL PICTURE          takes a picture of the pack's nodes
 //   node scripts/page.mjs tell URL FILE [FOLDER]     runs every prompt of FILE (name: API format), tells what the page
@@ -95,6 +96,23 @@ async function load(page, path) {
   });
 }
 
+// Titles of the nodes that the page draws red: unknown ones, and those whose files are not there.
+function red(page) {
+  return page.evaluate(() => window.app.graph.nodes.filter((node) => node.has_errors).map((node) => node.title));
+}
+
+// Pairs of titles of nodes that lie over each other, by the sizes that the page draws; a node's title is above its place.
+function overlaps(page) {
+  return page.evaluate(() => {
+    const boxes = window.app.graph.nodes.map((node) => {
+      const [width, height] = [0, 1].map((axis) => Math.max(node.size[axis], axis ? node.computeSize()[1] : 0));
+      return { title: node.title, left: node.pos[0], top: node.pos[1] - 30, right: node.pos[0] + width, bottom: node.pos[1] + height };
+    });
+    const meet = (a, b) => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom;
+    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => meet(a, b)).map((b) => [a.title, b.title]));
+  });
+}
+
 async function run(page) {
   return await page.evaluate(
     () =>
@@ -154,6 +172,7 @@ async function shot(page, path) {
     canvas.ds.scale = scale;
     canvas.ds.offset = [140 / scale - left, 120 / scale - top]; // clear of the page's own buttons
     canvas.setDirty(true, true);
+    window.app.extensionManager.setting.set("Comfy.Minimap.Visible", false);
     return { width: (right - left) * scale, height: (bottom - top) * scale };
   });
   await page.waitForTimeout(1500);
@@ -175,6 +194,12 @@ try {
   } else if (command === "nodes") {
     await page.evaluate(build, PICTURE);
     await shot(page, rest[0]);
+  } else if (command === "open") {
+    result.opened = {};
+    for (const path of rest) {
+      const before = errors.length, missing = await load(page, path);
+      result.opened[path] = { missing, red: await red(page), overlaps: await overlaps(page), errors: errors.slice(before) };
+    }
   } else {
     result.missing = await load(page, rest[0]);
     if (command === "shot") await shot(page, rest[1]);
