@@ -16,7 +16,7 @@ from .attempt import Attempt, not_finite
 from .attention import run_kernel
 from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
 from .patterns import with_bias
-from .plan import Plan, Site
+from .plan import Plan, PlanError, Site
 from .readiness import COMPILING
 from .reasons import hint_of, words_of
 from .refresh import is_short
@@ -237,6 +237,9 @@ class Evaluation:
         """The site's pattern in this step; where its plan has no masks, with one that is measured on this call, if none
         of this group of steps is at hand."""
         session, plan, group = self.session, self._plan, self._group
+        heads = len(plan.sites[site].orders)
+        if heads != q.shape[1]:
+            raise PlanError(f"plan: made for {heads} heads, the call has {q.shape[1]}")
 
         def measure(pattern: SparsePattern) -> torch.Tensor:
             began = time.perf_counter()

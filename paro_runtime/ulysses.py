@@ -95,6 +95,11 @@ class Ulysses:
         return received
 
 
+def several_ranks() -> bool:
+    """Whether other processes take part in what this one does, as `torch.distributed` knows it."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
 def plan_of_all(calibrator: Calibrator, made: dict, group: dist.ProcessGroup | None = None) -> Plan:
     """One plan of all heads, its budgets shared among them, from what each rank's calibrator observed of its own heads
     (`heads_of_rank`): the one that a single process would make. Every rank must call this, and gets it. Raises

@@ -14,12 +14,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ..attempt import Attempt
 from ..reasons import not_used, stopped
 from ..session import Report, Session
 from ..tokens import TokenLayout
+from ..ulysses import several_ranks
 from . import saved
 from .evaluation import OPTIONS_KEY, HostEvaluation
 from .families import Family, ModelCall
@@ -329,7 +329,7 @@ def repeatable(model: Any, options: dict[str, Any]) -> bool:
     The host's wrapper for compiled models remembers nothing. Methods replaced on the model itself (its `vars`) may.
     Where other processes share the work, none may make an exchange that the others do not.
     """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if several_ranks():
         return False
     model = getattr(model, "_orig_mod", model)
     replaced = any(callable(value) and hasattr(type(model), name) for name, value in vars(model).items())

@@ -15,6 +15,7 @@ from ..reasons import NOT_ON_IT, not_used
 from ..recipes import RecipeError, mask_options, recipe_for
 from ..session import Policy, Report, Session
 from ..settings import Settings, SettingsError
+from ..ulysses import several_ranks
 from .families import Family, family_of
 from .identity import identify
 from .lifecycle import KEY, Lifecycle
@@ -39,7 +40,12 @@ def patch_model(
     store, remember: where plans are, and whether those made on the way are kept there; see `Policy`. on_status gets one
     line of text whenever there is something to show; note opens the notes of every run's report. Raises PlanError for
     a plan of another model.
+
+    In one of several processes that share the work the store is left alone: its plans are of all heads, and what such
+    a run makes may be of some.
     """
+    if several_ranks():
+        store, remember = None, False
     clone = remove(model)
     family = family_of(clone.model.diffusion_model)
     if isinstance(family, str):

@@ -21,6 +21,7 @@ if "comfyui_paro" not in sys.modules:
     _spec.loader.exec_module(_checkout)
     _checkout.register()
 
+from comfyui_paro.paro_runtime.plan_store import PlanStore
 from comfyui_paro.paro_runtime.ulysses import Ulysses
 from comfyui_paro.tests.ranks import be_rank, part_of
 
@@ -76,7 +77,8 @@ def results(device: str) -> dict:
 
     model = tiny.load(tiny.build_wan(Path(sys.argv[3]) / f"wan{dist.get_rank()}.safetensors"))
     split(model.model.diffusion_model, Ulysses((315,)))
-    sparse = tiny.patched(model, **SETTINGS)
+    plans = Path(sys.argv[3]) / f"plans{dist.get_rank()}"
+    sparse = tiny.patched(model, store=PlanStore([], plans), **SETTINGS)
     found = {"dense": tiny.sample(model, GRID, steps=STEPS), "sparse": tiny.sample(sparse, GRID, steps=STEPS)}
     report = tiny.report(sparse)
     found |= {

@@ -27,3 +27,5 @@ def test_two_ranks_of_the_host_give_the_latent_of_one(comfy, wan, tmp_path):
         assert torch.equal(rank["untold"], rank["dense"])
         assert rank["passed"].startswith("Not used: no self-attention over the 315 tokens")
         assert [reason.split("; ")[1] for reason, _ in rank["seen"]] == ["seen: none"]
+    # No rank keeps a plan of its heads as one of the model.
+    assert not [path for path in tmp_path.glob("plans*/**/*") if path.is_file()]

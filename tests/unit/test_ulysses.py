@@ -6,6 +6,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from comfyui_paro.paro_runtime.plan import PlanError, Site, SitePlan
+from comfyui_paro.paro_runtime.recipes import recipe_for
+from comfyui_paro.paro_runtime.session import Policy, Session
+from comfyui_paro.paro_runtime.settings import Settings
 from comfyui_paro.paro_runtime.ulysses import Ulysses, plan_of_all
 from comfyui_paro.tests import ranks
 
@@ -117,3 +120,20 @@ def test_one_rank_alone_makes_no_evaluation_again(monkeypatch):
     for world in (1, 2):
         monkeypatch.setattr(dist, "get_world_size", lambda its=world: its)
         assert repeatable(torch.nn.Linear(1, 1), {}) == (world == 1)
+
+
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_plan_of_other_heads_is_not_used_and_says_so(masks):
+    (q, k, v), plan = ranks.call_of(4, 4, "cpu")
+    # One order for all: nothing but their number tells these heads from others.
+    entry = replace(plan.sites[ranks.SITE], orders=("FHW",) * 4)
+    plan = replace(plan, sites={ranks.SITE: entry if masks else entry.without_masks()})
+    settings = Settings(preset="custom", density=0.4, dense_steps=0, min_tokens=0)
+    for given, used in ((plan, False), (plan.of_rank(0, 2), True)):
+        session = Session(Policy(ranks.IDENTITY, recipe_for("wan"), settings, given), sigmas=[1.0, 0.5, 0.0])
+        evaluation = session.begin(layout=ranks.LAYOUT, sigma=1.0)
+        dense = torch.zeros_like(q[:, :2])
+        out = evaluation.attend(ranks.SITE, q[:, :2], k[:, :2], v[:, :2], dense=lambda its=dense: its)
+        reasons = [reason for reason, _ in session.finish().fallbacks]
+        assert (out is not dense) == used
+        assert reasons == [] if used else reasons[0].endswith("plan: made for 4 heads, the call has 2")
