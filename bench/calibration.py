@@ -6,11 +6,9 @@ python bench/calibration.py --tiny [--repeats 15] [--json FILE]
 
 Times are wall-clock medians in milliseconds that wait for the device. `observe` is what a calibrating step pays per
 site: block sums of some rows under every order, the tail's errors and curves, copies to the CPU and all that lies
-between. In some sparse steps `refresh` measures the tail's bias again, and `correct` makes and adds corrections of half
-of the heads by their mean queries; `carried` adds them, as all other steps do. `look` measures a site's masks anew,
-once in a run whose plan was made of pure noise. `plan` makes the three masks of one site at the end; `every_row` is
-what masks by mass would need beside the tail if they did not take mean queries here. Without a GPU the first form
-measures nothing.
+between. In some sparse steps `refresh` measures the tail's bias again, and `look` a site's masks. `plan` makes the
+three masks of one site at the end; `every_row` is what masks by mass would need beside the tail if they did not take
+mean queries here. Without a GPU the first form measures nothing.
 
 `--tiny` records queries, keys and values of the tiny trained model in the third of eight steps and alternates between
 the attention of its four layers as torch computes it (float32) and all that a calibrating step does beside it: four

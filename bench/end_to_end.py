@@ -115,7 +115,7 @@ def paro_attention(layout: TokenLayout, plan: Plan, recipe: str, precision: str,
         strict=True,
     )
     session = Session(Policy(IDENTITY, recipe_for(recipe), settings, plan=plan), sigmas=SIGMAS)
-    # The first evaluation, which is not timed, measures the tail's bias and makes corrections, as few steps do
+    # The first evaluation, which is not timed, measures the tail's bias, as few steps do
     # (`bench/calibration.py` tells what that costs); the third step goes by them, as most do.
     evaluations = [session.begin(layout=layout, sigma=SIGMAS[step]) for step in (0, 2)]
     measured = set()

@@ -7,7 +7,7 @@ activations for all.
 The model looks at photographs, dense and in float32; every layer's queries, keys and values are judged, tokens being a
 grid of 1 x rows x columns behind the class token. What this needs is told in bench/vision_model.py. Methods:
 
-- PARO: orders and budgets from *another* picture, masks measured on the call by mean queries, bias and corrections
+- PARO: orders and budgets from *another* picture, masks measured on the call by mean queries, the bias
   measured on it, too, as in a run; *model's own order*: without reordering.
 - *masks of the other picture*: kept from it, as well. *oracle masks*: by the attention that each block really has.
 - *block means, pooled tail*: what the host's `sol_attn` does (bench/large_wan/pooled.py); it keeps a few blocks more.

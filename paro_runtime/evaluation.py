@@ -307,9 +307,11 @@ class Evaluation:
         flag = self._attempt.flag(q.device)
         rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag.on_device, "backend": session.backend}
         out = run_kernel(q, k, v, pattern, precision, out=out, **rest)
+        if not self._attempt.finite(site, flag):
+            return None
         if site is not None and seen is not None:
             refresh.judge(key, self.step, seen, out)
-        return out if self._attempt.finite(site, flag) else None
+        return out
 
 
 def one_line(error: Exception) -> str:

@@ -131,12 +131,6 @@ class BiasRefresh:
         whole = whole.clamp_min(1e-20)
         return float((wrong.sum() / whole.sum()).sqrt()), float((wrong / whole).sqrt().max())
 
-    def forget(self) -> None:
-        """The masks are others now: everything is due again."""
-        with self._lock:
-            for known in self._all():
-                known.clear()
-
     def _all(self) -> tuple[dict, ...]:
         return self._groups, self._errors, self._biases, self._wrong
 

@@ -185,7 +185,7 @@ def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, maske
     assert [step for step in range(3, 20) if refresh.due("site", step, step // 7, False)] == [3, 7, 14]
     assert refresh.due("site", 14, 2, False) and refresh.due("site", 14, 2, False)
     assert [step for step in range(3, 20) if refresh.due("short", step, step // 7, True)] == [3]
-    refresh.forget()
+    refresh = BiasRefresh()
     assert refresh.due("site", 19, 0, False)
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
@@ -212,11 +212,11 @@ def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch)
         wrong, whole = wrong + error, whole + exact.square().sum()
         worst = max(worst, float(error / exact.square().sum()) ** 0.5)
     assert refresh.error == pytest.approx((float(wrong / whole) ** 0.5, worst), rel=1e-3)
-    restore = refresh.saved()
-    refresh.forget()
-    assert refresh.error is None
+    error, restore = refresh.error, refresh.saved()
+    refresh.judge("a", 3, seen, out + 1)
+    assert refresh.error > error
     restore()
-    assert refresh.error is not None
+    assert refresh.error == error
 
 
 def test_blocks_by_mass_and_by_error_are_two_choices(planted):
