@@ -83,6 +83,7 @@ class ComfyHost:
                 preset=settings.preset,
                 density=0.3 if settings.density is None else settings.density,
                 precision=settings.precision,
+                dense_steps=-1 if settings.dense_steps is None else settings.dense_steps,
                 order=settings.order,
                 min_tokens=settings.min_tokens,
             )
