@@ -4,9 +4,11 @@
     python bench/fidelity.py --suite tiny --device cuda --json bench/results/fidelity-tiny.json
     python bench/fidelity.py --suite tiny --merge one.json two.json --json bench/results/fidelity-tiny.json
     python bench/fidelity.py --suite sta
+    python bench/fidelity.py --suite seeds --seed 100 --seeds 64 --workers 16 --json bench/results/fidelity-seeds.json
 
 Suites: `synthetic`, planted attention patterns; `tiny`, the tiny trained video model against its own dense run; `sta`,
-windows published for HunyuanVideo. The figures validate this implementation; they are not the quality of any model.
+windows published for HunyuanVideo; `seeds`, the presets on many clips of the tiny model. The
+figures validate this implementation; they are not the quality of any model.
 """
 
 from __future__ import annotations
@@ -100,6 +102,16 @@ def run_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     return records, f"{table(records)}\n\n{overview(records)}\n\n{acceptance(records)}"
 
 
+def run_seeds(args: argparse.Namespace) -> tuple[list[dict], str]:
+    """Presets whose name matches `--only`, one clip after the other."""
+    from comfyui_paro.bench.paro_bench.seeds import PRESETS, run, table
+
+    seeds = range(args.seed, args.seed + args.seeds)
+    presets = [name for name in PRESETS if re.search(args.only, name)]
+    records = run(seeds, presets, args.precision, args.workers, args.sheet)
+    return records, table(records)
+
+
 def merge_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     """Records of several runs of the suite `tiny`; of two of one variant the later file's counts."""
     from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, overview, table
@@ -112,14 +124,14 @@ def merge_tiny(args: argparse.Namespace) -> tuple[list[dict], str]:
     return records, f"{table(records)}\n\n{overview(records)}\n\n{acceptance(records)}"
 
 
-SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta}
+SUITES = {"synthetic": run_synthetic, "tiny": run_tiny, "sta": run_sta, "seeds": run_seeds}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--suite", choices=SUITES, default="synthetic")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (synthetic)")
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds (synthetic, seeds)")
     parser.add_argument("--grids", type=int, default=4, help="how many of the suite's grids")
     parser.add_argument(
         "--densities", type=float, nargs="+", default=[0.05, 0.1, 0.2, 0.3], help="kept blocks / all blocks"
@@ -127,7 +139,10 @@ def main() -> None:
     parser.add_argument("--dense-steps", type=int, nargs="+", default=[0, 3], help="of 8 (tiny)")
     parser.add_argument("--grid", default="", help="only this grid, such as 8x12x12 (tiny)")
     parser.add_argument("--videos", type=int, default=16, help="videos per variant (tiny)")
-    parser.add_argument("--only", default="", help="only variants whose name matches this pattern (tiny)")
+    parser.add_argument("--only", default="", help="only variants or presets whose name matches this (tiny, seeds)")
+    parser.add_argument("--precision", default="int8", help="of the kernels (seeds)")
+    parser.add_argument("--workers", type=int, default=2, help="processes (seeds)")
+    parser.add_argument("--sheet", type=Path, help="write a PNG of the clips of balanced (seeds)")
     parser.add_argument("--level", choices=("easy", "hard"), default="hard", help="synthetic content")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
