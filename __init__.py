@@ -5,6 +5,6 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():
     """Return the extension that lists the pack's nodes (ComfyUI's V3 entry)."""
-    from .nodes import PAROExtension
+    from .nodes.extension import PAROExtension
 
     return PAROExtension()

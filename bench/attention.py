@@ -27,11 +27,11 @@ _checkout.register()
 import torch  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, exact_rows, inputs, pattern  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
-from comfyui_paro.kernels import gluon_launch  # noqa: E402
-from comfyui_paro.kernels.api import sparse_attention  # noqa: E402
-from comfyui_paro.kernels.problem import PRECISIONS, SparsePattern  # noqa: E402
-from comfyui_paro.kernels.scratch import release_scratch  # noqa: E402
-from comfyui_paro.paro_runtime.recipes import query_block  # noqa: E402
+from comfyui_paro.kernels.attention.api import sparse_attention  # noqa: E402
+from comfyui_paro.kernels.attention.gluon_sm90 import launch as gluon_launch  # noqa: E402
+from comfyui_paro.kernels.core.pattern import PRECISIONS, SparsePattern  # noqa: E402
+from comfyui_paro.kernels.core.scratch import release_scratch  # noqa: E402
+from comfyui_paro.paro_runtime.config.recipes import query_block  # noqa: E402
 
 TAIL_BELOW = 0.25
 SAMPLED_ROWS = 192
@@ -79,7 +79,7 @@ def peak_mib(run, device: torch.device) -> float | None:
 
 def time_paro(shape, heads, q, k, v, p: SparsePattern, name: str) -> dict:
     """One row: error, kernel, pre-pass and total time, peak memory."""
-    from comfyui_paro.kernels.attention import forward, pieces_of, prepare
+    from comfyui_paro.kernels.attention.launch import forward, pieces_of, prepare
 
     precision = PRECISIONS[name]
     peak = peak_mib(lambda: sparse_attention(q, k, v, p, precision, backend="triton"), q.device)

@@ -30,7 +30,7 @@ _checkout = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_checkout)
 _checkout.register()
 
-from comfyui_paro.bench.large_wan import (  # noqa: E402  # noqa: E402
+from comfyui_paro.bench.large_wan import (  # noqa: E402
     attention_error,
     clips,
     curriculum,
@@ -43,7 +43,7 @@ from comfyui_paro.bench.large_wan import (  # noqa: E402  # noqa: E402
 from comfyui_paro.bench.large_wan.model import CONFIG, load_large_wan  # noqa: E402
 from comfyui_paro.bench.large_wan.train import train  # noqa: E402
 from comfyui_paro.bench.large_wan.trainer import Options  # noqa: E402
-from comfyui_paro.kernels.problem import PRECISIONS  # noqa: E402
+from comfyui_paro.kernels.core.pattern import PRECISIONS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 20_000

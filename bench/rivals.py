@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from comfyui_paro.kernels.problem import SparsePattern
-from comfyui_paro.paro_runtime.check_methods import Make, Run, kitchen_int8, kitchen_sol, sage, sdpa
+from comfyui_paro.kernels.core.pattern import SparsePattern
+from comfyui_paro.nodes.check.methods import Make, Run, kitchen_int8, kitchen_sol, sage, sdpa
 from torch.nn.attention import SDPBackend
 
 

@@ -39,7 +39,7 @@ import torch  # noqa: E402
 from comfyui_paro.bench.paro_bench import attentions, real_models  # noqa: E402
 from comfyui_paro.bench.paro_bench.attentions import Unavailable  # noqa: E402
 from comfyui_paro.bench.paro_bench.timeline import HostMemory, Timeline, hooked  # noqa: E402
-from comfyui_paro.paro_runtime.settings import Settings  # noqa: E402
+from comfyui_paro.paro_runtime.config.settings import Settings  # noqa: E402
 
 WHATS = ("dense", "int8", "sol_attn", "sage", "paro")
 """Also `sol_attn_tau`, the node's own default method, which keeps far fewer blocks than `sol_attn`."""
@@ -129,9 +129,9 @@ class CaseRunner:
         return good
 
     def _measure(self, row: dict[str, Any], plans: Path) -> dict[str, Any]:
-        from comfyui_paro.paro_runtime.ahead import wait_for_all
+        from comfyui_paro.paro_runtime.compiling.ahead import wait_for_all
         from comfyui_paro.paro_runtime.host.patching import last_report, patch_model
-        from comfyui_paro.paro_runtime.plan_store import PlanStore
+        from comfyui_paro.paro_runtime.plan.store import PlanStore
 
         self._free()
         timeline = Timeline(self.device)

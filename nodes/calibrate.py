@@ -5,10 +5,10 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io, ui
 
-from ..paro_runtime.host.calibrate import Sampling, calibrate
+from ..paro_runtime.config.settings import Settings, parse_blocks
+from ..paro_runtime.host.calibration_run import Sampling, calibrate
 from ..paro_runtime.host.status import status_line
-from ..paro_runtime.plan import PlanError
-from ..paro_runtime.settings import Settings, parse_blocks
+from ..paro_runtime.plan.plan import PlanError
 from .errors import checked, told
 from .schema import ALIASES, CATEGORY, PlanType, SettingsType, advanced, schema
 from .storage import plan_store

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from ..paro_runtime.host.compare import CompareError
+from ..paro_runtime.config.recipes import RecipeError
+from ..paro_runtime.config.settings import SettingsError
 from ..paro_runtime.host.status import status_line
-from ..paro_runtime.plan import PlanError
-from ..paro_runtime.recipes import RecipeError
-from ..paro_runtime.settings import SettingsError
+from ..paro_runtime.plan.plan import PlanError
+from .compare.in_host import CompareError
 
 MISTAKES = (PlanError, SettingsError, RecipeError, CompareError)
 _wrong: set[str] = set()

@@ -6,11 +6,11 @@ import logging
 
 from comfy_api.latest import io
 
+from ..paro_runtime.config.settings import PRECISION_NAMES, PRESET_NAMES, Settings
 from ..paro_runtime.host.patching import patch_model
 from ..paro_runtime.host.status import status_line
-from ..paro_runtime.plan import Plan, PlanError
-from ..paro_runtime.reasons import OFF, not_used
-from ..paro_runtime.settings import PRECISION_NAMES, PRESET_NAMES, Settings
+from ..paro_runtime.plan.plan import Plan, PlanError
+from ..paro_runtime.report.reasons import OFF, not_used
 from .errors import checked, told
 from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, schema
 from .storage import plan_store

@@ -7,9 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..paro_runtime.host.status import status_line
-from ..paro_runtime.recipes import all_recipes
-from ..paro_runtime.settings import (
+from ..paro_runtime.config.recipes import all_recipes
+from ..paro_runtime.config.settings import (
     BACKEND_NAMES,
     BUDGET_NAMES,
     DENSE_NAMES,
@@ -20,6 +19,7 @@ from ..paro_runtime.settings import (
     Settings,
     parse_blocks,
 )
+from ..paro_runtime.host.status import status_line
 from .errors import checked, told
 from .schema import ALIASES, CATEGORY, DENSITY, SettingsType, advanced, schema
 

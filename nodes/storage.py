@@ -6,7 +6,7 @@ from pathlib import Path
 
 import folder_paths
 
-from ..paro_runtime.plan_store import SUFFIX, PlanStore
+from ..paro_runtime.plan.store import SUFFIX, PlanStore
 
 FOLDER = "paro"
 PACK = Path(__file__).resolve().parent.parent

@@ -38,14 +38,10 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
     import torch
 
     _checkout.register()
-    from comfyui_paro.kernels import (
-        pools,
-        triton_moments,
-        triton_pools,
-        triton_query_sums,
-        triton_statistics,
-        triton_tail,
-    )
+    from comfyui_paro.kernels.pooling import reference as pools
+    from comfyui_paro.kernels.pooling import triton_pools
+    from comfyui_paro.kernels.statistics import triton_query_sums, triton_statistics
+    from comfyui_paro.kernels.tail_error import triton_block_costs, triton_row_errors
 
     capability = (row.capability // 10, row.capability % 10)
     pointers = dict.fromkeys(("Q", "K", "V", "out_high", "out_low", "mean_q"), "*bf16")
@@ -72,9 +68,9 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
             constants |= {"PER_BLOCK": 128, "KEYS": 64, "BLOCKS": keys // 64, "DETAILED": False}
             constants |= {"maximum": None, "small": None}
     elif row.kernel in ("sums", "few"):
-        tile = triton_moments.moments_tile(capability, wide=False, rows=64 if row.kernel == "few" else 128)
+        tile = triton_row_errors.moments_tile(capability, wide=False, rows=64 if row.kernel == "few" else 128)
         rows, keys, warps, stages = tile.rows, 64, tile.warps, tile.stages
-        kernel = triton_moments._row_sums
+        kernel = triton_row_errors._row_sums
         constants |= {"KEYS": keys}
     elif row.kernel in UNLOOPED:
         rows, keys, warps, stages = pools.MEAN_ROWS, 64, 4, 3
@@ -93,14 +89,14 @@ def compile_row(row: CalibrationRow, shared_limit: int) -> dict:
             rows, kernel = triton_query_sums.SUM_ROWS, triton_query_sums._query_sums
             constants["BLOCKS"] = triton_query_sums.SUM_BLOCKS
     elif row.kernel == "moments":
-        rows, keys, warps = triton_moments.POOL_TILE
+        rows, keys, warps = triton_row_errors.POOL_TILE
         stages = 2
         pointers |= dict.fromkeys(("pooled_k", "pooled_v"), "*bf16")
-        kernel = triton_moments._row_moments
+        kernel = triton_row_errors._row_moments
         constants |= {"POOLS": keys, "PER_BLOCK": 1}
     else:
-        rows, keys, warps, stages = triton_tail.ROWS, 64, 4, triton_tail.STAGES
-        kernel = {"rows": triton_tail._row_outputs, "costs": triton_tail._block_costs}[row.kernel]
+        rows, keys, warps, stages = triton_block_costs.ROWS, 64, 4, triton_block_costs.STAGES
+        kernel = {"rows": triton_block_costs._row_outputs, "costs": triton_block_costs._block_costs}[row.kernel]
         constants |= {"KEYS": keys}
     constants["ROWS"] = rows
     wanted = set(kernel.arg_names)

@@ -24,7 +24,7 @@ PRODUCTS = {"fp8": {"IGMMA", "QGMMA"}, "int8": {"IGMMA", "HGMMA"}}
 def missing() -> str | None:
     """Why it cannot be compiled here, or None."""
     try:
-        from comfyui_paro.kernels import gluon_attention  # noqa: F401
+        from comfyui_paro.kernels.attention.gluon_sm90 import forward as gluon_attention  # noqa: F401
     except (ImportError, AttributeError) as error:
         return f"Triton {triton.__version__} has no Gluon as the kernel wants it: {error}"
     return None
@@ -56,7 +56,7 @@ def compile_row(row: tuple[int, str, str]) -> dict:
         problems.append(f"more than {SLOT_LIMIT:g} issue slots")
     if found.serialized:
         problems.append("wgmma is serialised")
-    from comfyui_paro.kernels.gluon_launch import TILE
+    from comfyui_paro.kernels.attention.gluon_sm90.launch import TILE
 
     return {
         "capability": CAPABILITY, "dim": dim, "precision": f"{precision} gluon",
@@ -66,9 +66,9 @@ def compile_row(row: tuple[int, str, str]) -> dict:
 
 def _compile(dim: int, precision: str, form: str):
     """Every argument typed as the launch passes it; descriptors carry their block and its shared-memory layout."""
-    from comfyui_paro.kernels.call import P_LOG2
-    from comfyui_paro.kernels.gluon_attention import gluon_forward
-    from comfyui_paro.kernels.gluon_launch import options
+    from comfyui_paro.kernels.attention.gluon_sm90.forward import gluon_forward
+    from comfyui_paro.kernels.attention.gluon_sm90.launch import options
+    from comfyui_paro.kernels.attention.launch_plan import P_LOG2
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 

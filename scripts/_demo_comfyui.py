@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from _demo_embedded import SHIFT, STEPS, Run
 from comfy_server import ComfyServer
-from comfyui_paro.paro_runtime.settings import Settings
+from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.tests.tiny_wan.data import from_host_latent
 from PIL import Image
 from safetensors.torch import load_file

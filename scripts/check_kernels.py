@@ -53,7 +53,7 @@ class Row:
 
 def precisions() -> dict:
     """What a user may choose, and 8-bit Q K^T with rotation, which the runtime may."""
-    from comfyui_paro.kernels.problem import PRECISIONS, Precision
+    from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision
 
     rotated = {
         f"{name}+rot": Precision(p.qk, p.pv, True) for name, p in PRECISIONS.items() if p.qk == "int8"
@@ -64,8 +64,8 @@ def precisions() -> dict:
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
     """Every distinct tile of the table, the pre-pass, what makes the tail's pools; quick: for D = 128, attention with a
     list and the tail, pools in INT4 only."""
-    from comfyui_paro.kernels.configs import tile_for
-    from comfyui_paro.kernels.support import ROOMY_CAPABILITIES, WIDEST_ROTATION
+    from comfyui_paro.kernels.attention.tiles import tile_for
+    from comfyui_paro.kernels.core.support import ROOMY_CAPABILITIES, WIDEST_ROTATION
 
     result, seen = [], set()
     for capability in capabilities:
@@ -99,8 +99,8 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
 def call_for(row: Row):
     """The plan of such a call with bf16 inputs, as it would be launched, and what K, V and pooled V are stored in."""
     import torch
-    from comfyui_paro.kernels.call import CallKey, call_of, storage_types
-    from comfyui_paro.kernels.problem import MOST_EXPANSIONS, Geometry
+    from comfyui_paro.kernels.attention.launch_plan import CallKey, call_of, storage_types
+    from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS, Geometry
 
     listed = row.block_q != 0
     capability = (row.capability // 10, row.capability % 10)
@@ -138,7 +138,7 @@ def compile_row(row: Row) -> dict:
 def compile_prepass(row: Row) -> dict:
     """`prepare_keys_values`."""
     import _compile
-    from comfyui_paro.kernels import triton_prepass
+    from comfyui_paro.kernels.attention import triton_prepare
 
     call, types = call_for(row)
     options = call.prepare_options
@@ -147,7 +147,7 @@ def compile_prepass(row: Row) -> dict:
     pointers |= dict.fromkeys(("bias_out", "sums", "largest"), "*fp32")
     constants |= {"key_bias": None, "stride_kd": 1, "stride_vd": 1}
     kernel = _compile.compile_kernel(
-        triton_prepass.prepare_keys_values, pointers, constants, row.capability, options["num_warps"], 3
+        triton_prepare.prepare_keys_values, pointers, constants, row.capability, options["num_warps"], 3
     )
     return without_products(row, kernel)
 
@@ -155,7 +155,7 @@ def compile_prepass(row: Row) -> dict:
 def compile_pools(row: Row) -> dict:
     """`store_pools` around mean queries."""
     import _compile
-    from comfyui_paro.kernels import triton_pool_scratch
+    from comfyui_paro.kernels.pooling import triton_quantized_pools
 
     call, types = call_for(row)
     options = call.pools_options
@@ -163,7 +163,7 @@ def compile_pools(row: Row) -> dict:
     pointers |= dict.fromkeys(("K", "V", "means"), "*bf16") | dict.fromkeys(("scale_log2", "rotation_scale"), "fp32")
     constants |= {"key_bias": None, "stride_kd": 1, "stride_vd": 1}
     kernel = _compile.compile_kernel(
-        triton_pool_scratch.store_pools, pointers, constants, row.capability, options["num_warps"], 3
+        triton_quantized_pools.store_pools, pointers, constants, row.capability, options["num_warps"], 3
     )
     return without_products(row, kernel)
 
@@ -171,7 +171,8 @@ def compile_pools(row: Row) -> dict:
 def compile_means(row: Row) -> dict:
     """`_mean_queries` with the tables of key heads."""
     import _compile
-    from comfyui_paro.kernels import pools, triton_pools
+    from comfyui_paro.kernels.pooling import reference as pools
+    from comfyui_paro.kernels.pooling import triton_pools
 
     pointers = {**dict.fromkeys(("Q", "means"), "*bf16"), "tables": "*i32", "order_of_head": "*i32"}
     constants = {"D": row.dim, "PADDED_D": row.dim, "BLOCK_Q": 128, "ROWS": pools.MEAN_ROWS, "stride_qd": 1}
@@ -183,12 +184,12 @@ def compile_means(row: Row) -> dict:
 def compile_lists(row: Row) -> dict:
     """`list_blocks`."""
     import _compile
-    from comfyui_paro.kernels import block_list, triton_lists
+    from comfyui_paro.kernels.attention import block_lists, triton_block_lists
 
-    constants = {"COLUMNS": triton_lists.COLUMNS, "PADDING": block_list.LIST_PADDING}
+    constants = {"COLUMNS": triton_block_lists.COLUMNS, "PADDING": block_lists.LIST_PADDING}
     pointers = {"kept_words": "*i64", "blocks": "*i16"}
     kernel = _compile.compile_kernel(
-        triton_lists.list_blocks, pointers, constants, row.capability, triton_lists.WARPS, 3
+        triton_block_lists.list_blocks, pointers, constants, row.capability, triton_block_lists.WARPS, 3
     )
     return without_products(row, kernel)
 
@@ -214,7 +215,7 @@ def without_products(row: Row, kernel) -> dict:
 def compile_attention(row: Row) -> dict:
     """`attention_forward`."""
     import _compile
-    from comfyui_paro.kernels import triton_attention
+    from comfyui_paro.kernels.attention import triton_forward
 
     call, types = call_for(row)
     options, tile = call.attention_options, call.tile
@@ -227,7 +228,7 @@ def compile_attention(row: Row) -> dict:
     pointers |= lists if listed else {}
     constants |= {"stride_qd": 1, **({} if listed else dict.fromkeys(lists))}
     kernel = _compile.compile_kernel(
-        triton_attention.attention_forward, pointers, constants, row.capability, tile.warps, tile.stages
+        triton_forward.attention_forward, pointers, constants, row.capability, tile.warps, tile.stages
     )
     found = _compile.inspect(kernel, tile.warps, tile.rows * (128 if tile.pairs else 64))
     expected = [DEFAULT_MMA[pv] if row.capability not in EXPECTED_PV[pv] else EXPECTED_PV[pv][row.capability]]

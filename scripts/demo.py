@@ -71,7 +71,7 @@ def main() -> int:
     _checkout.register()
     from _demo_output import write_results
     from comfy_server import ComfyError
-    from comfyui_paro.paro_runtime.settings import Settings, SettingsError
+    from comfyui_paro.paro_runtime.config.settings import Settings, SettingsError
     from comfyui_paro.tests.tiny_wan.data import BACKGROUNDS, DIRECTIONS, SHAPES
 
     preset = "balanced" if args.density is None else "custom"

@@ -82,20 +82,20 @@ def _plain(value: Any) -> Any:
 
 def record(case: Any, tiny: Any, version: str) -> dict:
     """The contract of one case: its first and its last run, one evaluation each."""
-    from comfyui_paro.paro_runtime.host import evaluation
+    from comfyui_paro.paro_runtime.config.settings import Settings
+    from comfyui_paro.paro_runtime.host.claims import HostEvaluation
     from comfyui_paro.paro_runtime.host.patching import patch_model
-    from comfyui_paro.paro_runtime.settings import Settings
 
     model, runs = tiny.build(case), []
-    original = evaluation.HostEvaluation.claim
+    original = HostEvaluation.claim
     for run in dict.fromkeys((case.runs[0], case.runs[-1])):
         recorder = Recorder()
-        recorder.watch(evaluation.HostEvaluation)
+        recorder.watch(HostEvaluation)
         clone = model.clone()
         slot = _Override(recorder.override, recorder.container_function)
         clone.model_options["transformer_options"]["optimized_attention_override"] = slot
         tiny.sample(patch_model(clone, Settings(preset="custom", density=1.0, dense_steps=9)), case, run)
-        evaluation.HostEvaluation.claim = original
+        HostEvaluation.claim = original
         layouts = [e.layout for e in recorder.evaluation._evaluations]
         evaluations = len(recorder.calls) // _period(recorder.calls)
         runs.append(

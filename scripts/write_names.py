@@ -26,7 +26,7 @@ def main() -> None:
     if host is None:
         raise SystemExit("write_names: no ComfyUI found; set COMFYUI_PATH")
     boot(host)
-    from comfyui_paro.nodes import PAROExtension
+    from comfyui_paro.nodes.extension import PAROExtension
 
     nodes = asyncio.run(PAROExtension().get_node_list())
     entries = {node.define_schema().node_id: names(node.define_schema()) for node in nodes}

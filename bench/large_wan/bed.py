@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from ...paro_runtime.plan import ModelIdentity
+from ...paro_runtime.plan.plan import ModelIdentity
 from ..paro_bench.tiny import TinyBench
 from . import samples
 from .codec import decode

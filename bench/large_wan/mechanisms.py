@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-from ...paro_runtime.plan import Plan
-from ...paro_runtime.report import Report
-from ...paro_runtime.session import Session
+from ...paro_runtime.plan.plan import Plan
+from ...paro_runtime.report.report import Report
+from ...paro_runtime.run.session import Session
 from ..metrics import flicker
 from .pack import unpack
 from .policies import Row, mechanism_rows, policy_rows

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ...kernels.problem import PRECISIONS
-from ...paro_runtime.calibration import Method
-from ...paro_runtime.plan import Plan, SitePlan
-from ...paro_runtime.refresh import BiasRefresh
-from ...paro_runtime.session import Session
-from ...paro_runtime.settings import Settings
+from ...kernels.core.pattern import PRECISIONS
+from ...paro_runtime.calibration.calibrator import Method
+from ...paro_runtime.config.settings import Settings
+from ...paro_runtime.plan.plan import Plan, SitePlan
+from ...paro_runtime.run.session import Session
+from ...paro_runtime.run.tail_bias import BiasRefresh
 from ..paro_bench.tiny import TinyBench, Variant, _side_by_side
 from . import routing
 from .routing import Router

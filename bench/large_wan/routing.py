@@ -11,15 +11,15 @@ from dataclasses import replace
 
 import torch
 
-from ...kernels.api import block_statistics, row_logsumexp
-from ...kernels.kept_words import pack_bits
-from ...kernels.problem import BLOCK_K, Geometry, SparsePattern
-from ...paro_runtime.attention import sent
-from ...paro_runtime.evaluation import Evaluation
-from ...paro_runtime.mean_queries import mean_query_masses
-from ...paro_runtime.plan import Site, SitePlan
-from ...paro_runtime.selection import masks_of_counts
-from ...paro_runtime.tail import observe_tail
+from ...kernels.attention.api import block_statistics, row_logsumexp
+from ...kernels.core.block_mask import pack_bits
+from ...kernels.core.pattern import BLOCK_K, Geometry, SparsePattern
+from ...paro_runtime.calibration.mask_choice import masks_of_counts
+from ...paro_runtime.calibration.mean_queries import mean_query_masses
+from ...paro_runtime.calibration.tail_fit import observe_tail
+from ...paro_runtime.plan.plan import Site, SitePlan
+from ...paro_runtime.run.backend import sent
+from ...paro_runtime.run.evaluation import Evaluation
 
 # At which `true_error` sets the factor of blocks whose pools stand for them.
 ERROR_DENSITY = 0.2

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.cudnn import cudnn_attention, cudnn_serves
-from ...paro_runtime.attempt import Attempt
-from ...paro_runtime.evaluation import Evaluation
-from ...paro_runtime.plan import Plan, Site
-from ...paro_runtime.session import Session
+from ...kernels.attention.cudnn import cudnn_attention, cudnn_serves
+from ...paro_runtime.plan.plan import Plan, Site
+from ...paro_runtime.run.attempt import Attempt
+from ...paro_runtime.run.evaluation import Evaluation
+from ...paro_runtime.run.session import Session
 from .bed import LargeBench
 
 # Shown every self-attention call before the session answers it: evaluation, site, q, k, v.

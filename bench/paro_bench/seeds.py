@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ...paro_runtime.settings import Settings
+from ...paro_runtime.config.settings import Settings
 from ...tests.tiny_wan.sheet import save_sheet
 from .tiny import GRIDS, TinyBench, Variant
 

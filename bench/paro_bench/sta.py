@@ -16,10 +16,10 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.statistics_reference import BlockStatistics
-from ...paro_runtime.orders import AXIS_ORDERS, order_table, tiled_orders
-from ...paro_runtime.selection import mass_kept_scores
-from ...paro_runtime.statistics import first_best
+from ...kernels.statistics.reference import BlockStatistics
+from ...paro_runtime.calibration.mask_choice import mass_kept_scores
+from ...paro_runtime.calibration.observe import first_best
+from ...paro_runtime.plan.orders import AXIS_ORDERS, order_table, tiled_orders
 
 TABLE = Path(__file__).resolve().parents[2] / "calib_presets" / "priors" / "hunyuan_sta.json"
 NAMES = {"t": "temporal", "s": "spatial", "b": "3-D", "h": "H-local", "w": "W-local"}

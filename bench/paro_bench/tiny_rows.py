@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from ...paro_runtime.calibration import Method
+from ...paro_runtime.calibration.calibrator import Method
 from .tiny import STEPS, Variant
 
 PAPER = Method(criterion="mass", tiles=False)

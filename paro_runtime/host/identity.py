@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..plan import ModelIdentity
+from ..plan.plan import ModelIdentity
 
 _PREFIX = "diffusion_model."
 SAMPLED_TENSORS = 16

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .calls import AttentionCall, options_of, read_call
-from .evaluation import OPTIONS_KEY, Claim, HostEvaluation
+from .attention_call import AttentionCall, options_of, read_call
+from .claims import OPTIONS_KEY, Claim, HostEvaluation
 
 SLOT = "optimized_attention_override"
 # The host's function that runs torch's attention; its others are chosen by users, for what they are.

@@ -8,19 +8,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
-from ..calibration import Calibrator
-from ..plan import Plan, PlanError
-from ..plan_store import PlanStore
-from ..reasons import NOT_ON_IT, not_used
-from ..recipes import RecipeError, mask_options, recipe_for
-from ..session import Policy, Report, Session
-from ..settings import Settings, SettingsError
-from ..ulysses import several_ranks
+from ..calibration.calibrator import Calibrator
+from ..config.recipes import RecipeError, mask_options, recipe_for
+from ..config.settings import Settings, SettingsError
+from ..plan.plan import Plan, PlanError
+from ..plan.store import PlanStore
+from ..report.reasons import NOT_ON_IT, not_used
+from ..run.session import Policy, Report, Session
+from ..run.ulysses import several_ranks
 from .families import Family, family_of
 from .identity import identify
-from .lifecycle import KEY, Lifecycle
 from .noise import time_gone
 from .override import SLOT, make_override, without_paro
+from .wrappers import KEY, Lifecycle
 
 log = logging.getLogger("paro")
 

@@ -16,9 +16,9 @@ from collections import OrderedDict
 from typing import Any
 from weakref import WeakValueDictionary
 
-from ..plan import ModelIdentity
-from ..record import compared, record_of
-from ..report import Report
+from ..plan.plan import ModelIdentity
+from ..report.record import compared, record_of
+from ..report.report import Report
 
 log = logging.getLogger("paro")
 KEY = "paro"

@@ -2,23 +2,23 @@
 
 import pytest
 import torch
-from comfyui_paro.kernels.api import block_costs, block_statistics, row_logsumexp, row_moments
-from comfyui_paro.kernels.problem import Geometry
-from comfyui_paro.paro_runtime.calibration import Calibrator
-from comfyui_paro.paro_runtime.mean_queries import mean_query_masses
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.recipes import MaskOptions
-from comfyui_paro.paro_runtime.refresh import measured_rows
-from comfyui_paro.paro_runtime.selection import masks_of_counts
-from comfyui_paro.paro_runtime.statistics import StatisticsOptions, sums_under_orders
-from comfyui_paro.paro_runtime.tail import observe_bias, sampled_rows
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.kernels.attention.api import block_costs, block_statistics, row_logsumexp, row_moments
+from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
+from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts
+from comfyui_paro.paro_runtime.calibration.mean_queries import mean_query_masses
+from comfyui_paro.paro_runtime.calibration.observe import StatisticsOptions, sums_under_orders
+from comfyui_paro.paro_runtime.calibration.tail_fit import observe_bias, sampled_rows
+from comfyui_paro.paro_runtime.config.recipes import MaskOptions
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.tail_bias import measured_rows
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: the kernels on hardware are not tested"),
 ]
-triton_moments = pytest.importorskip("comfyui_paro.kernels.triton_moments")
+triton_moments = pytest.importorskip("comfyui_paro.kernels.tail_error.triton_row_errors")
 GRID = (5, 13, 11)
 COSTS = ("moved", "cross", "pooled_moved", "mass", "pooled", "energy")
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_paro.kernels.cudnn import cudnn_attention, cudnn_serves
+from comfyui_paro.kernels.attention.cudnn import cudnn_attention, cudnn_serves
 
 pytestmark = [
     pytest.mark.gpu,

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comfyui_paro.kernels.block_list import block_list, list_shape
-from comfyui_paro.kernels.problem import Geometry, SparsePattern
+from comfyui_paro.kernels.attention.block_lists import block_list, list_shape
+from comfyui_paro.kernels.core.pattern import Geometry, SparsePattern
 
 pytestmark = [
     pytest.mark.gpu,
@@ -14,7 +14,7 @@ pytestmark = [
 @pytest.mark.parametrize("grid, block_q", [((21, 45, 80), 128), ((3, 16, 24), 64), ((3, 13, 11), 64)])
 @pytest.mark.parametrize("density", [0.02, 0.5])
 def test_lists(grid, block_q, density):
-    from comfyui_paro.kernels.triton_lists import write_lists
+    from comfyui_paro.kernels.attention.triton_block_lists import write_lists
 
     g, heads = Geometry(0, grid, 0, block_q), 6
     mask = torch.rand(heads, g.q_blocks, g.k_blocks, device="cuda") < density

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import sums as sums_module
-from comfyui_paro.paro_runtime.attempt import Attempt
-from comfyui_paro.paro_runtime.calibration import Calibrator, Method
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
-from comfyui_paro.paro_runtime.session import Policy, Session
-from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.statistics import SHARED_TOKENS
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.calibration import accumulator as sums_module
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
+from comfyui_paro.paro_runtime.calibration.observe import SHARED_TOKENS
+from comfyui_paro.paro_runtime.config.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.attempt import Attempt
+from comfyui_paro.paro_runtime.run.session import Policy, Session
 
 pytestmark = [
     pytest.mark.gpu,
@@ -52,7 +52,7 @@ def test_observing_waits_for_nothing(criterion, monkeypatch):
 def test_the_plan_is_the_one_a_cpu_makes_of_the_same_sums(monkeypatch):
     """Thresholds from a sample, tables in 16 bits: rounding may move a block at the threshold, no more."""
     monkeypatch.setattr(sums_module, "FULL_PRECISION_ELEMENTS", 0)
-    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 20_000)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.THRESHOLD_VALUES", 20_000)
     calibrator = observed("error")
     there = calibrator.plan({})
     calibrator._device = torch.device("cpu")
@@ -66,7 +66,7 @@ def test_the_plan_is_the_one_a_cpu_makes_of_the_same_sums(monkeypatch):
 
 def test_steps_that_measure_masks_and_biases_wait_for_nothing(monkeypatch):
     """Every site is launched without looking at the one before."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.refresh.LEAST_WORK", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.run.tail_bias.LEAST_WORK", 0)
     settings = Settings(preset="custom", density=0.3, dense_steps=1, min_tokens=0, strict=True, dense_attention="host")
     generator = torch.Generator("cuda").manual_seed(0)
     calls = [

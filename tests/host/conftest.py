@@ -175,7 +175,7 @@ def flux(comfy, flux_file):
 @pytest.fixture
 def store(tmp_path):
     """An empty folder for plans."""
-    from comfyui_paro.paro_runtime.plan_store import PlanStore
+    from comfyui_paro.paro_runtime.plan.store import PlanStore
 
     return PlanStore([], tmp_path / "paro")
 

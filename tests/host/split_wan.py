@@ -21,8 +21,8 @@ if "comfyui_paro" not in sys.modules:
     _spec.loader.exec_module(_checkout)
     _checkout.register()
 
-from comfyui_paro.paro_runtime.plan_store import PlanStore
-from comfyui_paro.paro_runtime.ulysses import Ulysses
+from comfyui_paro.paro_runtime.plan.store import PlanStore
+from comfyui_paro.paro_runtime.run.ulysses import Ulysses
 from comfyui_paro.tests.ranks import be_rank, part_of
 
 GRID, STEPS = (5, 7, 9), 4  # 315 tokens

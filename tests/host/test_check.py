@@ -19,11 +19,11 @@ GRID = (5, 8, 10)
 
 @pytest.fixture
 def check(comfy, monkeypatch):
-    from comfyui_paro.kernels import support
-    from comfyui_paro.paro_runtime import check as module
-    from comfyui_paro.paro_runtime.check_chart import check_chart
-    from comfyui_paro.paro_runtime.check_text import check_text
-    from comfyui_paro.paro_runtime.host.check import Wanted, check
+    from comfyui_paro.kernels.core import support
+    from comfyui_paro.nodes.check import check as module
+    from comfyui_paro.nodes.check.chart import check_chart
+    from comfyui_paro.nodes.check.in_host import Wanted, check
+    from comfyui_paro.nodes.check.text import check_text
 
     # The tests' interpreter of kernels is no machine that anyone uses.
     for each in (support, module):
@@ -55,7 +55,7 @@ class Spy:
 @pytest.mark.parametrize("name", CASES)
 def test_size_of_every_family(comfy, tiny, name):
     """What is said without running the model is what attention sees when it runs."""
-    from comfyui_paro.paro_runtime.host.check_model import model_size
+    from comfyui_paro.nodes.check.model import model_size
 
     case = CASES[name]
     if not tiny.known(case):
@@ -78,7 +78,7 @@ def test_size_of_every_family(comfy, tiny, name):
 @pytest.mark.parametrize("name", ["minimax_h3", "ltxav"])
 def test_no_layer_of_the_model_runs(comfy, tiny, name):
     """Some models prepare their text with layers of their own, whose weights may not be loaded now."""
-    from comfyui_paro.paro_runtime.host.check_model import model_size
+    from comfyui_paro.nodes.check.model import model_size
 
     case = CASES[name]
     if not tiny.known(case):
@@ -104,8 +104,8 @@ def test_without_anything_connected(check):
 
 @pytest.mark.host_on_cpu
 def test_on_a_cpu_nothing_is_measured_and_everything_is_said(comfy, wan, check):
-    from comfyui_paro.paro_runtime.check_text import check_text
-    from comfyui_paro.paro_runtime.host.check import NO_GPU
+    from comfyui_paro.nodes.check.in_host import NO_GPU
+    from comfyui_paro.nodes.check.text import check_text
 
     found = check(comfy.patched(wan, preset="fast"), {"samples": comfy.latent(GRID)}, steps=8)
     assert {row.reason for row in found.rows} == {NO_GPU} and not found.notes
@@ -120,7 +120,7 @@ def test_settings_and_schedules(comfy, wan, check):
     """Settings that are connected go before the patch node's; sigmas before steps; a part of a schedule is one."""
     latent, patched = {"samples": comfy.latent(GRID)}, comfy.patched(wan, preset="fast", dense_steps=2)
     assert sum(check(patched, latent).outlook.dense) == 2
-    from comfyui_paro.paro_runtime.settings import Settings
+    from comfyui_paro.paro_runtime.config.settings import Settings
 
     other = Settings(preset="quality", dense_steps=3, min_tokens=0)
     found = check(patched, latent, settings=other).outlook
@@ -184,7 +184,7 @@ def test_other_nodes_on_the_model(comfy, wan, check):
 
 
 def test_attention_now_is_the_hosts_with_the_override(comfy, wan):
-    from comfyui_paro.paro_runtime.host.check import _present
+    from comfyui_paro.nodes.check.in_host import _present
 
     calls = []
 
@@ -203,7 +203,7 @@ def test_attention_now_is_the_hosts_with_the_override(comfy, wan):
 
 def test_a_part_that_fails_is_a_note_and_an_interrupt_is_not(comfy, wan, check, monkeypatch):
     from comfy import model_management
-    from comfyui_paro.paro_runtime.host import check as module
+    from comfyui_paro.nodes.check import in_host as module
 
     def fail(*args):
         raise RuntimeError("broken")

@@ -31,8 +31,8 @@ class WrongVae:
 def compare(comfy):
     """The comparison as the node makes it, and the host's KSampler with the same inputs."""
     pytest.importorskip("av", reason="NO av: the host's own nodes cannot be imported")
-    from comfyui_paro.paro_runtime.host.calibrate import Sampling
-    from comfyui_paro.paro_runtime.host.compare import compare
+    from comfyui_paro.nodes.compare.in_host import compare
+    from comfyui_paro.paro_runtime.host.calibration_run import Sampling
 
     import nodes
 
@@ -138,7 +138,7 @@ def test_nothing_sparse_and_nothing_sampled(comfy, wan, compare):
 
 
 def test_mistakes_are_one_sentence(comfy, wan, compare):
-    from comfyui_paro.paro_runtime.host.compare import CompareError
+    from comfyui_paro.nodes.compare.in_host import CompareError
 
     latent, said = {"samples": comfy.latent(GRID)}, []
     with pytest.raises(CompareError, match="put PARO Patch Model before it"):

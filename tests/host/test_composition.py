@@ -4,8 +4,8 @@ import threading
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.calibration import Calibrator
-from comfyui_paro.paro_runtime.evaluation import Evaluation
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
+from comfyui_paro.paro_runtime.run.evaluation import Evaluation
 from comfyui_paro.tests.host.cases import relative_error
 from comfyui_paro.tests.host.compositions import DENSE, ORDERS, SPARSE
 from comfyui_paro.tests.host.compositions_all import COMPOSITIONS

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.orders import AXIS_ORDERS
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.plan.orders import AXIS_ORDERS
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 pytestmark = pytest.mark.host_on_cpu
 

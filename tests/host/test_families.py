@@ -184,8 +184,8 @@ def test_blocks_are_numbered_from_the_end_where_the_model_does_not_count_them(co
 
 def test_calibrating_a_model_with_several_grids(comfy, tiny, store):
     """SDXL's plan is for its largest grid; the others are left alone while it is made."""
-    from comfyui_paro.paro_runtime.host.calibrate import Sampling, calibrate
-    from comfyui_paro.paro_runtime.settings import Settings
+    from comfyui_paro.paro_runtime.config.settings import Settings
+    from comfyui_paro.paro_runtime.host.calibration_run import Sampling, calibrate
 
     case, model = build(tiny, "sdxl")
     sampling = Sampling({"samples": tiny.latent(case.runs[0].shape)}, 0, 2, 2.0, "euler", "simple")

@@ -16,7 +16,7 @@ NEAR_16, NEAR_8 = 1e-2, 8e-2
 
 @pytest.fixture
 def found(comfy, wan_file):
-    from comfyui_paro.paro_runtime.host.check import Wanted, check
+    from comfyui_paro.nodes.check.in_host import Wanted, check
 
     said: list[str] = []
     model = comfy.patched(comfy.load(wan_file, torch.bfloat16), preset="custom", density=0.3, dense_steps=2)
@@ -26,8 +26,8 @@ def found(comfy, wan_file):
 
 
 def test_everything_about_a_gpu(found):
-    from comfyui_paro.paro_runtime.check_chart import check_chart
-    from comfyui_paro.paro_runtime.check_text import check_text
+    from comfyui_paro.nodes.check.chart import check_chart
+    from comfyui_paro.nodes.check.text import check_text
 
     print(check_text(found))
     assert found.notes == () and found.kernels.ready, found.kernels
@@ -52,7 +52,7 @@ def test_everything_about_a_gpu(found):
 def test_a_call_that_does_not_fit_is_told(comfy, wan_file, monkeypatch):
     """Sampling goes on after it: memory is given back."""
     from comfy import model_management
-    from comfyui_paro.paro_runtime.host.check import Wanted, check
+    from comfyui_paro.nodes.check.in_host import Wanted, check
 
     monkeypatch.setattr(model_management, "get_free_memory", lambda device: 1e5)
     model = comfy.patched(comfy.load(wan_file, torch.bfloat16))
@@ -63,7 +63,7 @@ def test_a_call_that_does_not_fit_is_told(comfy, wan_file, monkeypatch):
 def test_memory_is_given_back(comfy, wan_file, found):
     import gc
 
-    from comfyui_paro.paro_runtime.host.check import Wanted, check
+    from comfyui_paro.nodes.check.in_host import Wanted, check
 
     model = comfy.patched(comfy.load(wan_file, torch.bfloat16))
     latent = {"samples": comfy.latent(GRID)}

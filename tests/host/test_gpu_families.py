@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.plan_store import PlanStore
+from comfyui_paro.paro_runtime.plan.store import PlanStore
 from comfyui_paro.tests.host.cases import BACKEND, DEVICE, check, describe, relative_error
 from comfyui_paro.tests.host.cases_image import CASES as IMAGE_CASES
 from comfyui_paro.tests.host.cases_video import CASES as VIDEO_CASES

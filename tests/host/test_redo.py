@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import evaluation as evaluation_module
-from comfyui_paro.paro_runtime.host import lifecycle
-from comfyui_paro.paro_runtime.session import Session
+from comfyui_paro.paro_runtime.host import wrappers
+from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
+from comfyui_paro.paro_runtime.run.session import Session
 
 GRID = (5, 7, 9)
 STEPS, SPARSE_STEPS = 5, 4
@@ -45,7 +45,7 @@ def spoil(monkeypatch):
 
 def at_once(monkeypatch):
     """Every call looks at its own result, as it must where an evaluation cannot be made again."""
-    monkeypatch.setattr(lifecycle, "repeatable", lambda model, options: False)
+    monkeypatch.setattr(wrappers, "repeatable", lambda model, options: False)
 
 
 # Sparse steps 0, 1 and 3 measure masks and biases; 2 measures nothing.

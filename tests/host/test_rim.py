@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.evaluation import Evaluation
-from comfyui_paro.paro_runtime.host import calls as calls_module
-from comfyui_paro.paro_runtime.host import lifecycle, override, patching
-from comfyui_paro.paro_runtime.host.evaluation import HostEvaluation
-from comfyui_paro.paro_runtime.host.lifecycle import HostRun
+from comfyui_paro.paro_runtime.host import attention_call as calls_module
+from comfyui_paro.paro_runtime.host import override, patching, wrappers
+from comfyui_paro.paro_runtime.host.claims import HostEvaluation
 from comfyui_paro.paro_runtime.host.override import SLOT
-from comfyui_paro.paro_runtime.session import Session
+from comfyui_paro.paro_runtime.host.wrappers import HostRun
+from comfyui_paro.paro_runtime.run.evaluation import Evaluation
+from comfyui_paro.paro_runtime.run.session import Session
 
 pytestmark = pytest.mark.host_on_cpu
 
@@ -270,7 +270,7 @@ def test_a_run_for_each_copy_and_each_patched_model():
             started.append((name, sigmas))
             return SimpleNamespace(sigmas=sigmas, quiet=False)
 
-        return lifecycle.Lifecycle(name, start)
+        return wrappers.Lifecycle(name, start)
 
     def model_with(attached):
         model = torch.nn.Module()
@@ -307,11 +307,9 @@ def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
     kept = model.get_attachment("paro")
     kept.last_report = comfy.report(model, first)
     assert comfy.report(model, None) is comfy.report(model, first)
-    for seed in range(2, 2 + lifecycle.KEPT_REPORTS):
+    for seed in range(2, 2 + wrappers.KEPT_REPORTS):
         comfy.sample(model, GRID, steps=2, seed=seed)
-    assert (
-        comfy.report(model, first).steps == 2 and len(model.get_attachment("paro")._reports) == lifecycle.KEPT_REPORTS
-    )
+    assert comfy.report(model, first).steps == 2 and len(model.get_attachment("paro")._reports) == wrappers.KEPT_REPORTS
 
 
 def test_a_model_that_was_compiled_without_paro_is_compiled_anew(comfy, wan):

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from comfyui_paro.paro_runtime.plan_file import file_digest
+from comfyui_paro.paro_runtime.plan.file import file_digest
 from comfyui_paro.scripts.comfy_server import ComfyError, ComfyServer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file

@@ -45,7 +45,7 @@ def test_a_density_that_is_not_used_is_told(comfy, monkeypatch, preset, density,
 def test_the_main_node_chooses_speed_by_itself(comfy, wan, store, monkeypatch, wired, given, expected, told):
     """And says which of its widgets do not count."""
     from comfyui_paro.nodes import patch_model as module
-    from comfyui_paro.paro_runtime.settings import Settings
+    from comfyui_paro.paro_runtime.config.settings import Settings
 
     said, used = [], []
     monkeypatch.setattr(module, "status_line", lambda node: said.append)

@@ -20,7 +20,7 @@ def names(schema) -> dict:
 
 def test_what_shipped_is_still_there(comfy, store):
     """The file of shipped names grows with each release and never loses one. New outputs come behind the old ones."""
-    from comfyui_paro.nodes import PAROExtension
+    from comfyui_paro.nodes.extension import PAROExtension
 
     nodes = asyncio.run(PAROExtension().get_node_list())
     now = {schema.node_id: names(schema) for schema in (node.define_schema() for node in nodes)}

@@ -9,8 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from comfyui_paro.kernels import support
-from comfyui_paro.paro_runtime.plan_file import load_plan, save_plan
+from comfyui_paro.kernels.core import support
+from comfyui_paro.paro_runtime.plan.file import load_plan, save_plan
 from comfyui_paro.scripts.comfy_server import ComfyError
 from comfyui_paro.tests.host.mistakes import FAILED, MISTAKES, REFUSED, TOLD
 from comfyui_paro.tests.host.test_server import OTHER, SPARSE, change_plan, clear, graph, plans

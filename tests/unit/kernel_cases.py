@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from comfyui_paro.kernels.problem import Geometry, SparsePattern
+from comfyui_paro.kernels.core.pattern import Geometry, SparsePattern
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import ahead, ahead_worker
-from comfyui_paro.paro_runtime.rehearsal import Job
+from comfyui_paro.paro_runtime.compiling import ahead
+from comfyui_paro.paro_runtime.compiling.rehearsal import Job
+from comfyui_paro.paro_runtime.compiling.worker import Compilers
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent.parent
-MODULES = ("triton_attention", "triton_prepass", "triton_tail", "triton_moments", "triton_pools", "triton_pool_scratch")
+MODULES = (
+    "attention.triton_forward",
+    "attention.triton_prepare",
+    "tail_error.triton_block_costs",
+    "tail_error.triton_row_errors",
+    "pooling.triton_pools",
+    "pooling.triton_quantized_pools",
+)
 JOB = Job((9, 0), "bfloat16", 128, 1, 1, 0, (21, 30, 52), 0, False, "fp8", "mass", 64)
 # What a run of a session launches on a grid, against what a rehearsal of the grid's kind does; both only collect.
 COMPARE = """
@@ -24,13 +32,13 @@ import importlib, json, sys, types
 package = types.ModuleType("pack"); package.__path__ = [sys.argv[1]]; sys.modules["pack"] = package
 import torch
 of = lambda name: importlib.import_module("pack." + name)
-rehearsal, session = of("paro_runtime.rehearsal"), of("paro_runtime.session")
-Settings = of("paro_runtime.settings").Settings
-Site, Identity = of("paro_runtime.plan").Site, of("paro_runtime.plan").ModelIdentity
-recipe, layouts = of("paro_runtime.recipes").recipe_for("wan"), of("paro_runtime.tokens")
+rehearsal, session = of("paro_runtime.compiling.rehearsal"), of("paro_runtime.run.session")
+Settings = of("paro_runtime.config.settings").Settings
+Site, Identity = of("paro_runtime.plan.plan").Site, of("paro_runtime.plan.plan").ModelIdentity
+recipe, layouts = of("paro_runtime.config.recipes").recipe_for("wan"), of("paro_runtime.plan.token_layout")
 values = json.loads(sys.argv[2])
 job, dense_steps, heads = rehearsal.Job.from_dict(values["job"]), values["dense_steps"], values["heads"]
-launches = of("kernels.compile_only").pretend(job.capability)
+launches = of("kernels.core.compile_only").pretend(job.capability)
 with torch.inference_mode():
     rehearsal.rehearse(job.small(), launches)
     known = set(launches.compile)
@@ -43,7 +51,7 @@ with torch.inference_mode():
     sigmas = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
     run = session.Session(session.Policy(Identity("wan", "a", "w"), recipe, settings), sigmas=sigmas)
     # Nothing is computed: results are what memory held.
-    of("paro_runtime.readiness").self_check = lambda *args, **sizes: None
+    of("paro_runtime.compiling.readiness").self_check = lambda *args, **sizes: None
     for sigma in sigmas[:-1]:
         evaluation = run.begin(layout=layout, sigma=sigma)
         evaluation.attend(Site("double", 0), q, k, v, dense=lambda: torch.zeros_like(q))
@@ -105,7 +113,7 @@ def test_all_is_compiled_the_longest_first(tmp_path, at_once):
     """Each leaves a file with the number of those that had begun and were not over."""
     begun, over = tmp_path / "begun", tmp_path / "over"
     begun.mkdir(), over.mkdir()
-    compilers = ahead_worker.Compilers(at_once)
+    compilers = Compilers(at_once)
 
     def work(name: str, good: bool = True):
         def compile_it() -> bool:
@@ -133,7 +141,7 @@ def test_all_is_compiled_the_longest_first(tmp_path, at_once):
 
 @pytest.mark.parametrize("at_once", [0, 2])
 def test_one_that_fails_is_told_and_stops_no_other(tmp_path, at_once):
-    compilers = ahead_worker.Compilers(at_once)
+    compilers = Compilers(at_once)
     compilers.add("bad", lambda: False, "first")
     compilers.add("good", lambda: bool((tmp_path / "there").write_text("x")), "first")
     assert not compilers.finish(lambda part: None, ("first",))

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
-from comfyui_paro.kernels.problem import Geometry
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import CASES, make, oracle, relative_error
 

@@ -9,7 +9,7 @@ import pytest
 from comfyui_paro.bench.metrics import psnr
 from comfyui_paro.bench.paro_bench.tiny import TinyBench, Variant
 from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, overview
-from comfyui_paro.paro_runtime.calibration import Calibrator
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
 from comfyui_paro.tests.tiny_wan import data
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "fidelity.py"

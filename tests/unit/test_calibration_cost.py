@@ -13,12 +13,12 @@ from collections import Counter
 
 import pytest
 import torch
-from comfyui_paro.kernels import api
-from comfyui_paro.kernels.problem import MOST_EXPANSIONS
-from comfyui_paro.kernels.support import interpreted
-from comfyui_paro.paro_runtime.recipes import query_block
-from comfyui_paro.paro_runtime.statistics import SHARED_ROWS, SHARED_TOKENS, StatisticsOptions, observe
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.kernels.attention import api
+from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS
+from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.paro_runtime.calibration.observe import SHARED_ROWS, SHARED_TOKENS, StatisticsOptions, observe
+from comfyui_paro.paro_runtime.config.recipes import query_block
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from torch.utils.flop_counter import FlopCounterMode
 
 TILE = 64
@@ -110,9 +110,11 @@ LAUNCHES = {
 def launches(monkeypatch):
     """Counts multiply-adds by kernel, of a GPU's path; `launches.run = True` also runs the kernels."""
     pytest.importorskip("triton")
-    from comfyui_paro.kernels import triton_moments, triton_pools, triton_query_sums, triton_statistics, triton_tail
+    from comfyui_paro.kernels.pooling import triton_pools
+    from comfyui_paro.kernels.statistics import triton_query_sums, triton_statistics
+    from comfyui_paro.kernels.tail_error import triton_block_costs, triton_row_errors
 
-    every = (triton_moments, triton_pools, triton_query_sums, triton_statistics, triton_tail)
+    every = (triton_row_errors, triton_pools, triton_query_sums, triton_statistics, triton_block_costs)
     modules = {module.__name__.split(".")[-1]: module for module in every}
     found = Counter()
     found.run = False
@@ -152,11 +154,12 @@ def multiply_adds(grid, dim: int, by_mass: bool, dtype=torch.float32, prefix: in
 def test_on_a_gpu(launches, monkeypatch, grid, dim, by_mass):
     """With the tiles of an H100, the tallest; dense attention in tiles of 64 x 64. What the kernels would compute is
     left out, and what is in its place does not matter: what is launched depends on sizes only."""
-    from comfyui_paro.kernels import triton_moments, triton_statistics
+    from comfyui_paro.kernels.statistics import triton_statistics
+    from comfyui_paro.kernels.tail_error import triton_row_errors
 
     tile = triton_statistics.statistics_tile(H100, dim, wide=False)
     monkeypatch.setattr(triton_statistics, "tile_of", lambda _: tile)
-    monkeypatch.setattr(triton_moments, "capability_of", lambda _: H100)
+    monkeypatch.setattr(triton_row_errors, "capability_of", lambda _: H100)
     torch_products = multiply_adds(grid, dim, by_mass, torch.float16)
     dense = 2 * (-(-math.prod(grid) // TILE) * TILE) ** 2 * dim
     large = math.prod(grid) > SHARED_TOKENS
@@ -186,7 +189,7 @@ def test_launches_are_counted_right(launches, monkeypatch, by_mass):
     from triton.runtime.interpreter import InterpreterBuilder
 
     for name in ("SHARED_TOKENS", "SHARED_ROWS"):
-        monkeypatch.setattr(f"comfyui_paro.paro_runtime.statistics.{name}", 0)
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.observe.{name}", 0)
     launches.run, done, create_dot = True, Counter(), InterpreterBuilder.create_dot
 
     def counting(self, a, b, *rest):

@@ -9,19 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comfyui_paro.kernels import support
-from comfyui_paro.kernels.scratch import ScratchOutOfMemory
-from comfyui_paro.paro_runtime import check as check_module
-from comfyui_paro.paro_runtime import check_chart, check_machine, check_measure, check_methods
-from comfyui_paro.paro_runtime.check import Check, Kernels, Outlook, check_kernels, outlook
-from comfyui_paro.paro_runtime.check_measure import Method, Row, Size, measure, paro_methods, random_pattern
-from comfyui_paro.paro_runtime.check_text import check_text, check_verdict, row_text, steps_line
-from comfyui_paro.paro_runtime.plan import ModelIdentity
-from comfyui_paro.paro_runtime.readiness import COMPILING
-from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
-from comfyui_paro.paro_runtime.session import Policy, Session
-from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.kernels.core import support
+from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
+from comfyui_paro.nodes.check import chart, machine, methods
+from comfyui_paro.nodes.check import check as check_module
+from comfyui_paro.nodes.check import measure as check_measure
+from comfyui_paro.nodes.check.check import Check, Kernels, Outlook, check_kernels, outlook
+from comfyui_paro.nodes.check.measure import Method, Row, Size, measure, paro_methods, random_pattern
+from comfyui_paro.nodes.check.text import check_text, check_verdict, row_text, steps_line
+from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
+from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.session import Policy, Session
 
 CPU = torch.device("cpu")
 SIZE = Size(TokenLayout(7, (3, 8, 10), 2), 3, 32, torch.float32)
@@ -73,7 +74,7 @@ def test_a_head_of_its_own_is_compared_with_itself():
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (check_methods.Unavailable("it is not here"), "it is not here"),
+        (methods.Unavailable("it is not here"), "it is not here"),
         (RuntimeError("no kernel\nfor this"), "RuntimeError: no kernel"),
         (torch.OutOfMemoryError("CUDA out of memory"), "there is not enough free memory"),
         (ScratchOutOfMemory("scratch"), "there is not enough free memory"),
@@ -136,13 +137,13 @@ def test_random_masks_have_the_density_asked(pool):
 def test_methods_that_are_not_here_say_what_is_missing(monkeypatch):
     q = torch.zeros(1, 1, 64, 64)
     monkeypatch.setitem(sys.modules, "sageattention", None)
-    with pytest.raises(check_methods.Unavailable, match=r"^sageattention is not installed$"):
-        check_methods.sage(q, q, q)
+    with pytest.raises(methods.Unavailable, match=r"^sageattention is not installed$"):
+        methods.sage(q, q, q)
     monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(sol_attn=print))
-    with pytest.raises(check_methods.Unavailable, match="has no int8_attention"):
-        check_methods.kitchen_int8(q, q, q)
-    with pytest.raises(check_methods.Unavailable, match="heads of 128 channels, these have 64"):
-        check_methods.kitchen_sol(0.3)(q, q, q)
+    with pytest.raises(methods.Unavailable, match="has no int8_attention"):
+        methods.kitchen_int8(q, q, q)
+    with pytest.raises(methods.Unavailable, match="heads of 128 channels, these have 64"):
+        methods.kitchen_sol(0.3)(q, q, q)
 
 
 def test_block_sparse_attention_of_others_gets_its_own_layout(monkeypatch):
@@ -155,7 +156,7 @@ def test_block_sparse_attention_of_others_gets_its_own_layout(monkeypatch):
 
     monkeypatch.setitem(sys.modules, "comfy_kitchen", SimpleNamespace(sol_attn=sol_attn))
     size = Size(SIZE.layout, 2, 128, torch.float32)
-    (row,) = rows_of(Method("sol", "other", check_methods.kitchen_sol(0.3), 0.3), size=size)
+    (row,) = rows_of(Method("sol", "other", methods.kitchen_sol(0.3), 0.3), size=size)
     assert asked[0] == ((1, SIZE.layout.length, 2, 128), 0.3) and row.error < 1e-5
 
 
@@ -279,7 +280,7 @@ def test_paros_kernels_are_measured():
 
 
 MACHINE = {
-    **check_machine.machine(CPU),
+    **machine.machine(CPU),
     "gpu": "NVIDIA H100",
     "memory": 79.2,
     "compute_capability": "9.0",
@@ -361,28 +362,24 @@ def test_steps_in_words():
 
 
 def test_the_chart_has_bars_as_long_as_the_times():
-    picture = check_chart.check_chart(FOUND)
-    assert (
-        picture.shape[0] == 1
-        and picture.shape[2:] == (check_chart.WIDTH, 3)
-        and 0 <= picture.min() < picture.max() <= 1
-    )
+    picture = chart.check_chart(FOUND)
+    assert picture.shape[0] == 1 and picture.shape[2:] == (chart.WIDTH, 3) and 0 <= picture.min() < picture.max() <= 1
     widths = {}
     for kind in ("host", "paro"):
-        colour = torch.tensor(check_chart.COLOURS[kind]) / 255
+        colour = torch.tensor(chart.COLOURS[kind]) / 255
         same = (picture[0] - colour).abs().amax(2) < 1e-3
         widths[kind] = same[: picture.shape[1] - 80].sum(1).max().item()  # the steps below have the same colours
     assert widths["paro"] / widths["host"] == pytest.approx(0.4, abs=0.01)
-    bare = Check(check_machine.machine(CPU))
-    assert check_chart.check_chart(bare).shape[1] < picture.shape[1]
+    bare = Check(machine.machine(CPU))
+    assert chart.check_chart(bare).shape[1] < picture.shape[1]
     many = replace(FOUND, outlook=replace(RUN, dense=(False,) * 2000, densities=(0.3,) * 2000))
-    assert check_chart.check_chart(many).shape == picture.shape
+    assert chart.check_chart(many).shape == picture.shape
 
 
 def test_the_driver_is_asked_and_need_not_answer(monkeypatch):
     def gone(*args, **kwargs):
         raise FileNotFoundError
 
-    monkeypatch.setattr(check_machine.subprocess, "run", gone)
-    assert check_machine._driver() is None
-    assert check_machine.machine(CPU)["paro"] and check_machine.machine(CPU)["gpu"] is None
+    monkeypatch.setattr(machine.subprocess, "run", gone)
+    assert machine._driver() is None
+    assert machine.machine(CPU)["paro"] and machine.machine(CPU)["gpu"] is None

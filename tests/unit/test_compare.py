@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 from comfyui_paro.bench import metrics
-from comfyui_paro.paro_runtime.compare import DIFFERENCE, GAP, clips_of, flicker_of, measure, shrunk, side_by_side
-from comfyui_paro.paro_runtime.host.compare import CompareError, check, decode
+from comfyui_paro.nodes.compare.compare import DIFFERENCE, GAP, clips_of, flicker_of, measure, shrunk, side_by_side
+from comfyui_paro.nodes.compare.in_host import CompareError, check, decode
 
 ALL_AT_ONCE = 2**30
 

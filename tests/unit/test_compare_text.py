@@ -4,9 +4,9 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from comfyui_paro.paro_runtime.compare import Figures
-from comfyui_paro.paro_runtime.compare_text import PLAIN, TWO_MODELS, Timed, labels, sentence, text, why_not_sparse
-from comfyui_paro.paro_runtime.readiness import COMPILING
+from comfyui_paro.nodes.compare.compare import Figures
+from comfyui_paro.nodes.compare.text import PLAIN, TWO_MODELS, Timed, labels, sentence, text, why_not_sparse
+from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
 
 FIGURES = Figures(False, 38.21, (40.0,) * 11 + (35.1,) + (40.0,) * 17, 0.9813, 1.04)
 SIZE = (1, 29, 192, 192)

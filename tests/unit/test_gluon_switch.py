@@ -7,9 +7,10 @@ import weakref
 
 import pytest
 import torch
-from comfyui_paro.kernels import call, gluon_launch
-from comfyui_paro.kernels.problem import PRECISIONS, Geometry, Precision
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.attention import launch_plan
+from comfyui_paro.kernels.attention.gluon_sm90 import launch as gluon_launch
+from comfyui_paro.kernels.core.pattern import PRECISIONS, Geometry, Precision
+from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import Case, make
 
@@ -28,8 +29,8 @@ def verified(monkeypatch):
     monkeypatch.setattr(gluon_launch, "_forbidden", None)
     monkeypatch.setattr(gluon_launch, "_all", True)
     yield
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
 
 
 @pytest.mark.parametrize("other", [
@@ -67,11 +68,11 @@ def test_only_verified_versions(monkeypatch, caplog, version: str, verified: boo
 
 
 def test_the_plan_is_for_tiles_of_128_rows():
-    key = call.CallKey(
+    key = launch_plan.CallKey(
         1, 2, 2, 128, torch.bfloat16, (9, 0), Geometry(70, (2, 8, 13), 0, 64), PRECISIONS["fp8"], 64,
         False, False, False, gluon=True,
     )  # fmt: skip
-    plan = call.call_of(key)
+    plan = launch_plan.call_of(key)
     # Two tiles of the grid's 208 tokens and one of the context's 70, for each of four heads.
     assert plan.gluon and plan.attention_grid == (4 * 3,)
     assert "PADDED_D" not in plan.attention_options and plan.attention_options["num_warps"] == 4
@@ -122,13 +123,15 @@ BEFORE = ("channel_statistics", "finish_statistics", "prepare_keys_values", "sto
 @pytest.fixture
 def kernels(monkeypatch):
     """(Gluon, Triton) attention kernels that run nothing, on a GPU of sm_90 that is none."""
-    from comfyui_paro.kernels import attention, gluon_attention, triton_pools
+    from comfyui_paro.kernels.attention import launch
+    from comfyui_paro.kernels.attention.gluon_sm90 import forward as gluon_attention
+    from comfyui_paro.kernels.pooling import triton_pools
 
     gluon, triton = Recorder(), Recorder()
-    monkeypatch.setattr(attention, "capability_of", lambda device: (9, 0))
-    monkeypatch.setattr(attention, "attention_forward", triton)
+    monkeypatch.setattr(launch, "capability_of", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "attention_forward", triton)
     for name in BEFORE:
-        monkeypatch.setattr(attention, name, Recorder())
+        monkeypatch.setattr(launch, name, Recorder())
     monkeypatch.setattr(triton_pools, "_mean_queries", Recorder())
     names = gluon_attention.gluon_forward.arg_names
     monkeypatch.setattr(gluon_attention, "gluon_forward", gluon)
@@ -137,7 +140,7 @@ def kernels(monkeypatch):
 
 
 def attend(case: Case, precision: str = "fp8", **options):
-    from comfyui_paro.kernels.attention import launch_attention
+    from comfyui_paro.kernels.attention.launch import launch_attention
 
     q, k, v, pattern, bias = make(case)
     return launch_attention(q, k, v, pattern, PRECISIONS[precision], key_bias=bias, **options)
@@ -177,7 +180,9 @@ def test_every_argument_of_the_kernel_is_passed(kernels, mask, tail: bool, preci
 @pytest.mark.parametrize("kept", [True, False])
 def test_descriptors_go_with_the_memory(kernels, monkeypatch, kept: bool):
     """Kept scratch has its descriptors made once; those of a call's own scratch would hold it beyond the call."""
-    from comfyui_paro.kernels import attention, scratch, triton_pools
+    from comfyui_paro.kernels.attention import launch
+    from comfyui_paro.kernels.core import scratch
+    from comfyui_paro.kernels.pooling import triton_pools
 
     gluon, _ = kernels
     scratch.release_scratch()
@@ -189,13 +194,13 @@ def test_descriptors_go_with_the_memory(kernels, monkeypatch, kept: bool):
         memories.append(weakref.ref(tensors["k"]._base))
         return tensors
 
-    monkeypatch.setattr(attention, "allocate", noted)
+    monkeypatch.setattr(launch, "allocate", noted)
     q, k, v, pattern, _ = make(SPARSE)
     for _ in range(2):
-        attention.launch_attention(q, k, v, pattern, PRECISIONS["fp8"])
+        launch.launch_attention(q, k, v, pattern, PRECISIONS["fp8"])
     first, second = (dict(zip(gluon.names, arguments, strict=False))["K"] for _, arguments, _ in gluon.calls)
     assert (first is second) is kept
-    for recorder in (gluon, triton_pools._mean_queries, *(getattr(attention, name) for name in BEFORE)):
+    for recorder in (gluon, triton_pools._mean_queries, *(getattr(launch, name) for name in BEFORE)):
         recorder.calls.clear()
     del first, second
     assert [memory() is not None for memory in memories] == [kept, kept]
@@ -206,7 +211,7 @@ def test_descriptors_go_with_the_memory(kernels, monkeypatch, kept: bool):
 @triton_launches
 @pytest.mark.parametrize("other", ["bias", "tile", "pool"])
 def test_other_calls_go_to_triton(kernels, other: str):
-    from comfyui_paro.kernels.configs import Tile
+    from comfyui_paro.kernels.attention.tiles import Tile
 
     gluon, triton = kernels
     case = Case(
@@ -218,7 +223,7 @@ def test_other_calls_go_to_triton(kernels, other: str):
 
 @triton_launches
 def test_queries_whose_channels_are_apart_go_to_triton(kernels):
-    from comfyui_paro.kernels.attention import launch_attention
+    from comfyui_paro.kernels.attention.launch import launch_attention
 
     gluon, triton = kernels
     q, k, v, pattern, _ = make(SPARSE)
@@ -246,7 +251,7 @@ def test_a_failing_kernel_is_replaced_for_good(kernels, caplog):
 def test_missing_memory_is_no_failure_of_the_kernel(kernels):
     gluon, triton = kernels
     gluon.error = torch.OutOfMemoryError("no memory")
-    from comfyui_paro.kernels.scratch import ScratchOutOfMemory
+    from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 
     with pytest.raises(ScratchOutOfMemory):
         attend(SPARSE)

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from comfyui_paro.paro_runtime.host.calls import key_bias, read_call
-from comfyui_paro.paro_runtime.host.evaluation import OPTIONS_KEY, HostEvaluation
+from comfyui_paro.paro_runtime.host.attention_call import key_bias, read_call
+from comfyui_paro.paro_runtime.host.claims import OPTIONS_KEY, HostEvaluation
 from comfyui_paro.paro_runtime.host.families import ModelCall, family_of, flux, wan
-from comfyui_paro.paro_runtime.host.lifecycle import HostRun, Lifecycle
 from comfyui_paro.paro_runtime.host.override import is_override, make_override, without_paro
-from comfyui_paro.paro_runtime.plan import Site
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.host.wrappers import HostRun, Lifecycle
+from comfyui_paro.paro_runtime.plan.plan import Site
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 B, H, L, D = 2, 3, 24, 16
 LAYOUT = TokenLayout(0, (2, 3, 4))
@@ -382,7 +382,7 @@ def test_an_evaluation_runs_once_more_with_what_a_model_uses_up():
 
 
 def test_an_evaluation_is_run_again_only_where_nobody_else_would_notice():
-    from comfyui_paro.paro_runtime.host.lifecycle import repeatable
+    from comfyui_paro.paro_runtime.host.wrappers import repeatable
 
     model = torch.nn.Linear(1, 1)
 

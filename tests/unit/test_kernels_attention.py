@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.kernels.api import sparse_attention
-from comfyui_paro.kernels.problem import PRECISIONS, Precision
-from comfyui_paro.kernels.reference import sparse_attention_reference
-from comfyui_paro.kernels.scratch import allocate
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.attention.api import sparse_attention
+from comfyui_paro.kernels.attention.reference import sparse_attention_reference
+from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision
+from comfyui_paro.kernels.core.scratch import allocate
+from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import CASES, Case, make, oracle, relative_error
 
@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels.attention import launch_attention, pieces_of
-from comfyui_paro.kernels.configs import Tile, in_channel_halves
+from comfyui_paro.kernels.attention.launch import launch_attention, pieces_of
+from comfyui_paro.kernels.attention.tiles import Tile, in_channel_halves
 
 # Relative L2 against float64. Triton's interpreter casts fp32 to fp8 wrongly (no carry into the next binade), which
 # doubles the fp8 error that a GPU shows.

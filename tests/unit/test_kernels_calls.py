@@ -10,13 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_paro.kernels import scratch
-from comfyui_paro.kernels.api import chosen_backend, sparse_attention
-from comfyui_paro.kernels.configs import TILES, tile_for
-from comfyui_paro.kernels.problem import PRECISIONS, Precision, SparsePattern
-from comfyui_paro.kernels.reference import sparse_attention_reference
-from comfyui_paro.kernels.scratch import ScratchOutOfMemory
-from comfyui_paro.kernels.support import int4_is_native, interpreted, triton_reason
+from comfyui_paro.kernels.attention.api import chosen_backend, sparse_attention
+from comfyui_paro.kernels.attention.reference import sparse_attention_reference
+from comfyui_paro.kernels.attention.tiles import TILES, tile_for
+from comfyui_paro.kernels.core import scratch
+from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision, SparsePattern
+from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
+from comfyui_paro.kernels.core.support import int4_is_native, interpreted, triton_reason
 
 from .kernel_cases import Case, make, oracle, relative_error
 
@@ -60,9 +60,9 @@ def refusals():
 def test_refused_with_one_line_before_any_launch(name: str, monkeypatch):
     (q, k, v, pattern, options), word = refusals()[name]
     if interpreted():
-        from comfyui_paro.kernels import attention
+        from comfyui_paro.kernels.attention import launch
 
-        monkeypatch.setattr(attention, "launch_attention", lambda *a, **b: pytest.fail("launched"))
+        monkeypatch.setattr(launch, "launch_attention", lambda *a, **b: pytest.fail("launched"))
         options = {"backend": "triton", **options}
     with pytest.raises(ValueError, match=word) as caught:
         sparse_attention(q, k, v, pattern, INT8, **options)
@@ -134,7 +134,7 @@ class TestScratch:
     @pytest.mark.parametrize("larger", [True, False])
     def test_large_scratch_is_not_kept(self, monkeypatch, larger: bool):
         """Neither the memory nor a view of it outlives its call, and the results are the same."""
-        from comfyui_paro.kernels.attention import pieces_of, prepare
+        from comfyui_paro.kernels.attention.launch import pieces_of, prepare
 
         q, k, v, pattern, _ = make(replace(SMALL, tail=True))
         expected = sparse_attention(q, k, v, pattern, INT8, backend="triton")
@@ -176,7 +176,7 @@ class TestScratch:
             assert scratch.scratch_bytes() == 0
 
     def test_short_of_memory_the_heads_are_done_in_groups(self, monkeypatch):
-        from comfyui_paro.kernels import attention
+        from comfyui_paro.kernels.attention import launch
 
         q, k, v, pattern, _ = make(replace(SMALL, heads=4, kv_heads=4, tail=True))
         whole = sparse_attention(q, k, v, pattern, INT8, backend="triton")
@@ -190,18 +190,18 @@ class TestScratch:
 
         limit = scratch.scratch_bytes() // 3
         scratch.release_scratch()
-        monkeypatch.setattr(attention, "allocate", limited)
+        monkeypatch.setattr(launch, "allocate", limited)
         grouped = sparse_attention(q, k, v, pattern, INT8, backend="triton")
         assert len(fits) > 1
         assert torch.equal(grouped, whole)
 
     def test_out_of_memory_for_one_head_is_a_typed_error(self, monkeypatch):
-        from comfyui_paro.kernels import attention
+        from comfyui_paro.kernels.attention import launch
 
         def refuse(layout, device):
             raise torch.OutOfMemoryError("no room")
 
-        monkeypatch.setattr(attention, "allocate", refuse)
+        monkeypatch.setattr(launch, "allocate", refuse)
         q, k, v, pattern, _ = make(SMALL)
         with pytest.raises(ScratchOutOfMemory):
             sparse_attention(q, k, v, pattern, INT8, backend="triton")
@@ -227,7 +227,7 @@ def test_compiled_without_graph_breaks_or_recompilation():
 
 
 def test_the_operator_is_sound():
-    from comfyui_paro.kernels.operator import attention_operator
+    from comfyui_paro.kernels.attention.operator import attention_operator
 
     q, k, v, p, _ = make(replace(SMALL, dtype=torch.float32))
     g = p.geometry

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.kernels import block_list, call, scratch
-from comfyui_paro.kernels.api import sparse_attention
-from comfyui_paro.kernels.problem import PRECISIONS, Geometry, Precision, SparsePattern
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.attention import block_lists, launch_plan
+from comfyui_paro.kernels.attention.api import sparse_attention
+from comfyui_paro.kernels.core import scratch
+from comfyui_paro.kernels.core.pattern import PRECISIONS, Geometry, Precision, SparsePattern
+from comfyui_paro.kernels.core.support import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .kernel_cases import Case, make, oracle, relative_error
@@ -18,11 +19,12 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels import attention, triton_lists, triton_pools
+from comfyui_paro.kernels.attention import launch, triton_block_lists
+from comfyui_paro.kernels.pooling import triton_pools
 
 KERNELS = ("channel_statistics", "finish_statistics", "prepare_keys_values", "attention_forward")
 OF_POOLS = ("mean_queries", "store_pools")
-WAN_720P = call.CallKey(
+WAN_720P = launch_plan.CallKey(
     1, 40, 1, 128, torch.bfloat16, (9, 0), Geometry(0, (21, 45, 80), 0, 128), PRECISIONS["fp8"], 64,
     True, False, True, True, expansions=16,
 )  # fmt: skip
@@ -30,12 +32,12 @@ WAN_720P = call.CallKey(
 
 @pytest.fixture(autouse=True)
 def fresh_plans():
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
     scratch.release_scratch()
     yield
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
 
 
 class Operations(TorchDispatchMode):
@@ -63,8 +65,8 @@ def launches(monkeypatch) -> list[str]:
             return lambda *arguments, **options: names.append(self.name)
 
     for name in (*KERNELS, "store_pools"):
-        monkeypatch.setattr(attention, name, Kernel(name))
-    monkeypatch.setattr(triton_lists, "list_blocks", Kernel("list_blocks"))
+        monkeypatch.setattr(launch, name, Kernel(name))
+    monkeypatch.setattr(triton_block_lists, "list_blocks", Kernel("list_blocks"))
     monkeypatch.setattr(triton_pools, "_mean_queries", Kernel("mean_queries"))
     return names
 
@@ -86,7 +88,7 @@ def problem(tokens: int, heads: int = 2, tail: bool = True, expansions: int = 16
 
 
 def test_lists_too_large_to_be_kept_are_one_launch_more(launches, monkeypatch):
-    monkeypatch.setattr(block_list, "LARGEST_KEPT_LIST", 0)
+    monkeypatch.setattr(block_lists, "LARGEST_KEPT_LIST", 0)
     q, k, v, pattern = problem(16384)
     for _ in range(2):
         launches.clear()
@@ -148,9 +150,9 @@ def test_statistics_finished_apart_are_the_same_bits(precision: str, monkeypatch
     case = Case("", grid=(3, 16, 16), suffix=3, tail=True, heads=4, kv_heads=2, batch=2, dtype=dtype)
     q, k, v, pattern, _ = make(case)
     together = sparse_attention(q, k, v, pattern, PRECISIONS[precision], backend="triton")
-    monkeypatch.setattr(call, "FEW_CHUNKS", 0)
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    monkeypatch.setattr(launch_plan, "FEW_CHUNKS", 0)
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
     apart = sparse_attention(q, k, v, pattern, PRECISIONS[precision], backend="triton")
     assert torch.equal(together, apart)
 
@@ -159,24 +161,24 @@ def test_statistics_finished_apart_are_the_same_bits(precision: str, monkeypatch
 @pytest.mark.parametrize("hadamard", [False, True])
 def test_statistics(every: int, hadamard: bool, monkeypatch):
     """Mean key (of every `every`-th block of 64 rows, rotated) and scales of V; more chunks than are added at once."""
-    monkeypatch.setattr(call, "STATISTICS_CHUNK", 64 * every)
-    monkeypatch.setattr(call, "FEW_CHUNKS", 0)
+    monkeypatch.setattr(launch_plan, "STATISTICS_CHUNK", 64 * every)
+    monkeypatch.setattr(launch_plan, "FEW_CHUNKS", 0)
     if every > 1:
-        monkeypatch.setattr(call, "KEY_SAMPLE_FROM", 0)
+        monkeypatch.setattr(launch_plan, "KEY_SAMPLE_FROM", 0)
     q, k, v, pattern, _ = make(Case("", grid=(3, 20, 22), suffix=3, dim=72, dtype=torch.float32))
     precision = Precision("int8", "int8", hadamard)
-    (piece,) = attention.pieces_of(q, k, v, torch.empty_like(q), pattern, precision)
-    prepared = attention.prepare(piece, pattern, 0.1)
+    (piece,) = launch.pieces_of(q, k, v, torch.empty_like(q), pattern, precision)
+    prepared = launch.prepare(piece, pattern, 0.1)
     sampled = (torch.arange(k.shape[2]) // 64) % every == 0
     mean = k[0, :, sampled].double().mean(1)
     if hadamard:
-        mean = mean @ call.hadamard_matrix(72, dtype=torch.float64)
+        mean = mean @ launch_plan.hadamard_matrix(72, dtype=torch.float64)
     torch.testing.assert_close(prepared["k_means"][:, :72], mean.float())
     torch.testing.assert_close(prepared["v_scales"][:, :72], v[0].abs().amax(1) / 127)
 
 
 def test_scratch_of_a_large_call_stays_within_the_budget():
-    parts = call.parts_of(WAN_720P, 40)
+    parts = launch_plan.parts_of(WAN_720P, 40)
     assert [part.kv for part in parts] == [slice(first, first + 8) for first in range(0, 40, 8)]
     assert all(part.call.scratch.bytes <= scratch.BUDGET for part in parts)
     assert parts[0].call.scratch.bytes > 0.7 * scratch.BUDGET
@@ -188,9 +190,9 @@ def test_groups_cover_every_head_once(monkeypatch):
     key = replace(WAN_720P, kv_heads=7, group=3)
     for budget in (1, 30 << 20, 70 << 20, 130 << 20, 1 << 40):
         monkeypatch.setattr(scratch, "BUDGET", budget)
-        call.parts_of.cache_clear()
+        launch_plan.parts_of.cache_clear()
         for most in (1, 3, 7):
-            parts = call.parts_of(key, most)
+            parts = launch_plan.parts_of(key, most)
             if len(parts) == 1:
                 assert parts[0].kv is None and most == 7
                 continue
@@ -203,7 +205,7 @@ def test_heads_in_groups_give_the_same_bits(monkeypatch):
     q, k, v, pattern, bias = make(Case("", grid=(2, 7, 11), prefix=5, tail=True, bias=True, heads=10, kv_heads=5))
     whole = sparse_attention(q, k, v, pattern, PRECISIONS["int8"], key_bias=bias, backend="triton")
     monkeypatch.setattr(scratch, "BUDGET", 1)
-    call.parts_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
     scratch.release_scratch()
     alone = sparse_attention(q, k, v, pattern, PRECISIONS["int8"], key_bias=bias, backend="triton")
     assert torch.equal(alone, whole)

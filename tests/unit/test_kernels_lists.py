@@ -6,13 +6,14 @@ import weakref
 
 import pytest
 import torch
-from comfyui_paro.kernels import block_list as lists_module
-from comfyui_paro.kernels import call, scratch
-from comfyui_paro.kernels.api import sparse_attention
-from comfyui_paro.kernels.block_list import LIST_PADDING, block_list, held_bytes
-from comfyui_paro.kernels.kept_words import count_bits, pack_bits, row_words, unpack_bits, words_of_bits
-from comfyui_paro.kernels.problem import PRECISIONS, Geometry, SparsePattern
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.attention import block_lists as lists_module
+from comfyui_paro.kernels.attention import launch_plan
+from comfyui_paro.kernels.attention.api import sparse_attention
+from comfyui_paro.kernels.attention.block_lists import LIST_PADDING, block_list, held_bytes
+from comfyui_paro.kernels.core import scratch
+from comfyui_paro.kernels.core.block_mask import count_bits, pack_bits, row_words, unpack_bits, words_of_bits
+from comfyui_paro.kernels.core.pattern import PRECISIONS, Geometry, SparsePattern
+from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import Case, make, with_mask
 
@@ -33,11 +34,11 @@ WAN_720P = Geometry(0, (21, 45, 80), 0, 128)
 def each_call(monkeypatch):
     """No list is small enough to be kept."""
     monkeypatch.setattr(lists_module, "LARGEST_KEPT_LIST", 0)
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
     yield
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
 
 
 def random_mask(g: Geometry, heads: int = 3, density: float = 0.4) -> torch.Tensor:
@@ -94,9 +95,9 @@ def test_another_mask_is_refused_with_one_line(change):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_lists(name: str, columns: int, monkeypatch):
     """Every row against plain Python: its full blocks rising, context behind the grid, then the ragged ones."""
-    from comfyui_paro.kernels import triton_lists
+    from comfyui_paro.kernels.attention import triton_block_lists
 
-    monkeypatch.setattr(triton_lists, "COLUMNS", columns)
+    monkeypatch.setattr(triton_block_lists, "COLUMNS", columns)
     monkeypatch.setattr(torch, "empty", lambda *shape, **rest: torch.full(*shape, -7, **rest))
     g, mask = GEOMETRIES[name], random_mask(GEOMETRIES[name])
     lists = block_list(pattern_of(g, mask))
@@ -168,17 +169,17 @@ def test_lists_made_for_each_call_give_the_same_bits(name: str, budget: int, mon
     found = []
     for size in (1 << 40, 0):
         monkeypatch.setattr(lists_module, "LARGEST_KEPT_LIST", size)
-        call.parts_of.cache_clear()
+        launch_plan.parts_of.cache_clear()
         fresh = with_mask(pattern, pattern.mask)
         found.append(sparse_attention(q, k, v, fresh, PRECISIONS["int8"], key_bias=bias, backend="triton"))
         assert (block_list(fresh).blocks is None) == (size == 0)
-    call.parts_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
     assert torch.equal(*found)
 
 
 @needs_interpreter
 def test_lists_of_a_call_lie_in_its_scratch(each_call):
-    from comfyui_paro.kernels.attention import pieces_of, prepare
+    from comfyui_paro.kernels.attention.launch import pieces_of, prepare
 
     q, k, v, pattern, _ = make(Case("", grid=(3, 7, 11), heads=4, kv_heads=2, suffix=3))
     (piece,) = pieces_of(q, k, v, torch.empty_like(q), pattern, PRECISIONS["int8"])
@@ -213,6 +214,6 @@ def test_what_a_small_site_holds():
 
 
 def test_forty_sites_of_720p_stay_on_a_gpu_of_12_gb():
-    from comfyui_paro.paro_runtime import patterns
+    from comfyui_paro.paro_runtime.run import patterns
 
     assert 40 * held_bytes(WAN_720P, 40) < patterns.CACHE_SHARE * 11.6 * 2**30

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_paro.kernels import call
-from comfyui_paro.kernels.problem import PRECISIONS, Precision
-from comfyui_paro.kernels.reference import sparse_attention_reference
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.attention import launch_plan
+from comfyui_paro.kernels.attention.reference import sparse_attention_reference
+from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision
+from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import Case, make, relative_error
 
@@ -15,8 +15,8 @@ pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels import attention
-from comfyui_paro.kernels.configs import Tile
+from comfyui_paro.kernels.attention import launch
+from comfyui_paro.kernels.attention.tiles import Tile
 
 INT4 = PRECISIONS["int4"]
 
@@ -26,21 +26,21 @@ def unpacked(monkeypatch):
     """Call it to store one value a byte from here on."""
 
     def store():
-        monkeypatch.setattr(call, "packs", lambda precision, padded: False)
-        call.call_of.cache_clear()
-        call.parts_of.cache_clear()
+        monkeypatch.setattr(launch_plan, "packs", lambda precision, padded: False)
+        launch_plan.call_of.cache_clear()
+        launch_plan.parts_of.cache_clear()
 
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
     yield store
-    call.call_of.cache_clear()
-    call.parts_of.cache_clear()
+    launch_plan.call_of.cache_clear()
+    launch_plan.parts_of.cache_clear()
 
 
 def prepared(case: Case) -> dict[str, torch.Tensor]:
     q, k, v, pattern, _ = make(case)
-    (piece,) = attention.pieces_of(q, k, v, torch.empty_like(q), pattern, INT4)
-    return {name: tensor.clone() for name, tensor in attention.prepare(piece, pattern, case.dim**-0.5).items()}
+    (piece,) = launch.pieces_of(q, k, v, torch.empty_like(q), pattern, INT4)
+    return {name: tensor.clone() for name, tensor in launch.prepare(piece, pattern, case.dim**-0.5).items()}
 
 
 def decoded(x: torch.Tensor) -> torch.Tensor:
@@ -71,11 +71,11 @@ def test_attention_multiplies_the_values(tile: Tile, dim: int, bias: bool):
     """Against the reference, which rounds the same numbers to 4 bits; 16-bit weights add nothing of their own."""
     precision = Precision("int4", "16", hadamard=True)
     q, k, v, pattern, key_bias = make(Case("", grid=(3, 7, 11), prefix=5, tail=True, dim=dim, bias=bias))
-    out = attention.launch_attention(q, k, v, pattern, precision, key_bias=key_bias, tile=tile)
+    out = launch.launch_attention(q, k, v, pattern, precision, key_bias=key_bias, tile=tile)
     expected = sparse_attention_reference(q, k, v, pattern, precision, key_bias=key_bias)
     assert relative_error(out, expected) < 2e-3
 
 
 def test_small_and_large_heads_stay_one_a_byte():
-    assert [call.packs(INT4, padded) for padded in (32, 64, 128, 256)] == [False, True, True, False]
-    assert not call.packs(PRECISIONS["int8"], 64)
+    assert [launch_plan.packs(INT4, padded) for padded in (32, 64, 128, 256)] == [False, True, True, False]
+    assert not launch_plan.packs(PRECISIONS["int8"], 64)

@@ -4,9 +4,15 @@ import math
 
 import pytest
 import torch
-from comfyui_paro.kernels.pools import expanded_pools, mean_queries, stretch_bounds, stretch_of_rows, stretches_of
-from comfyui_paro.kernels.problem import Geometry
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.kernels.pooling.reference import (
+    expanded_pools,
+    mean_queries,
+    stretch_bounds,
+    stretch_of_rows,
+    stretches_of,
+)
 
 from .kernel_cases import relative_error
 
@@ -92,7 +98,7 @@ def test_stretches_are_runs_of_whole_blocks(q_blocks):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("biased", [False, True])
 def test_triton_is_the_reference(name, dtype, biased):
-    from comfyui_paro.kernels.triton_pools import launch_expanded_pools, launch_mean_queries
+    from comfyui_paro.kernels.pooling.triton_pools import launch_expanded_pools, launch_mean_queries
 
     g, expansions, pool = GEOMETRIES[name]
     generator = torch.Generator().manual_seed(4)

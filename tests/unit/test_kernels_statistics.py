@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_paro.kernels.api import block_statistics, row_logsumexp
-from comfyui_paro.kernels.problem import Geometry
-from comfyui_paro.kernels.statistics_reference import block_positions
-from comfyui_paro.kernels.support import interpreted
+from comfyui_paro.kernels.attention.api import block_statistics, row_logsumexp
+from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.kernels.statistics.reference import block_positions
 
 pytest.importorskip("triton")
 if not interpreted():
@@ -61,7 +61,7 @@ def test_block_statistics(geometry: Geometry, options: dict, shape: dict):
 @pytest.mark.parametrize("block_q", [64, 128])
 def test_two_key_blocks_at_a_time_as_on_data_centre_gpus(block_q, epsilon, monkeypatch):
     """An odd number of key blocks, heads in more than one group, a batch."""
-    from comfyui_paro.kernels import triton_statistics
+    from comfyui_paro.kernels.statistics import triton_statistics
 
     wide = triton_statistics.statistics_tile((9, 0), 64, wide=False)
     assert wide.keys == 128
@@ -83,7 +83,7 @@ def test_two_key_blocks_at_a_time_as_on_data_centre_gpus(block_q, epsilon, monke
 @pytest.mark.parametrize("block_q, rows", [(64, 16), (128, 32), (128, 64)])
 def test_sums_from_some_rows_of_each_block(block_q, rows, tile_rows, monkeypatch):
     """Several query blocks share a tile; the last one is ragged. Garbage in the rows that are not looked at."""
-    from comfyui_paro.kernels import triton_statistics
+    from comfyui_paro.kernels.statistics import triton_statistics
 
     tile = triton_statistics.StatisticsTile(tile_rows, 64, 4, 1)
     monkeypatch.setattr(triton_statistics, "tile_of", lambda q: tile)

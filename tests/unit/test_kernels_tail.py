@@ -7,17 +7,19 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.utils._pytree
-from comfyui_paro.kernels.api import block_costs, row_moments
-from comfyui_paro.kernels.problem import Geometry
-from comfyui_paro.kernels.support import interpreted
-from comfyui_paro.paro_runtime.refresh import measured_rows
+from comfyui_paro.kernels.attention.api import block_costs, row_moments
+from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.paro_runtime.run.tail_bias import measured_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")
 if not interpreted():
     pytest.skip("needs TRITON_INTERPRET=1 before Triton is imported", allow_module_level=True)
 
-from comfyui_paro.kernels import tail_reference, triton_moments, triton_pools, triton_tail
+from comfyui_paro.kernels.pooling import triton_pools
+from comfyui_paro.kernels.tail_error import reference as tail_reference
+from comfyui_paro.kernels.tail_error import triton_block_costs, triton_row_errors
 
 BOTH = ("triton", "reference")
 CASES = {
@@ -93,7 +95,7 @@ def test_block_costs(name, expanded, monkeypatch):
     call = (call[0] + torch.randn(call[0].shape[3], dtype=call[0].dtype), *call[1:])
     rest["expanded"] = expanded
     # Heads in more than one group.
-    monkeypatch.setattr("comfyui_paro.kernels.triton_tail.GROUP_BYTES", 1)
+    monkeypatch.setattr("comfyui_paro.kernels.tail_error.triton_block_costs.GROUP_BYTES", 1)
     found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
@@ -114,12 +116,12 @@ def test_row_moments(name, parts, expansions, monkeypatch):
     rest["expansions"] = expansions
     pools_in(call[0].dtype, monkeypatch)
     if parts == "few pools":  # of one entry at a time, sums of all
-        monkeypatch.setattr(triton_moments, "POOL_BYTES", 1)
+        monkeypatch.setattr(triton_row_errors, "POOL_BYTES", 1)
     if parts == "many":  # a program per key block, a group per head
         for constant, value in {"SUM_BYTES": 1, "PROGRAMS": 1000, "LEAST_BLOCKS": 1}.items():
-            monkeypatch.setattr(triton_moments, constant, value)
+            monkeypatch.setattr(triton_row_errors, constant, value)
     blocks = g.k_blocks + -(-g.context_tokens // 64)
-    assert triton_moments.blocks_of_a_part(blocks, 8, torch.device("cpu")) == (1 if parts == "many" else blocks)
+    assert triton_row_errors.blocks_of_a_part(blocks, 8, torch.device("cpu")) == (1 if parts == "many" else blocks)
     positions = torch.randperm(g.grid_tokens)[:70].sort().values
     levels = torch.randint(0, 4, (call[0].shape[1], g.q_blocks, g.k_blocks), dtype=torch.uint8)
     found, expected = (row_moments(*call, positions, levels, 3, backend=b, **rest) for b in BOTH)
@@ -156,7 +158,7 @@ def test_heads_too_wide_for_the_kernels_go_to_the_reference(monkeypatch):
     def refused(*_, **__):
         raise AssertionError
 
-    monkeypatch.setattr("comfyui_paro.kernels.triton_tail.launch_block_costs", refused)
+    monkeypatch.setattr("comfyui_paro.kernels.tail_error.triton_block_costs.launch_block_costs", refused)
     found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
     assert torch.equal(found.moved, expected.moved)
 
@@ -209,27 +211,27 @@ def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
             return lambda *arguments, **options: None
 
     kernels = {
-        triton_moments: ("_row_sums", "_row_moments"),
+        triton_row_errors: ("_row_sums", "_row_moments"),
         triton_pools: ("_mean_queries", "_expand"),
-        triton_tail: ("_row_outputs", "_block_costs"),
+        triton_block_costs: ("_row_outputs", "_block_costs"),
     }
     for module, names in kernels.items():
         for name in names:
             monkeypatch.setattr(module, name, Nothing())
-    monkeypatch.setattr(triton_moments, "processors", lambda device: 132)
+    monkeypatch.setattr(triton_row_errors, "processors", lambda device: 132)
     g = Geometry(0, grid, 0, 128)
     q = torch.zeros(1, 1, 1, 1, dtype=dtype).expand(1, heads, g.length, 128)
     tables = torch.zeros(1, dtype=torch.int32).expand(heads, g.grid_tokens)
     if dtype == torch.float32:
         # What they are depends on the values, of which there are too many for a test.
-        monkeypatch.setattr(triton_moments, "units_of", lambda *_: torch.ones(3, heads))
-        monkeypatch.setattr(triton_tail, "units_of", lambda *_: torch.ones(3, heads))
+        monkeypatch.setattr(triton_row_errors, "units_of", lambda *_: torch.ones(3, heads))
+        monkeypatch.setattr(triton_block_costs, "units_of", lambda *_: torch.ones(3, heads))
     tables = tables.contiguous()
     levels = torch.zeros(1, dtype=torch.uint8).expand(heads, g.q_blocks, g.k_blocks).contiguous()
     positions = torch.zeros(measured_rows(g.grid_tokens), dtype=torch.long)
     with Allocated() as allocated:
-        triton_moments.launch_row_moments(q, q, q, g, tables, positions, levels, 1, pool=64, expansions=16)
+        triton_row_errors.launch_row_moments(q, q, q, g, tables, positions, levels, 1, pool=64, expansions=16)
     assert allocated.bytes < 100 << 20
     with Allocated() as allocated:
-        costs = triton_tail.launch_block_costs(q, q, q, g, tables, positions[:1].expand(g.q_blocks, 16), pool=64)
+        costs = triton_block_costs.launch_block_costs(q, q, q, g, tables, positions[:1].expand(g.q_blocks, 16), pool=64)
     assert allocated.bytes - 5 * costs.mass.numel() * 4 < 100 << 20

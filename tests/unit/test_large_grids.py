@@ -6,16 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
-from comfyui_paro.kernels.api import block_statistics, query_sums, row_logsumexp
-from comfyui_paro.kernels.problem import Geometry
-from comfyui_paro.kernels.statistics_reference import BlockStatistics
-from comfyui_paro.kernels.support import interpreted
-from comfyui_paro.paro_runtime import statistics as statistics_module
-from comfyui_paro.paro_runtime.calibration import Calibrator, Method
-from comfyui_paro.paro_runtime.orders import order_table
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.recipes import MaskOptions
-from comfyui_paro.paro_runtime.selection import (
+from comfyui_paro.kernels.attention.api import block_statistics, query_sums, row_logsumexp
+from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.kernels.statistics.reference import BlockStatistics
+from comfyui_paro.paro_runtime.calibration import observe as statistics_module
+from comfyui_paro.paro_runtime.calibration.accumulator import stored
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
+from comfyui_paro.paro_runtime.calibration.mask_choice import (
     HEAD_FLOOR,
     PerHeadBudget,
     SharedBudget,
@@ -24,10 +22,12 @@ from comfyui_paro.paro_runtime.selection import (
     mass_kept_scores,
     sample_stride,
 )
-from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, sampled_sums
-from comfyui_paro.paro_runtime.sums import stored
-from comfyui_paro.paro_runtime.tables import Worth
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.calibration.observe import StatisticsOptions, geometry_of, sampled_sums
+from comfyui_paro.paro_runtime.calibration.tables import Worth
+from comfyui_paro.paro_runtime.config.recipes import MaskOptions
+from comfyui_paro.paro_runtime.plan.orders import order_table
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 IDENTITY = ModelIdentity("wan", "a", "b")
 SITE = Site("block", 0)
@@ -47,7 +47,7 @@ def test_worths_are_over_their_unit():
 
 def test_two_observations_of_tables_in_16_bits_add_up(planted, monkeypatch):
     """Conditionings that the host runs apart; a head that changes its order starts anew."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.FULL_PRECISION_ELEMENTS", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.accumulator.FULL_PRECISION_ELEMENTS", 0)
     options = StatisticsOptions(0.25)
     seen = [
         statistics_module.observe(planted.q[i : i + 1], planted.k[i : i + 1], LAYOUT, 64, options, v=planted.v[:1])
@@ -101,7 +101,7 @@ def test_masks_by_a_sample_are_nearly_the_exact_ones(dtype, monkeypatch):
     masses[1][2] *= 1e-4  # a head that keeps its floor and no more
     densities = (0.4, 0.2, 0.1)
     exact = SharedBudget([Worth(mass) for mass in masses], densities)
-    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 60_000)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.THRESHOLD_VALUES", 60_000)
     sampled = SharedBudget([Worth(mass.to(dtype)) for mass in masses], densities)
     kept, wanted = [], []
     for site, mass in enumerate(masses):
@@ -119,7 +119,7 @@ def test_masks_by_a_sample_are_nearly_the_exact_ones(dtype, monkeypatch):
 
 
 def test_blocks_that_are_worth_nothing_are_not_kept_to_fill_a_density(monkeypatch):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 2_000)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.THRESHOLD_VALUES", 2_000)
     mass = torch.zeros(2, 64, 64)
     mass[:, :, 5] = 1
     mask = SharedBudget([Worth(mass)], [0.3]).masks(0)[0]
@@ -147,7 +147,7 @@ def test_orders_are_compared_without_ranking_every_block(monkeypatch):
     )
     exact = mass_kept_scores([BlockStatistics(each) for each in sums], 0.3).T
     for values, off in ((1 << 20, 1e-5), (400, 1e-2)):
-        monkeypatch.setattr("comfyui_paro.paro_runtime.selection.RANKED_VALUES", values)
+        monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.RANKED_VALUES", values)
         torch.testing.assert_close(estimated_mass_kept(sums, 0.3), exact, rtol=off, atol=0)
 
 
@@ -170,7 +170,7 @@ def test_sampled_sums_are_block_statistics_of_those_rows(planted, block_q):
 @pytest.mark.parametrize("dim, dtype, per_block, own", [(64, torch.float16, 16, False), (72, torch.float32, 4, True)])
 def test_the_kernel_of_query_sums(dim, dtype, per_block, own, wide, monkeypatch):
     """Several orders for all heads, or one for each; grouped heads, batch, views as the host gives them; both tiles."""
-    from comfyui_paro.kernels import triton_statistics
+    from comfyui_paro.kernels.statistics import triton_statistics
 
     if wide:
         tile = triton_statistics.statistics_tile((9, 0), 64, wide=False)
@@ -202,8 +202,8 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
         if large:
             for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.FULL_PRECISION_ELEMENTS"):
                 monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
-            monkeypatch.setattr("comfyui_paro.paro_runtime.planning.SHARED_TOKENS", 0)
-            monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 2000)
+            monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.planning.SHARED_TOKENS", 0)
+            monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.THRESHOLD_VALUES", 2000)
         options = MaskOptions(0.3, "mass", "shared", 64, 0.0, "falling")
         calibrator = Calibrator(IDENTITY, options, method=Method(criterion=criterion))
         calibrator.observe(SITE, LAYOUT, q, k, v)
@@ -220,7 +220,7 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
 
 def test_no_errors_of_blocks_are_measured_where_masses_decide(planted, monkeypatch):
     for name in ("SHARED_TOKENS", "SHARED_ROWS"):
-        monkeypatch.setattr(f"comfyui_paro.paro_runtime.statistics.{name}", 0)
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.observe.{name}", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     seen = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3, by_mass=True), v=v)
     assert seen.tail.error is None and seen.tail.energy is None and seen.tail.curves.isfinite().all()
@@ -237,7 +237,7 @@ def test_masks_that_serve_from_the_first_step_on_have_every_block(planted, monke
     """By mass although errors could be known: the mass of some query blocks would not do."""
     for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "planning.SHARED_TOKENS"):
         monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
-    monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", 5)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.accumulator.MASS_BLOCKS", 5)
     calibrator = Calibrator(IDENTITY, MaskOptions(0.3, "mass", "shared", 64, 0.0, "steep"))
     calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
     plan = calibrator.plan({})

@@ -3,9 +3,9 @@
 from contextlib import nullcontext
 
 import pytest
-from comfyui_paro.paro_runtime import evaluation as evaluation_module
-from comfyui_paro.paro_runtime.plan_store import PlanStore
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.plan.store import PlanStore
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.tests.allocations import SITES, Recorder, forget_everything, recorded_run
 
 

@@ -8,23 +8,13 @@ import torch
 from comfyui_paro.bench.paro_bench.baselines import band_mask, radial_mask, random_mask
 from comfyui_paro.bench.paro_bench.generator import ARCHETYPES, EASY, HARD, TEXT, make_problem
 from comfyui_paro.bench.paro_bench.sta import published, run
-from comfyui_paro.kernels.problem import PRECISIONS
-from comfyui_paro.kernels.reference import sparse_attention_reference
-from comfyui_paro.paro_runtime.attention import build_pattern
-from comfyui_paro.paro_runtime.calibration import Calibrator, Method
-from comfyui_paro.paro_runtime.orders import order_table
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.recipes import MaskOptions
-from comfyui_paro.paro_runtime.refresh import BiasRefresh, measured_rows
-from comfyui_paro.paro_runtime.selection import (
-    SharedBudget,
-    density_for,
-    per_head_masks,
-    shared_masks,
-)
-from comfyui_paro.paro_runtime.statistics import StatisticsOptions, geometry_of, observe, sums_under_orders
-from comfyui_paro.paro_runtime.tables import Worth
-from comfyui_paro.paro_runtime.tail import (
+from comfyui_paro.kernels.attention.reference import sparse_attention_reference
+from comfyui_paro.kernels.core.pattern import PRECISIONS
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
+from comfyui_paro.paro_runtime.calibration.mask_choice import SharedBudget, density_for, per_head_masks, shared_masks
+from comfyui_paro.paro_runtime.calibration.observe import StatisticsOptions, geometry_of, observe, sums_under_orders
+from comfyui_paro.paro_runtime.calibration.tables import Worth
+from comfyui_paro.paro_runtime.calibration.tail_fit import (
     BIASES,
     NO_TAIL,
     best_bias,
@@ -33,7 +23,12 @@ from comfyui_paro.paro_runtime.tail import (
     observe_tail,
     spread_positions,
 )
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.config.recipes import MaskOptions
+from comfyui_paro.paro_runtime.plan.orders import order_table
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.backend import build_pattern
+from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh, measured_rows
 
 IDENTITY = ModelIdentity("bench", "planted", "planted")
 GRID = (7, 9, 8)
@@ -62,9 +57,9 @@ def test_problems_repeat_and_planted_heads_are_found(planted):
 @pytest.mark.parametrize("chunk", [1 << 12, 1 << 30])
 def test_sums_under_all_orders_are_the_kernels(planted, monkeypatch, block_q, chunk):
     """Context on both sides, grouped heads, a batch, a key bias; in chunks of a few rows and in one."""
-    from comfyui_paro.kernels.api import block_statistics, row_logsumexp
+    from comfyui_paro.kernels.attention.api import block_statistics, row_logsumexp
 
-    monkeypatch.setattr("comfyui_paro.paro_runtime.statistics.ELEMENTS_IN_CACHE", chunk)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.observe.ELEMENTS_IN_CACHE", chunk)
     layout = TokenLayout(TEXT - 5, GRID, 5)
     q, k = planted.q[:2, :4], planted.k[:2, :2]
     bias = torch.randn(2, layout.length) * (torch.rand(2, layout.length) < 0.1)
@@ -198,7 +193,7 @@ def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, maske
 
 def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch):
     """Every row looked at: what is told is the error of the whole results, in all steps and in the worst site."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.refresh.measured_rows", lambda tokens: tokens)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.run.tail_bias.measured_rows", lambda tokens: tokens)
     entry, _ = masked
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias[0])
     refresh, wrong, whole, worst = BiasRefresh(), 0.0, 0.0, 0.0
@@ -249,7 +244,7 @@ def test_a_full_gpu_leaves_the_masks_to_the_cpu(planted, monkeypatch):
                 raise torch.OutOfMemoryError
             super().__init__(worths, densities, device)
 
-    monkeypatch.setattr("comfyui_paro.paro_runtime.planning.SharedBudget", Full)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.planning.SharedBudget", Full)
     calibrator._device = torch.device("cuda")
     plan = calibrator.plan({})
     assert asked == ["cuda", "cpu"] and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)
@@ -270,7 +265,7 @@ def test_a_gpu_that_is_full_by_then_leaves_the_rest_to_the_cpu(planted, monkeypa
         return call
 
     for name, place in (("small", "Planner._small"), ("masks", "pack_bits")):
-        place = f"comfyui_paro.paro_runtime.planning.{place}"
+        place = f"comfyui_paro.paro_runtime.calibration.planning.{place}"
         monkeypatch.setattr(place, once(name, pkgutil.resolve_name(place)))
     plan = calibrator.plan({})
     assert not full and torch.equal(plan.sites[SITE].packed, expected.sites[SITE].packed)
@@ -279,7 +274,7 @@ def test_a_gpu_that_is_full_by_then_leaves_the_rest_to_the_cpu(planted, monkeypa
 def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
     mass = [torch.rand(3, 37, 41) ** 4, torch.rand(2, 37, 41).bfloat16() ** 2]
     before = [m.clone() for m in mass]
-    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.THRESHOLD_VALUES", 4000)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.THRESHOLD_VALUES", 4000)
     masks = shared_masks(mass, 0.3)
     assert torch.cat([m.flatten() for m in masks]).float().mean() == pytest.approx(0.3, abs=0.03)
     # One threshold: whatever is kept beyond the musts is above whatever is dropped.
@@ -288,7 +283,7 @@ def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
 
 def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(planted, monkeypatch):
     # As on grids between SHARED_ROWS and SHARED_TOKENS tokens.
-    monkeypatch.setattr("comfyui_paro.paro_runtime.statistics.SHARED_ROWS", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.observe.SHARED_ROWS", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     sampled = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original"), v=v)
     exact = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original", by_mass=True), v=v)
@@ -310,8 +305,8 @@ def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypa
     q, k, v = planted.q[:1], planted.k[:1, ::2], planted.v[:1, ::2]
     tables, g = tables[::2].repeat_interleave(2, 0), geometry_of(LAYOUT, 64)
     whole = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
-    monkeypatch.setattr("comfyui_paro.paro_runtime.tail.GROUP_BYTES", 1)
-    monkeypatch.setattr("comfyui_paro.kernels.tail_reference.CHUNK_ELEMENTS", 1 << 12)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.tail_fit.GROUP_BYTES", 1)
+    monkeypatch.setattr("comfyui_paro.kernels.tail_error.reference.CHUNK_ELEMENTS", 1 << 12)
     parts = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
     for name in ("error", "mass", "curves", "energy"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-6)
@@ -321,7 +316,7 @@ def test_the_mass_of_some_query_blocks_tells_what_a_mask_keeps(planted, monkeypa
     """Errors choose the blocks; the attention kept must not depend on MASS_BLOCKS."""
     plans = []
     for number in (5, 1 << 20):
-        monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", number)
+        monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.accumulator.MASS_BLOCKS", number)
         options = MaskOptions(0.25, "mass", "shared", 64)
         calibrator = Calibrator(IDENTITY, options, partial=tmp_path / str(number))
         calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
@@ -358,7 +353,7 @@ def test_a_mass_target_is_judged_where_the_mass_is_known(planted, monkeypatch):
     """Large tables keep the mass of some query blocks only."""
     found = []
     for blocks in (64, 5):
-        monkeypatch.setattr("comfyui_paro.paro_runtime.sums.MASS_BLOCKS", blocks)
+        monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.accumulator.MASS_BLOCKS", blocks)
         calibrator = Calibrator(IDENTITY, MaskOptions(1.0, "mass", "shared", 64, 0.9, "falling"))
         calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])
         found.append(calibrator.plan({}))
@@ -370,7 +365,7 @@ def test_the_density_of_a_target_can_be_judged_by_some_rows(monkeypatch):
     masses = [Worth(torch.rand(2, 64, 64) ** 6), Worth(torch.rand(3, 64, 64) ** 2)]
 
     every = density_for(masses, masses, 0.8, 1.0, shared_masks)
-    monkeypatch.setattr("comfyui_paro.paro_runtime.selection.TARGET_VALUES", 5 * 64 * 16)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.TARGET_VALUES", 5 * 64 * 16)
     assert density_for(masses, masses, 0.8, 1.0, shared_masks) == pytest.approx(every, abs=0.03)
 
 

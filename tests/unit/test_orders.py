@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.orders import (
+from comfyui_paro.paro_runtime.plan.orders import (
     ALL_ORDERS,
     AXIS_ORDERS,
     candidate_orders,
@@ -15,7 +15,7 @@ from comfyui_paro.paro_runtime.orders import (
     tiled_orders,
     token_coordinates,
 )
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 GRIDS = [(5, 7, 9), (3, 17, 11), (1, 6, 4), (4, 1, 3), (1, 1, 5), (2, 2, 2)]
 

@@ -4,16 +4,16 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import tail
-from comfyui_paro.paro_runtime.calibration import Calibrator
-from comfyui_paro.paro_runtime.plan_store import PlanStore
-from comfyui_paro.paro_runtime.planning import Planner
-from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
-from comfyui_paro.paro_runtime.refresh import BiasRefresh
-from comfyui_paro.paro_runtime.schedule import GROUPS
-from comfyui_paro.paro_runtime.session import Session
-from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.calibration import tail_fit
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
+from comfyui_paro.paro_runtime.calibration.planning import Planner
+from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.store import PlanStore
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.schedule import GROUPS
+from comfyui_paro.paro_runtime.run.session import Session
+from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
 from comfyui_paro.tests.unit.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
 
 
@@ -126,8 +126,8 @@ def test_sites_of_another_grid_are_not_missed(tmp_path):
 def test_a_bias_that_the_run_measures_is_not_worked_out_before(monkeypatch):
     """Trying biases on what the dense step shows changes nothing in a run that measures them under its masks."""
     tried, results = [], []
-    try_biases = tail._curves
-    monkeypatch.setattr(tail, "_curves", lambda *rest, **more: tried.append(1) or try_biases(*rest, **more))
+    try_biases = tail_fit._curves
+    monkeypatch.setattr(tail_fit, "_curves", lambda *rest, **more: tried.append(1) or try_biases(*rest, **more))
     make = Calibrator.__init__
     for always in (False, True):
         if always:

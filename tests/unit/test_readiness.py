@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import ahead, evaluation, readiness
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.readiness import COMPILING
-from comfyui_paro.paro_runtime.recipes import MaskOptions, recipe_for
-from comfyui_paro.paro_runtime.session import Policy, Session
-from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.compiling import ahead, readiness
+from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
+from comfyui_paro.paro_runtime.config.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run import evaluation
+from comfyui_paro.paro_runtime.run.session import Policy, Session
 
 LAYOUT = TokenLayout(0, (4, 8, 10))
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]

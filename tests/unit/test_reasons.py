@@ -3,9 +3,9 @@
 import ast
 from pathlib import Path
 
-from comfyui_paro.paro_runtime import reasons
-from comfyui_paro.paro_runtime.readiness import COMPILING
-from comfyui_paro.paro_runtime.reasons import NOT_ON_IT, OFF, hint_of, known
+from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
+from comfyui_paro.paro_runtime.report import reasons
+from comfyui_paro.paro_runtime.report.reasons import NOT_ON_IT, OFF, hint_of, known
 
 PACK = Path(reasons.__file__).parent.parent
 

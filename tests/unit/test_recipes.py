@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.dense import paro_pays_when_short
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.recipes import FOLDER, all_recipes, recipe_for
-from comfyui_paro.paro_runtime.session import Policy, Session
-from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.config.recipes import FOLDER, all_recipes, recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.dense import paro_pays_when_short
+from comfyui_paro.paro_runtime.run.session import Policy, Session
 
 
 @pytest.mark.parametrize("family", all_recipes())
@@ -53,7 +53,7 @@ def test_gains_of_images_are_small_at_1024_pixels():
     ],
 )
 def test_short_grids_keep_every_block(monkeypatch, settings, backend, capability, tokens, least):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.session.capability_of_gpu", lambda device: capability)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.run.session.capability_of_gpu", lambda device: capability)
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.5, 0.0])
     session.backend = backend
     reason = session.too_short_to_drop(tokens, torch.device("cpu"))
@@ -89,7 +89,7 @@ def test_every_family_has_a_row_in_the_docs(family):
 
 @pytest.mark.parametrize("choice, ours", [("auto", False), ("host", False), ("paro", True)])
 def test_short_sequences_stay_with_the_host_where_its_dense_attention_is_faster(monkeypatch, choice, ours):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.evaluation.paro_pays_when_short", lambda device: False)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.run.evaluation.paro_pays_when_short", lambda device: False)
     settings = Settings(backend="reference", dense_attention=choice)
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.0])
     session.too_short_to_drop = lambda *_: "every block kept"

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.attention import build_pattern, sparse_attention
-from comfyui_paro.paro_runtime.orders import AXIS_ORDERS, order_table
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.plan.orders import AXIS_ORDERS, order_table
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.backend import build_pattern, sparse_attention
 
 # prefix, grid, suffix, block_q: what each guards
 LAYOUTS = [

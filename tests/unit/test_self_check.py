@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.kernels.problem import PRECISIONS
-from comfyui_paro.paro_runtime import self_check as module
-from comfyui_paro.paro_runtime.self_check import self_check
+from comfyui_paro.kernels.core.pattern import PRECISIONS
+from comfyui_paro.paro_runtime.compiling import self_check as module
+from comfyui_paro.paro_runtime.compiling.self_check import self_check
 
 CPU = torch.device("cpu")
 run = module.run_kernel

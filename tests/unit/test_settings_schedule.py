@@ -5,15 +5,9 @@ import math
 
 import jsonschema
 import pytest
-from comfyui_paro.paro_runtime.recipes import FOLDER, RecipeError, all_recipes, mask_options, recipe_for
-from comfyui_paro.paro_runtime.schedule import (
-    FALL,
-    STEEP_FALL,
-    Schedule,
-    default_dense_steps,
-    falling_densities,
-)
-from comfyui_paro.paro_runtime.settings import Settings, SettingsError, in_blocks, parse_blocks
+from comfyui_paro.paro_runtime.config.recipes import FOLDER, RecipeError, all_recipes, mask_options, recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings, SettingsError, in_blocks, parse_blocks
+from comfyui_paro.paro_runtime.run.schedule import FALL, STEEP_FALL, Schedule, default_dense_steps, falling_densities
 
 WRONG = [
     ({"preset": "best"}, "preset"),

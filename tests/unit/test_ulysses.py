@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.distributed as dist
-from comfyui_paro.paro_runtime.plan import PlanError, Site, SitePlan
-from comfyui_paro.paro_runtime.recipes import recipe_for
-from comfyui_paro.paro_runtime.session import Policy, Session
-from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.ulysses import Ulysses, plan_of_all
+from comfyui_paro.paro_runtime.config.recipes import recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.plan import PlanError, Site, SitePlan
+from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.ulysses import Ulysses, plan_of_all
 from comfyui_paro.tests import ranks
 
 # After eight steps, from the rounding of the model's other layers, which see fewer rows at a time; measured 1e-6.
@@ -114,7 +114,7 @@ def test_ranks_that_observed_different_calls_make_no_plan(monkeypatch):
 
 
 def test_one_rank_alone_makes_no_evaluation_again(monkeypatch):
-    from comfyui_paro.paro_runtime.host.lifecycle import repeatable
+    from comfyui_paro.paro_runtime.host.wrappers import repeatable
 
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     for world in (1, 2):

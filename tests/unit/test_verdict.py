@@ -4,21 +4,21 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime import evaluation as evaluation_module
-from comfyui_paro.paro_runtime import reasons
-from comfyui_paro.paro_runtime.calibration import Calibrator
-from comfyui_paro.paro_runtime.facts import Timing
-from comfyui_paro.paro_runtime.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan_store import PlanStore
-from comfyui_paro.paro_runtime.readiness import COMPILING
-from comfyui_paro.paro_runtime.reasons import LINE, NOT_ON_IT, OFF, hint_of, layer_words, not_used, stopped
-from comfyui_paro.paro_runtime.recipes import mask_options, recipe_for
-from comfyui_paro.paro_runtime.report import Report, plan_picture
-from comfyui_paro.paro_runtime.schedule import StepClock
-from comfyui_paro.paro_runtime.session import Policy, Session
-from comfyui_paro.paro_runtime.settings import Settings
-from comfyui_paro.paro_runtime.tokens import TokenLayout
-from comfyui_paro.paro_runtime.verdict import exact, share
+from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
+from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
+from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
+from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
+from comfyui_paro.paro_runtime.plan.store import PlanStore
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.report import reasons
+from comfyui_paro.paro_runtime.report.facts import Timing
+from comfyui_paro.paro_runtime.report.reasons import LINE, NOT_ON_IT, OFF, hint_of, layer_words, not_used, stopped
+from comfyui_paro.paro_runtime.report.report import Report, plan_picture
+from comfyui_paro.paro_runtime.report.verdict import exact, share
+from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
+from comfyui_paro.paro_runtime.run.schedule import StepClock
+from comfyui_paro.paro_runtime.run.session import Policy, Session
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
@@ -312,7 +312,7 @@ def test_layers_are_named_in_words():
 def test_the_first_step_is_no_measure_where_there_are_others():
     clock, times = StepClock(), {"dense": [(0, 9.0), (1, 2.0), (2, 2.0)]}
     clock.compared = times
-    from comfyui_paro.paro_runtime.facts import _timing
+    from comfyui_paro.paro_runtime.report.facts import _timing
 
     assert _timing("dense", times["dense"]) == Timing(2.0, 2) and _timing("dense", [(0, 9.0)]) == Timing(9.0, 1, True)
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from comfyui_paro.bench.paro_bench import timeline
 from comfyui_paro.bench.paro_bench.real_models import RUNS
-from comfyui_paro.paro_runtime.attention import build_pattern
-from comfyui_paro.paro_runtime.dense import dense_pattern
-from comfyui_paro.paro_runtime.tokens import TokenLayout
+from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.backend import build_pattern
+from comfyui_paro.paro_runtime.run.dense import dense_pattern
 
 from bench import report, whole_run
 
@@ -64,12 +64,13 @@ def test_what_other_threads_do_is_not_seen(clock):
 
 
 def test_every_function_that_is_timed_is_there_and_is_put_back(clock):
-    from comfyui_paro.paro_runtime import calibration, evaluation
+    from comfyui_paro.paro_runtime.calibration import calibrator
+    from comfyui_paro.paro_runtime.run import evaluation
 
-    before = calibration.Calibrator.observe, evaluation.run_kernel
+    before = calibrator.Calibrator.observe, evaluation.run_kernel
     with timeline.hooked(clock):
-        assert calibration.Calibrator.observe is not before[0] and evaluation.run_kernel is not before[1]
-    assert (calibration.Calibrator.observe, evaluation.run_kernel) == before
+        assert calibrator.Calibrator.observe is not before[0] and evaluation.run_kernel is not before[1]
+    assert (calibrator.Calibrator.observe, evaluation.run_kernel) == before
 
 
 def test_a_function_that_is_gone_is_named(clock, monkeypatch):

@@ -1,0 +1,303 @@
+"""What follows from a call's shapes and settings alone, worked out once: tile, scratch memory, grids, options.
+
+A diffusion model makes the same call in every layer of every step, and at a few thousand tokens Python takes longer
+than the GPU. So a call costs a look-up here, the launches, and nothing else. Importing this module needs no Triton.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+
+from ..core import scratch
+from ..core.pattern import Geometry, Precision
+from ..core.quantization import hadamard_matrix
+from ..core.scratch import ScratchLayout
+from ..core.support import LOWEST_CAPABILITY, compiled_for
+from ..pooling.reference import stretches_of
+from .block_lists import context_blocks, list_shape
+from .gluon_sm90 import launch as gluon_launch
+from .tiles import Tile, in_channel_halves, needs_separate_tail, tail_stages, tile_for
+
+STATISTICS_CHUNK = 512
+# Up to this many chunks every program of the pre-pass adds them up itself; beyond, a kernel of its own does it once.
+FEW_CHUNKS = 16
+# The mean key is taken over every fourth block of 64 rows from this length on.
+KEY_SAMPLE = 4
+KEY_SAMPLE_FROM = 16384
+LARGEST_TILE = 128
+# Largest value of 8-bit V; 2**P_LOG2 is the same for P at its row's maximum.
+VALUE_LEVELS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
+P_LOG2 = {"16": 0.0, "fp8": math.log2(448), "int8": math.log2(127), "int4": math.log2(15)}
+LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+@dataclass(frozen=True)
+class CallKey:
+    """All that decides how a call is done. kv_heads may be fewer than the tensors have: see `parts_of`.
+
+    capability: of the GPU, None on AMD; see `capability_of`. pool, tail, expansions: of the pooled tail: tokens per
+    pool, whether there is a bias for it, mean queries at most (`pools`). biased: with a bias per key. listed: with a
+    mask. lists: its lists are made for this call. tile: another one of the Triton kernel than the table's. gluon: the
+    Gluon kernel may do it.
+    """
+
+    batch: int
+    kv_heads: int
+    group: int
+    dim: int
+    dtype: torch.dtype
+    capability: tuple[int, int] | None
+    geometry: Geometry
+    precision: Precision
+    pool: int
+    tail: bool
+    biased: bool
+    listed: bool
+    lists: bool = False
+    tile: Tile | None = None
+    gluon: bool = False
+    expansions: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """Sizes, memory and launch options of one call. See `attention` for what is launched with them.
+
+    values_scaled, smooth, rotate: what the pre-pass does to V and K. few_chunks: no kernel finishes the statistics.
+    stretches: sets of pools that a query head has. rotation_scale makes the rotation by +-1 orthonormal. gluon: which
+    kernel `attention_options` are for.
+    """
+
+    key: CallKey
+    gluon: bool
+    tile: Tile
+    scratch: ScratchLayout
+    smooth: bool
+    values_scaled: bool
+    rotate: bool
+    few_chunks: bool
+    blocks: int
+    pools: int
+    stretches: int
+    chunks: int
+    sampled_rows: int
+    q_blocks: int
+    q_blocks_grid: int
+    rotation_scale: float
+    statistics_grid: tuple[int, int, int]
+    finish_grid: tuple[int]
+    prepare_grid: tuple[int, int, int]
+    pools_grid: tuple[int, int, int]
+    attention_grid: tuple[int]
+    statistics_options: dict
+    finish_options: dict
+    prepare_options: dict
+    pools_options: dict
+    attention_options: dict
+
+
+def padded_dim(head_dim: int) -> int:
+    """Head dimension the kernels work with: the next power of two, at least 32."""
+    return max(32, 1 << (head_dim - 1).bit_length())
+
+
+@lru_cache(maxsize=16)
+def rotation_matrix(head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Hadamard matrix of +-1, exact in 16 bits, zero-padded: `[padded_dim, padded_dim]`."""
+    matrix = hadamard_matrix(head_dim, device) * (head_dim & -head_dim) ** 0.5
+    padding = padded_dim(head_dim) - head_dim
+    return torch.nn.functional.pad(matrix.round(), (0, padding, 0, padding)).to(dtype).contiguous()
+
+
+@lru_cache(maxsize=8)
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The GPU's compute capability; None on AMD. The interpreter stands in for the oldest GPU."""
+    if device.type != "cuda":
+        return compiled_for() or LOWEST_CAPABILITY
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)
+
+
+def storage_types(key: CallKey) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """Of K (and staged Q), V and pooled V. bf16 keeps bf16's range; float32 becomes scaled fp16, which is finer."""
+    wide = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
+    k_type = wide if key.precision.qk == "16" else torch.int8
+    v_type = {"16": wide, "fp8": torch.float8_e4m3fn}.get(key.precision.pv, torch.int8)
+    return k_type, v_type, wide if key.precision.pv == "16" else torch.float16
+
+
+def packs(precision: Precision, padded: int) -> bool:
+    """Whether K is stored two 4-bit values a byte: half a key must fill a tensor product's 32 bytes; D = 256 spills."""
+    return precision.qk == "int4" and padded in (64, 128)
+
+
+def _scratch_layout(
+    key: CallKey, padded: int, blocks: int, pool_rows: int, stretches: int, chunks: int
+) -> ScratchLayout:
+    """Everything the kernels hand on to each other; absent parts have one element. Q is staged in the output."""
+    g = key.geometry
+    k_type, v_type, pooled_v_type = storage_types(key)
+    heads = key.batch * key.kv_heads
+    q_rows = heads * key.group * sum(
+        -(-tokens // LARGEST_TILE) * LARGEST_TILE for tokens in (g.grid_tokens, g.context_tokens)
+    )  # fmt: skip
+    sets = (heads * key.group, stretches)
+    pools = (*sets, pool_rows)
+    key_row = padded // 2 if packs(key.precision, padded) else padded
+    shapes = {
+        "blocks": (list_shape(g, key.kv_heads * key.group) if key.lists else (1,), torch.int16),
+        "k": ((heads, blocks, 64, key_row), k_type),
+        "v": ((heads, blocks, 64, padded), v_type),
+        "k_scales": ((heads, blocks), torch.float32),
+        "sums": ((heads, chunks, padded), torch.float32),
+        "largest": ((heads, chunks, padded), torch.float32),
+        "k_means": ((heads, padded), torch.float32),
+        "v_scales": ((heads, padded), torch.float32),
+        "key_bias": ((heads, blocks * 64) if key.biased else (1,), torch.float32),
+        "mean_queries": ((*sets, padded) if key.tail and key.expansions else (1,), key.dtype),
+        "pooled_k": ((*pools, key_row) if key.tail else (1,), k_type),
+        "pooled_v": ((*pools, padded) if key.tail else (1,), pooled_v_type),
+        "pooled_scales": (pools if key.tail else (1,), torch.float32),
+        "pool_bias": (pools if key.tail else (1,), torch.float32),
+        "q_scales": ((q_rows,), torch.float32),
+        "q_excess": ((q_rows,) if packs(key.precision, padded) else (1,), torch.int32),
+    }
+    return ScratchLayout(shapes)
+
+
+def _sampled_rows(length: int, every: int) -> int:
+    """Rows in every `every`-th block of 64, the last of which may be short."""
+    last = (length - 1) // (64 * every)
+    return last * 64 + min(64, length - last * 64 * every)
+
+
+def kernel_pv(precision: Precision) -> str:
+    """INT4 values are computed on the INT8 path: 4-bit accuracy, 8-bit speed."""
+    return "int8" if precision.pv == "int4" else precision.pv
+
+
+@lru_cache(maxsize=256)
+def call_of(key: CallKey) -> Call:
+    """The plan of a call."""
+    g, precision = key.geometry, key.precision
+    capability = key.capability
+    padded = padded_dim(key.dim)
+    gluon = key.gluon and key.tile is None and gluon_launch.serves(
+        capability, key.dim, key.dtype, precision, g.block_q, key.listed, key.biased, key.pool if key.tail else None
+    )  # fmt: skip
+    if gluon:
+        tile = gluon_launch.TILE
+    else:
+        tile = key.tile or tile_for(capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
+    block_q = g.block_q if key.listed else tile.rows
+    blocks = g.k_blocks + context_blocks(g.context_tokens, g.block_k)
+    pools, stretches = -(-g.grid_tokens // key.pool), stretches_of(g, key.expansions)
+    # Pools are read 64 at a time.
+    pool_rows = -(-pools // 64) * 64
+    chunks = -(-g.length // STATISTICS_CHUNK)
+    q_blocks_grid = -(-g.grid_tokens // block_q)
+    q_blocks = q_blocks_grid + context_blocks(g.context_tokens, block_q)
+    smooth = precision.qk != "16"
+    rotate = smooth and precision.hadamard
+    values_scaled = precision.pv != "16" or key.dtype == torch.float32
+    # Any constant vector may be taken from all keys, so a long sequence's mean need not see every key.
+    every = KEY_SAMPLE if g.length >= KEY_SAMPLE_FROM else 1
+    # Rotating the mean takes a whole matrix: not for every program.
+    few_chunks = chunks <= FEW_CHUNKS and not rotate
+    pv, levels = kernel_pv(precision), VALUE_LEVELS.get(precision.pv, 0.0)
+    statistics_options = {
+        "D": key.dim, "PADDED_D": padded, "CHUNK": STATISTICS_CHUNK, "SUM_EVERY": every if smooth else 0,
+        "NEED_MAX": values_scaled, **LAUNCH,
+    }  # fmt: skip
+    finish_options = {
+        "PADDED_D": padded, "PV": pv, "V_LEVELS": levels, "SMOOTH": smooth, "ROTATE": rotate,
+        "VALUES_SCALED": values_scaled, **LAUNCH,
+    }  # fmt: skip
+    packed = packs(precision, padded)
+    prepare_options = {
+        **finish_options, "D": key.dim, "QK": precision.qk, "FINISH": few_chunks, "BIASED": key.biased,
+        "PACKED": packed,
+    }  # fmt: skip
+    pools_options = {
+        "D": key.dim, "PADDED_D": padded, "POOL": key.pool, "QK": precision.qk, "SMOOTH": smooth, "ROTATE": rotate,
+        "VALUES_SCALED": values_scaled, "BIASED": key.biased, "PACKED": packed, **LAUNCH,
+    }  # fmt: skip
+    attention_options = {
+        "D": key.dim, "PADDED_D": padded, "ROWS": tile.rows, "BLOCK_Q": block_q, "PAIRS": tile.pairs,
+        "QK": precision.qk, "PV": pv, "P_LOG2": P_LOG2[precision.pv], "LISTED": key.listed, "TAIL": key.tail,
+        "POOL": key.pool, "BIASED": key.biased, "ROTATE": rotate, "VALUES_SCALED": values_scaled,
+        "PACKED": packed,
+        "SEPARATE_TAIL": needs_separate_tail(capability, tile, padded, precision.qk, precision.pv),
+        "HALVES": in_channel_halves(capability, tile, padded, precision.qk), "STAGES": tile.stages,
+        "TAIL_STAGES": tail_stages(capability, tile),
+        "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
+    }  # fmt: skip
+    if gluon:
+        attention_options = gluon_launch.options(key.dim, precision.pv, P_LOG2[precision.pv], key.listed, key.tail)
+    return Call(
+        key=key,
+        gluon=gluon,
+        tile=tile,
+        scratch=_scratch_layout(key, padded, blocks, pool_rows, stretches, chunks),
+        smooth=smooth,
+        values_scaled=values_scaled,
+        rotate=rotate,
+        few_chunks=few_chunks,
+        blocks=blocks,
+        pools=pools,
+        stretches=stretches,
+        chunks=chunks,
+        sampled_rows=_sampled_rows(g.length, every),
+        q_blocks=q_blocks,
+        q_blocks_grid=q_blocks_grid,
+        rotation_scale=(key.dim & -key.dim) ** -0.5 if rotate else 1.0,
+        statistics_grid=(chunks, key.kv_heads, key.batch),
+        finish_grid=(key.batch * key.kv_heads,),
+        prepare_grid=(blocks, key.kv_heads, key.batch),
+        pools_grid=(g.k_blocks, key.kv_heads * key.group, key.batch),
+        attention_grid=(key.batch * key.kv_heads * key.group * q_blocks * (block_q // tile.rows),),
+        statistics_options=statistics_options,
+        finish_options=finish_options,
+        prepare_options=prepare_options,
+        pools_options=pools_options,
+        attention_options=attention_options,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Heads that are done together. kv and rows: which key and query heads; None: all of them."""
+
+    call: Call
+    kv: slice | None
+    rows: slice | None
+
+
+@lru_cache(maxsize=256)
+def parts_of(key: CallKey, most: int) -> tuple[Part, ...]:
+    """The call in groups of at most `most` key heads, each within the scratch budget unless it is a single head.
+
+    Groups of four and more are multiples of four, so that slices of int32 tensors stay aligned to 16 bytes: Triton
+    compiles a kernel anew for pointers that are not.
+    """
+    per_head = call_of(_with_heads(key, 1)).scratch.bytes
+    heads = max(1, min(most, scratch.BUDGET // per_head))
+    if heads >= key.kv_heads:
+        return (Part(call_of(key), None, None),)
+    heads = heads // 4 * 4 or heads
+    return tuple(_groups(key, heads))
+
+
+def _with_heads(key: CallKey, heads: int) -> CallKey:
+    return replace(key, kv_heads=heads)
+
+
+def _groups(key: CallKey, heads: int) -> Iterator[Part]:
+    for first in range(0, key.kv_heads, heads):
+        here = min(heads, key.kv_heads - first)
+        rows = slice(first * key.group, (first + here) * key.group)
+        yield Part(call_of(_with_heads(key, here)), slice(first, first + here), rows)

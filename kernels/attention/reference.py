@@ -1,0 +1,188 @@
+"""Block-sparse attention with reordering, quantisation and the pooled tail, in plain PyTorch.
+
+This is the meaning of the Triton kernels, the path on hardware without them, and what they are tested against. It
+works in float32 (float64 for float64 inputs), in chunks of rows, and never forms an L x L matrix for all heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..core.pattern import Geometry, Precision, SparsePattern, empty_output, problem_with
+from ..core.quantization import LEVELS, fake_quantize, fake_quantize_blocks, hadamard_matrix
+from ..pooling.reference import expanded_pools, mean_queries, stretch_of_rows, stretches_of
+
+# Elements of one chunk of scores: bounds the scratch memory to a few hundred MB.
+CHUNK_ELEMENTS = 1 << 24
+
+
+def reordered_index(pattern: SparsePattern, heads: int) -> torch.Tensor:
+    """Source row of every position of the reordered sequence, int64 `[heads, L]` (grid first, then context)."""
+    g = pattern.geometry
+    per_kv = pattern.tables.long()[pattern.order_of_head.long()] + g.prefix
+    grid = per_kv.repeat_interleave(heads // pattern.kv_heads, 0)
+    device = pattern.tables.device
+    context = torch.cat(
+        [
+            torch.arange(g.prefix, device=device),
+            torch.arange(g.prefix + g.grid_tokens, g.length, device=device),
+        ]
+    )
+    return torch.cat([grid, context.expand(heads, -1)], 1)
+
+
+def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows of `x [B, H, L, D]` in the order `index [H, L]`, per head."""
+    return x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
+
+
+def pool_rows(x: torch.Tensor, pool: int) -> torch.Tensor:
+    """Means over `pool` consecutive rows of `x [..., N, D]`; the last one over what is there."""
+    n = x.shape[-2]
+    padded = torch.nn.functional.pad(x, (0, 0, 0, -n % pool)).unflatten(-2, (-1, pool))
+    return padded.sum(-2) / pool_counts(n, pool, x.device).to(x.dtype)[:, None]
+
+
+def pool_counts(n: int, pool: int, device=None) -> torch.Tensor:
+    """Real tokens in each pool of `pool` out of n, int64 `[ceil(n / pool)]`."""
+    starts = torch.arange(0, n, pool, device=device)
+    return (n - starts).clamp_max(pool)
+
+
+def _quantize_values(v: torch.Tensor, pv: str) -> torch.Tensor:
+    if pv == "16":
+        return v
+    if pv == "fp8":
+        scale = v.abs().amax(2, keepdim=True).clamp_min(1e-12) / 448
+        return (v / scale).to(torch.float8_e4m3fn).to(v.dtype) * scale
+    return fake_quantize(v, LEVELS[pv], 2)
+
+
+def _quantize_weights(p: torch.Tensor, pv: str, g: Geometry) -> torch.Tensor:
+    """Unnormalised probabilities `[..., L]` in 0..1 as the PV product sees them.
+
+    Integers count from the largest weight of their row and key block (the kernel: of one or two blocks).
+    """
+    if pv == "16":
+        return p
+    if pv == "fp8":
+        return (p * 448).to(torch.float8_e4m3fn).to(p.dtype) / 448
+    levels = {"int8": 127, "int4": 15}[pv]
+    parts = []
+    for part in (p[..., : g.grid_tokens], p[..., g.grid_tokens :]):
+        blocks = torch.nn.functional.pad(part, (0, -part.shape[-1] % g.block_k)).unflatten(-1, (-1, g.block_k))
+        step = blocks.amax(-1, keepdim=True).clamp_min(1e-30) / levels
+        parts.append(((blocks / step).round() * step).flatten(-2)[..., : part.shape[-1]])
+    return torch.cat(parts, -1)
+
+
+def _chunk_bias(
+    pattern: SparsePattern, kept_blocks: torch.Tensor | None, rows: slice, dtype: torch.dtype
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Additive masks for query rows `rows` of the reordered sequence: over keys `[H, n, L]`, over pools `[H, n, P]`,
+    where it holds the tail's bias too.
+
+    kept_blocks: the pattern's mask.
+    """
+    g = pattern.geometry
+    if kept_blocks is None:
+        return None, None
+    device = kept_blocks.device
+    positions = torch.arange(rows.start, rows.stop, device=device)
+    is_context = positions >= g.grid_tokens
+    blocks = (positions // g.block_q).clamp_max(g.q_blocks - 1)
+    kept = kept_blocks[:, blocks] | is_context[None, :, None]
+    over_grid = kept.repeat_interleave(g.block_k, 2)[:, :, : g.grid_tokens]
+    over_keys = torch.nn.functional.pad(over_grid, (0, g.context_tokens), value=True)
+    keys = torch.zeros(over_keys.shape, dtype=dtype, device=device).masked_fill_(~over_keys, -math.inf)
+    if pattern.tail_bias is None:
+        return keys, None
+    over_pools = kept.repeat_interleave(g.block_k // pattern.pool, 2)[:, :, : -(-g.grid_tokens // pattern.pool)]
+    pools = pattern.tail_bias.to(dtype)[:, None, None].expand_as(over_pools)
+    return keys, pools.masked_fill(over_pools, -math.inf)
+
+
+def sparse_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: SparsePattern,
+    precision: Precision,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention over the kept blocks of each head's reordered sequence.
+
+    q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, any strides and floating dtype. key_bias: additive `[B, L]` in original
+    token order (-inf hides a key). scale defaults to 1/sqrt(D). Returns `[B, Hq, L, D]` in q's dtype and original token
+    order, written to `out` if given. Raises ValueError with one line when the call does not fit the pattern.
+    """
+    reason = problem_with(q, k, v, pattern)
+    if reason:
+        raise ValueError(reason)
+    g = pattern.geometry
+    heads = q.shape[1]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    index, mask = reordered_index(pattern, heads), pattern.mask
+    group = heads // k.shape[1]
+    rq = take_rows(q.to(work), index)
+    rk = take_rows(k.to(work).repeat_interleave(group, 1), index)
+    rv = take_rows(v.to(work).repeat_interleave(group, 1), index)
+    if precision.qk != "16":
+        rk = rk - rk.mean(2, keepdim=True)
+        if precision.hadamard:
+            rotation = hadamard_matrix(q.shape[3], q.device, work)
+            rq, rk = rq @ rotation, rk @ rotation
+    bias_in_order = None
+    if key_bias is not None:
+        bias_in_order = (
+            key_bias.to(work)[:, None, :].expand(-1, heads, -1).gather(2, index[None].expand(q.shape[0], -1, -1))
+        )
+    pools = means = None
+    if mask is not None and pattern.tail_bias is not None:
+        grid = slice(0, g.grid_tokens)
+        means = mean_queries(rq[:, :, grid], g, pattern.expansions)
+        grid_bias = None if bias_in_order is None else bias_in_order[:, :, grid]
+        pools = expanded_pools(means, rk[:, :, grid], rv[:, :, grid], pattern.pool, scale=scale, key_bias=grid_bias)
+    if precision.qk != "16":
+        levels = LEVELS[precision.qk]
+        rq = fake_quantize(rq, levels, -1)
+        rk = torch.cat([fake_quantize_blocks(part, levels, g.block_k) for part in _parts(rk, g)], 2)
+        if pools is not None:
+            pools = pools.with_keys(fake_quantize(pools.keys, levels, -1), means, scale)
+    rv = _quantize_values(rv, precision.pv)
+
+    result = torch.empty_like(rq)
+    step = max(1, CHUNK_ELEMENTS // max(1, q.shape[0] * heads * g.length))
+    for start in range(0, g.length, step):
+        rows = slice(start, min(start + step, g.length))
+        scores = (rq[:, :, rows] @ rk.transpose(2, 3)) * scale
+        keys_bias, pools_bias = _chunk_bias(pattern, mask, rows, work)
+        if keys_bias is not None:
+            scores += keys_bias
+        if bias_in_order is not None:
+            scores += bias_in_order[:, :, None, :]
+        if pools_bias is not None:
+            positions = torch.arange(rows.start, rows.stop).clamp_max(g.grid_tokens - 1)
+            stretch = stretch_of_rows(g, stretches_of(g, pattern.expansions), positions)
+            scores = torch.cat([scores, pools.logits(rq[:, :, rows], stretch, scale) + pools_bias], 3)
+        weights = (scores - scores.amax(3, keepdim=True)).exp()
+        total = weights.sum(3, keepdim=True)
+        chunk = _quantize_weights(weights[..., : g.length], precision.pv, g) @ rv
+        # The tail's product is in 16 bits whatever pv is: it is small, its weights are large.
+        if pools_bias is not None:
+            chunk += pools.weighted(weights[..., g.length :], stretch)
+        result[:, :, rows] = chunk / total
+    out = empty_output(q) if out is None else out
+    inverse = torch.argsort(index, 1)
+    return out.copy_(take_rows(result, inverse))
+
+
+def _parts(x: torch.Tensor, g: Geometry) -> list[torch.Tensor]:
+    """Grid and context rows of a reordered `[B, H, L, D]` tensor; each has blocks of its own."""
+    return [part for part in (x[:, :, : g.grid_tokens], x[:, :, g.grid_tokens :]) if part.shape[2]]

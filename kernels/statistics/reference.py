@@ -1,0 +1,168 @@
+"""Block statistics of post-softmax attention in plain PyTorch, streamed over rows: never an L x L matrix.
+
+Two passes (reference for the Triton kernels): the log-sum-exp of every row, then sums, maxima and counts of small
+values per block under an order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..attention.reference import CHUNK_ELEMENTS
+from ..core.pattern import Geometry
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Per head, for the query blocks that were looked at; float32, means over the batch.
+
+    mass    [H, n, k_blocks]: sum of attention weights over the block's rows and keys (a row sums to 1 over all keys).
+    maximum [H, n, k_blocks]: largest weight, or None.  small [H, n, k_blocks]: share of weights below epsilon, or None.
+    """
+
+    mass: torch.Tensor
+    maximum: torch.Tensor | None = None
+    small: torch.Tensor | None = None
+
+
+def row_logsumexp_reference(
+    q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, key_bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Log-sum-exp over keys of `scale * q k^T + key_bias`, float32 `[B, Hq, L]`. key_bias `[B, L]`."""
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    result = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    step = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], step):
+        scores = (q[:, :, start : start + step].float() @ k.transpose(2, 3)) * scale
+        if key_bias is not None:
+            scores += key_bias.float()[:, None, None, :]
+        result[:, :, start : start + step] = scores.logsumexp(3)
+    return result
+
+
+def block_sizes(g: Geometry, blocks: torch.Tensor) -> torch.Tensor:
+    """Tokens in each of these query blocks, int64 like blocks."""
+    return (g.grid_tokens - blocks * g.block_q).clamp_max(g.block_q)
+
+
+def block_positions(g: Geometry, blocks: torch.Tensor, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places in the order of the rows of query blocks, int64 `[n, rows]`, and which are real, bool.
+
+    rows: so many of each block, spread evenly over it, all real; None takes all of them, up to the end of the grid.
+    """
+    if rows is None:
+        position = blocks[:, None] * g.block_q + torch.arange(g.block_q, device=blocks.device)
+        return position.clamp_max(g.grid_tokens - 1), position < g.grid_tokens
+    within = (torch.arange(rows, device=blocks.device) + 0.5) / rows * block_sizes(g, blocks)[:, None]
+    position = blocks[:, None] * g.block_q + within.long()
+    return position, torch.ones_like(position, dtype=torch.bool)
+
+
+def block_statistics_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    lse: torch.Tensor,
+    geometry: Geometry,
+    rows: torch.Tensor,
+    *,
+    q_blocks: torch.Tensor | None = None,
+    scale: float | None = None,
+    epsilon: float | None = None,
+    rows_per_block: int | None = None,
+) -> BlockStatistics:
+    """Statistics of the grid-to-grid part under one order per head.
+
+    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, lse `[B, Hq, L]` of full rows (context keys included). rows int `[Hq, N]`:
+    grid index at each position of the head's order. q_blocks: int64 indices of the query blocks to look at (default
+    all). epsilon: also maxima and the share of weights below epsilon. rows_per_block: look only at so many rows of each
+    query block, a power of two up to 64, and estimate the sums of all (no epsilon then); lse is read only where they
+    are.
+    """
+    if rows_per_block is not None and epsilon is not None:
+        raise ValueError("rows_per_block: maxima and small values need every row")
+    g = geometry
+    scale = q.shape[3] ** -0.5 if scale is None else scale
+    batch, heads = q.shape[:2]
+    group = heads // k.shape[1]
+    blocks = torch.arange(g.q_blocks, device=q.device) if q_blocks is None else q_blocks
+    shape = (heads, blocks.numel(), g.k_blocks)
+    mass = torch.zeros(shape, device=q.device)
+    maximum = small = None
+    if epsilon is not None:
+        maximum, small = torch.zeros(shape, device=q.device), torch.zeros(shape, device=q.device)
+    key_padding = -g.grid_tokens % g.block_k
+    cells = torch.full((g.k_blocks,), g.block_k, device=q.device)
+    cells[-1] -= key_padding
+    step = max(1, CHUNK_ELEMENTS // (g.block_q * g.grid_tokens))
+    for b in range(batch):
+        for h in range(heads):
+            source = rows[h].long() + g.prefix
+            kh = k[b, h // group].float()[source]
+            qh = q[b, h].float()[source]
+            row_lse = lse[b, h][source]
+            for first in range(0, blocks.numel(), step):
+                chosen = blocks[first : first + step]
+                position, real = block_positions(g, chosen, rows_per_block)
+                q_rows = qh[position]
+                row_bias = row_lse[position].masked_fill(~real, torch.inf)[..., None]
+                weights = torch.exp(q_rows @ kh.T * scale - row_bias)
+                tiles = torch.nn.functional.pad(weights, (0, key_padding)).unflatten(2, (g.k_blocks, g.block_k))
+                out = slice(first, first + chosen.numel())
+                mass[h, out] += tiles.sum((1, 3)) / batch
+                if epsilon is not None:
+                    torch.maximum(maximum[h, out], tiles.amax((1, 3)), out=maximum[h, out])
+                    counted = (tiles < epsilon) & real[:, :, None, None]
+                    counted = counted.sum((1, 3)) - (real.sum(1)[:, None] * (g.block_k - cells)[None])
+                    small[h, out] += counted / (real.sum(1)[:, None] * cells[None]) / batch
+    if rows_per_block is not None:
+        mass *= block_sizes(g, blocks)[:, None] / rows_per_block
+    return BlockStatistics(mass, maximum, small)
+
+
+def query_sums_reference(
+    queries: torch.Tensor,
+    k: torch.Tensor,
+    geometry: Geometry,
+    tables: torch.Tensor,
+    per_block: int,
+    *,
+    scale: float | None = None,
+    key_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Attention of given queries in every block of keys, under some orders: float32 `[orders, Hq, n, k_blocks]`, sums
+    over `per_block` queries each, mean over the batch. What the context's keys get is missing from them.
+
+    queries `[B, Hq, orders * n * per_block, D]`, those for the first order first; k `[B, Hkv, L, D]`; tables int
+    `[orders, Hq, N]`: grid index at each position of an order, which may be another for each head. per_block: a power
+    of two up to 64. key_bias additive `[B, L]`.
+    """
+    g = geometry
+    scale = queries.shape[3] ** -0.5 if scale is None else scale
+    batch, heads, count, _ = queries.shape
+    orders = tables.shape[0]
+    each = count // (orders * per_block)
+    mass = torch.zeros(orders, heads, each, g.k_blocks, device=queries.device)
+    lse = row_logsumexp_reference(queries, k, scale=scale, key_bias=key_bias)
+    step = max(1, CHUNK_ELEMENTS // (per_block * g.grid_tokens))
+    for b in range(batch):
+        for h in range(heads):
+            every_key = k[b, h // (heads // k.shape[1])].float()
+            of_orders = zip(
+                tables[:, h],
+                queries[b, h].float().unflatten(0, (orders, each, per_block)),
+                lse[b, h].unflatten(0, (orders, each, per_block)),
+                mass[:, h],
+                strict=True,
+            )
+            for table, its, its_lse, found in of_orders:
+                source = table.long() + g.prefix
+                keys, bias = every_key[source], 0 if key_bias is None else key_bias[b].float()[source]
+                for first in range(0, each, step):
+                    part = slice(first, first + step)
+                    weights = torch.exp(its[part] @ keys.T * scale + bias - its_lse[part, :, None])
+                    tiles = torch.nn.functional.pad(weights, (0, -g.grid_tokens % g.block_k))
+                    found[part] += tiles.unflatten(2, (g.k_blocks, g.block_k)).sum((1, 3)) / batch
+    return mass

@@ -1,0 +1,117 @@
+"""Every kernel call of a run, once, in small: what must be compiled before a run can go sparse.
+
+Used by a process that compiles only (`kernels.compile_only`): nothing is computed, the results are whatever memory
+held. What is called is what `evaluation` calls, with sizes in the same classes, so that the same kernels are compiled.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+
+import torch
+
+from ...kernels.attention.gluon_sm90 import launch as gluon_launch
+from ...kernels.core.compile_only import Launches
+from ...kernels.core.pattern import MOST_EXPANSIONS, PRECISIONS, SparsePattern
+from ..calibration.mean_queries import mean_query_masses
+from ..calibration.observe import SHARED_TOKENS, StatisticsOptions, _table_on, geometry_of, observe
+from ..calibration.tail_fit import observe_bias
+from ..config.recipes import COMPARED_DENSITY, query_block
+from ..plan.orders import AXIS_ORDERS
+from ..plan.token_layout import TokenLayout
+from ..run.backend import run_kernel
+from ..run.dense import dense_pattern
+from ..run.tail_bias import LEAST_ROWS
+from .self_check import errors_of
+
+# Grids of more tokens are all alike to every kernel; those that stand for them, of a video and of an image.
+LARGEST_ITSELF = 16384
+LARGE = ((5, 58, 58), (1, 130, 130))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides which kernels a run needs.
+
+    capability: of the GPU. dtype: of q, k, v, such as `bfloat16`. group: query heads per key head. biased: with a bias
+    per key. precision: a name of `PRECISIONS`. pool: tokens per pooled key, None without a tail.
+    """
+
+    capability: tuple[int, int]
+    dtype: str
+    head_dim: int
+    group: int
+    batch: int
+    prefix: int
+    grid: tuple[int, int, int]
+    suffix: int
+    biased: bool
+    precision: str
+    order: str
+    pool: int | None
+
+    def small(self) -> Job:
+        """The job that stands for all of this one's kind: equal ones need the same kernels."""
+        tokens = TokenLayout(0, self.grid).grid_tokens
+        grid = self.grid
+        if tokens > LARGEST_ITSELF:
+            grid = LARGE[self.grid[0] == 1]
+        # What stands beside the grid asks for no other kernels, and two in a batch for all that one does.
+        return Job(**{**asdict(self), "grid": grid, "batch": 2, "prefix": 0, "suffix": 0})
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Job:
+        """Inverse of `dataclasses.asdict`, also after JSON."""
+        names = {f.name for f in fields(cls)}
+        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return cls(**{name: value for name, value in tuples.items() if name in names})
+
+
+def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None:
+    """Call everything once; heads: of keys. Only the launches count, so what has none is left out. launches: what can
+    be done without at first is marked as late in it."""
+    launches = launches or Launches()
+    layout = TokenLayout(job.prefix, job.grid, job.suffix)
+    q_heads, dtype = heads * job.group, getattr(torch, job.dtype)
+    q, k, v = (
+        torch.zeros(job.batch, layout.length, n, job.head_dim, dtype=dtype).transpose(1, 2)
+        for n in (q_heads, heads, heads)
+    )
+    bias = torch.zeros(job.batch, layout.length) if job.biased else None
+    precision, rest = PRECISIONS[job.precision], {"key_bias": bias, "backend": "triton"}
+    flag = torch.zeros(4, dtype=torch.int32)
+    dense = dense_pattern(layout, q_heads, heads, q.device)
+    with gluon_launch.set_aside():
+        run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
+
+    block_q = query_block(layout.grid_tokens)
+    g = geometry_of(layout, block_q)
+    tables = torch.stack([_table_on(AXIS_ORDERS[0], job.grid, q.device)])
+    of_heads = tables.expand(q_heads, -1)
+    mask = torch.ones(q_heads, g.q_blocks, g.k_blocks, dtype=torch.bool)
+    tail = None if job.pool is None else torch.zeros(q_heads)
+    expansions = 0 if job.pool is None else MOST_EXPANSIONS
+    pattern = SparsePattern.from_mask(
+        g, tables, torch.zeros(heads, dtype=torch.int32), mask, tail, job.pool or g.block_k, expansions
+    )
+    with gluon_launch.set_aside():
+        run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
+    check = {"block_q": block_q, "pool": job.pool}
+    errors_of(q.device, dtype, job.head_dim, precision, "triton", **check)
+    looks = {"key_bias": bias, "backend": "triton"}
+    # Errors of blocks are measured on small grids only.
+    for by_mass in (True,) if layout.grid_tokens > SHARED_TOKENS else (False, True):
+        options = StatisticsOptions(COMPARED_DENSITY, job.order, job.pool, by_mass=by_mass)
+        observe(q, k, layout, block_q, options, v=v, **looks)
+    if tail is not None:
+        observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, rows=LEAST_ROWS, **looks)
+    mean_query_masses(q, k, g, of_heads, **looks)
+    # The kernel of one GPU generation and rotated queries: the general kernel and plain queries stand in for them.
+    launches.late_from_now = True
+    run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
+    run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
+    errors_of(q.device, dtype, job.head_dim, precision, "triton", **check, special=True)
+    if precision.qk == "int8" and not precision.hadamard:
+        rotated = replace(precision, hadamard=True)
+        run_kernel(q, k, v, pattern, rotated, nonfinite=flag, **rest)
+        errors_of(q.device, dtype, job.head_dim, rotated, "triton", **check)

@@ -1,0 +1,153 @@
+"""Recipes: what suits a model family, read from `calib_presets/*.json`, and the choices that follow from one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+
+from ...kernels.core.pattern import BLOCK_K
+from ..plan.token_layout import TokenLayout
+from ..run.schedule import FALL, STEEP_FALL, default_dense_steps, falling_densities
+from .settings import Settings
+
+FOLDER = Path(__file__).resolve().parents[2] / "calib_presets"
+# Above this many grid tokens queries are masked in rows of 128: the kernels' tiles are that tall, and with hundreds of
+# blocks a side the finer mask no longer pays.
+WIDE_QUERY_TOKENS = 8192
+# Least density of the presets on smaller grids, whose blocks are a larger part of the picture: with the density of
+# large ones the worst clips of the tiny model fall to 25 dB (64 seeds, docs/method.md).
+SMALL_GRID_DENSITIES = {"quality": 0.85, "balanced": 0.7, "fast": 0.55}
+# Quantising, pooling and reordering, as a share of dense attention.
+PREPARING_COST = 0.05
+
+
+# Where the density follows from a target, orders are compared at this one or at the most allowed, if that is less.
+COMPARED_DENSITY = 0.2
+
+
+class RecipeError(ValueError):
+    """A recipe that does not exist or does not follow the schema."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One file of `calib_presets/`; fields as in `schema.json`."""
+
+    family: str
+    title: str
+    evidence: str
+    densities: dict[str, float]
+    dense_fraction: float
+    few_steps: dict[str, int]
+    dense_blocks: str
+    min_tokens: int
+    sparse_tokens: int
+    attention_half: list[int]
+    typical: dict[str, int]
+    precision: str
+    notes: str = ""
+
+    def dense_steps(self, steps: int) -> int:
+        """First steps that keep every block: a share of a full schedule, a fixed number of a short one."""
+        if steps <= self.few_steps["up_to"]:
+            return self.few_steps["dense_steps"]
+        return default_dense_steps(steps, self.dense_fraction)
+
+    def expected_gain(self, layout: TokenLayout, density: float) -> tuple[float, float]:
+        """How much faster a sparse step may be than a dense one, from (careful) to (hopeful). Estimated from token
+        counts, not measured: the first takes 16-bit weights and a kernel that gains by dropping blocks only, the second
+        weights and a kernel that run at twice the speed."""
+        kept = 1 - (layout.grid_tokens / layout.length) ** 2 * (1 - density)
+        fast, slow = self.attention_half
+        careful, hopeful = (layout.length / (layout.length + half) for half in (slow, fast))
+        careful_cost = min(1.0, kept + PREPARING_COST)
+        hopeful_cost = min(1.0, kept / 2 + PREPARING_COST)
+        return 1 / (1 - careful * (1 - careful_cost)), 1 / (1 - hopeful * (1 - hopeful_cost))
+
+
+@cache
+def all_recipes() -> dict[str, Recipe]:
+    """Every shipped recipe by family. Raises RecipeError naming the file that is wrong."""
+    recipes = {}
+    known = {field.name for field in fields(Recipe)}
+    for path in sorted(FOLDER.glob("*.json")):
+        if path.name == "schema.json":
+            continue
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            recipes[content["family"]] = Recipe(**{k: v for k, v in content.items() if k in known})
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RecipeError(f"recipe {path.name}: {error}") from None
+    return recipes
+
+
+def recipe_for(family: str) -> Recipe:
+    """The family's recipe. Raises RecipeError listing what there is."""
+    try:
+        return all_recipes()[family]
+    except KeyError:
+        raise RecipeError(f"recipe: none for {family!r}; there are {', '.join(all_recipes())}") from None
+
+
+@dataclass(frozen=True)
+class MaskOptions:
+    """What shapes a plan's masks: two plans with equal options for one model and grid are interchangeable.
+
+    pool: tokens per pooled key of the tail, or None to drop what is not kept. mass_target: share of the attention to
+    keep with as few blocks as that takes, `density` being the most; 0 takes `density` as it is. density_schedule: one
+    mask for all sparse steps (constant), or one for each group of them (falling; steep for runs without dense steps),
+    `density` being their mean.
+    """
+
+    density: float
+    order: str
+    budget: str
+    pool: int | None
+    mass_target: float = 0.0
+    density_schedule: str = "constant"
+
+    def densities(self, density: float) -> tuple[float, ...]:
+        """Densities of the groups of sparse steps whose mean is `density`."""
+        fall = {"falling": FALL, "steep": STEEP_FALL}.get(self.density_schedule)
+        return (density,) if fall is None else falling_densities(density, fall)
+
+    @property
+    def compared_density(self) -> float:
+        """Density at which orders are compared: with a target it is not known yet, and at most it says little."""
+        return min(self.density, COMPARED_DENSITY) if self.mass_target else self.density
+
+    def as_dict(self) -> dict:
+        """Flat, for the plan's metadata."""
+        return {
+            "density": self.density,
+            "order": self.order,
+            "budget": self.budget,
+            "pool": self.pool or 0,
+            "mass_target": self.mass_target,
+            "density_schedule": self.density_schedule,
+        }
+
+
+def raised_density(settings: Settings, recipe: Recipe, grid_tokens: int) -> float | None:
+    """The density of a preset on a grid of this size, where it is more than the recipe says; else None."""
+    if settings.density is not None or grid_tokens > WIDE_QUERY_TOKENS:
+        return None
+    least = SMALL_GRID_DENSITIES.get(settings.preset, 0.0)
+    return least if least > recipe.densities[settings.preset] else None
+
+
+def mask_options(settings: Settings, recipe: Recipe) -> MaskOptions:
+    """Settings where the user chose, the recipe elsewhere, for large grids; see `raised_density`."""
+    density = settings.density if settings.density is not None else recipe.densities[settings.preset]
+    pool = None if settings.tail == "off" else BLOCK_K
+    target = float(settings.mass_target)
+    steep = settings.dense_steps == 0 and settings.density_schedule == "falling"
+    schedule = "steep" if steep else settings.density_schedule
+    return MaskOptions(float(density), settings.order, settings.budget, pool, target, schedule)
+
+
+def query_block(grid_tokens: int) -> int:
+    """Query rows per mask block for a grid of this size."""
+    return 128 if grid_tokens > WIDE_QUERY_TOKENS else 64
