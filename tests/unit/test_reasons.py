@@ -35,15 +35,15 @@ def _counted() -> set[str]:
 
 
 RETURNING = {
-    "paro_runtime/session.py": {"_find_unsuitable", "too_short_to_drop"},
-    "paro_runtime/attempt.py": {"not_finite"},
-    "paro_runtime/check.py": {"_by_reference"},
-    "paro_runtime/self_check.py": {"self_check", "_check"},
-    "paro_runtime/host/calls.py": {"key_bias", "_read"},
-    "paro_runtime/host/evaluation.py": {"_recording", "end"},
+    "paro_runtime/run/session.py": {"_find_unsuitable", "too_short_to_drop"},
+    "paro_runtime/run/attempt.py": {"not_finite"},
+    "nodes/check/check.py": {"_by_reference"},
+    "paro_runtime/compiling/self_check.py": {"self_check", "_check"},
+    "paro_runtime/host/attention_call.py": {"key_bias", "_read"},
+    "paro_runtime/host/claims.py": {"_recording", "end"},
     "paro_runtime/host/patching.py": {"patch_model"},
-    "paro_runtime/host/lifecycle.py": {"outer_sample"},
-    "kernels/support.py": {"triton_reason"},
+    "paro_runtime/host/wrappers.py": {"outer_sample"},
+    "kernels/core/support.py": {"triton_reason"},
 }
 
 

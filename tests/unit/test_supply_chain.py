@@ -28,7 +28,7 @@ HOST = {
 LIBRARIES = {"PIL": "pillow"}  # those whose module has another name than their package
 NETWORK = {"aiohttp", "ftplib", "http", "requests", "smtplib", "socket", "socketserver", "ssl", "urllib", "webbrowser"}
 UNSAFE_READERS = {"dbm", "marshal", "pickle", "shelve"}
-STARTS_PROCESSES = {"paro_runtime/ahead.py", "paro_runtime/check_machine.py"}
+STARTS_PROCESSES = {"paro_runtime/compiling/ahead.py", "nodes/check/machine.py"}
 PLACEHOLDERS = {"<repository>", "<publisher>"}
 
 
