@@ -118,7 +118,9 @@ def check_kernels(
 
 def outlook(session: Session, size: Size, device: torch.device, sites: int | None) -> Outlook:
     """What a run with this session's settings and sigmas would do with calls of this size."""
-    layout, its, recipe = size.layout, session.schedule, session.policy.recipe
+    layout, recipe = size.layout, session.policy.recipe
+    session.begins_on(layout)
+    its, options = session.schedule, session.options_on(layout)
     q = torch.empty(1, size.heads, 1, size.head_dim, dtype=size.dtype, device=device)
     why_not = session.unsuitable_reason(layout.grid_tokens, q)
     why_not = why_not or session.too_short_to_drop(layout.grid_tokens, device) or _by_reference(session, q)
@@ -126,7 +128,7 @@ def outlook(session: Session, size: Size, device: torch.device, sites: int | Non
     if why_not is None and all(dense):
         why_not = "dense step"
     plan = session.policy.plan
-    groups = tuple(plan.densities) if plan is not None else session.options.densities(session.options.density)
+    groups = tuple(plan.densities) if plan is not None else options.densities(options.density)
     densities = tuple(groups[its.group(step, len(groups))] for step, one in enumerate(dense) if not one)
     density = sum(densities) / len(densities) if densities else 1.0
     part = f"{its.steps} of about {its.whole} steps of a whole schedule" if its.whole > its.steps else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,9 @@ WIDE_QUERY_TOKENS = 8192
 # Least density of the presets on smaller grids, whose blocks are a larger part of the picture: with the density of
 # large ones the worst clips of the tiny model fall to 25 dB (64 seeds, docs/method.md).
 SMALL_GRID_DENSITIES = {"quality": 0.85, "balanced": 0.7, "fast": 0.55}
+# Least dense steps of the presets there in schedules of few steps, as a share of the schedule: how things move is
+# decided in the first steps, and with one of eight a clip of 64 moved otherwise, at any density.
+SMALL_GRID_DENSE_SHARE = 0.25
 # Quantising, pooling and reordering, as a share of dense attention.
 PREPARING_COST = 0.05
 
@@ -49,10 +53,12 @@ class Recipe:
     precision: str
     notes: str = ""
 
-    def dense_steps(self, steps: int) -> int:
-        """First steps that keep every block: a share of a full schedule, a fixed number of a short one."""
+    def dense_steps(self, steps: int, small: bool = False) -> int:
+        """First steps that keep every block: a share of a full schedule, a fixed number of a short one, of which small
+        grids (`is_small`) have a quarter."""
         if steps <= self.few_steps["up_to"]:
-            return self.few_steps["dense_steps"]
+            least = math.ceil(SMALL_GRID_DENSE_SHARE * steps) if small else 0
+            return max(least, self.few_steps["dense_steps"])
         return default_dense_steps(steps, self.dense_fraction)
 
     def expected_gain(self, layout: TokenLayout, density: float) -> tuple[float, float]:
@@ -130,9 +136,15 @@ class MaskOptions:
         }
 
 
+def is_small(settings: Settings, grid_tokens: int) -> bool:
+    """Whether a preset is on a grid where it keeps more than the recipe says; a density that the user gives is taken
+    as it is."""
+    return settings.density is None and grid_tokens <= WIDE_QUERY_TOKENS
+
+
 def raised_density(settings: Settings, recipe: Recipe, grid_tokens: int) -> float | None:
     """The density of a preset on a grid of this size, where it is more than the recipe says; else None."""
-    if settings.density is not None or grid_tokens > WIDE_QUERY_TOKENS:
+    if not is_small(settings, grid_tokens):
         return None
     least = SMALL_GRID_DENSITIES.get(settings.preset, 0.0)
     return least if least > recipe.densities[settings.preset] else None

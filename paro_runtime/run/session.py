@@ -20,7 +20,7 @@ from ...kernels.core.pattern import PRECISIONS
 from ...kernels.core.scratch import release_scratch
 from ..calibration.calibrator import Calibrator, Method
 from ..compiling.readiness import Readiness
-from ..config.recipes import MaskOptions, Recipe, mask_options, query_block, raised_density
+from ..config.recipes import MaskOptions, Recipe, is_small, mask_options, query_block, raised_density
 from ..config.settings import Settings
 from ..plan.plan import IN_PASSING, ModelIdentity, Plan, PlanError, Site
 from ..plan.store import FoundPlan, PlanStore
@@ -143,19 +143,31 @@ class Session:
         self.refresh = BiasRefresh() if refresh else None
         self.lock = threading.RLock()
         self._time_gone = time_gone
+        self._small = False  # the grid that the run began with, see `is_small`
         self.follow(sigmas)
 
     def follow(self, sigmas: Sequence[float]) -> None:
         """From here on these are the run's noise levels: some samplers bring their own."""
         with self.lock:
             self.sigmas = [float(s) for s in sigmas]
-            chosen, recipe = self.settings.dense_steps, self.policy.recipe
-            dense_steps = recipe.dense_steps if chosen is None else lambda whole: chosen
-            blocks = self.settings.dense_blocks or recipe.dense_blocks
-            self.schedule = Schedule.of_run(self.sigmas, dense_steps, blocks, self._time_gone)
+            self._make_schedule()
             self.steps = self.schedule.steps
             self._finder = StepFinder(self.sigmas)
             self.clock.step = -1
+
+    def begins_on(self, layout: TokenLayout) -> None:
+        """The run begins with this grid, which decides how many of its steps are dense."""
+        self._small = is_small(self.settings, layout.grid_tokens)
+        self._make_schedule()
+
+    def _make_schedule(self) -> None:
+        chosen, recipe = self.settings.dense_steps, self.policy.recipe
+
+        def dense_steps(whole: int) -> int:
+            return recipe.dense_steps(whole, self._small) if chosen is None else chosen
+
+        blocks = self.settings.dense_blocks or recipe.dense_blocks
+        self.schedule = Schedule.of_run(self.sigmas, dense_steps, blocks, self._time_gone)
 
     def begin(
         self,
@@ -171,6 +183,8 @@ class Session:
         """
         with self.lock:
             step = self._finder.find(sigma, self.clock.step)
+            if not self._grids:
+                self.begins_on(layout)
             grid = self._grids.get(layout.grid)
             if grid is None:
                 grid = self._grids[layout.grid] = self._open_grid(layout, step)
@@ -244,6 +258,11 @@ class Session:
 
         return restore
 
+    def options_on(self, layout: TokenLayout) -> MaskOptions:
+        """What shapes the masks on this grid."""
+        raised = raised_density(self.settings, self.policy.recipe, layout.grid_tokens)
+        return self.options if raised is None else replace(self.options, density=raised)
+
     # Below: used by Evaluation.
 
     def _open_grid(self, layout: TokenLayout, step: int) -> Grid:
@@ -266,7 +285,7 @@ class Session:
             self.note(f"{reason}; calibrating anew")
         elif self.policy.store is not None:
             found, note = self.policy.store.find(
-                self.policy.identity, layout, query_block(layout.grid_tokens), self._options_on(layout)
+                self.policy.identity, layout, query_block(layout.grid_tokens), self.options_on(layout)
             )
             if found is not None and self._wanted(found.header):
                 grid.plan, grid.source, grid.coming = found.header, "plan found", found.begin_reading()
@@ -316,11 +335,6 @@ class Session:
         its first step."""
         return self.highest_noise is None or self.sigmas[0] >= PURE_NOISE * self.highest_noise
 
-    def _options_on(self, layout: TokenLayout) -> MaskOptions:
-        """What shapes the masks on this grid."""
-        raised = raised_density(self.settings, self.policy.recipe, layout.grid_tokens)
-        return self.options if raised is None else replace(self.options, density=raised)
-
     def _calibrator(self, step: int, layout: TokenLayout) -> Calibrator:
         """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
         seen = max(step, self.schedule.dense_steps - 1)
@@ -328,7 +342,7 @@ class Session:
         # A sparse step that sees its masks itself goes by what it saw.
         own = not self.policy.remember and self.refresh is not None
         later = own and self.schedule.is_dense_step(seen)
-        return Calibrator(self.policy.identity, self._options_on(layout), method=method, bias_later=later)
+        return Calibrator(self.policy.identity, self.options_on(layout), method=method, bias_later=later)
 
     def _noisy(self, step: int) -> bool:
         """Whether a step begins with hardly anything but noise."""

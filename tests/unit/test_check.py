@@ -172,12 +172,16 @@ def served(its: Session) -> Session:
     return its
 
 
-def test_the_outlook_is_what_a_session_does():
-    its = session(10, backend="triton", preset="fast")
-    found = outlook(served(its), SIZE, CPU, 30)
-    assert found.dense == tuple(its.schedule.is_dense_step(step) for step in range(10)) and sum(found.dense) == 2
-    assert len(found.densities) == 8 and sorted(set(found.densities), reverse=True) == list(its.options.densities(0.2))
-    assert found.density == pytest.approx(0.2, abs=0.02) and found.sites == 30
+@pytest.mark.parametrize(("grid", "steps", "dense", "density"), [((3, 8, 10), 8, 2, 0.55), ((21, 30, 52), 8, 1, 0.2)])
+def test_the_outlook_is_what_a_session_does(grid, steps, dense, density):
+    its = session(steps, backend="triton", preset="fast")
+    found = outlook(served(its), replace(SIZE, layout=TokenLayout(0, grid)), CPU, 30)
+    begun = session(steps, backend="triton", preset="fast")
+    begun.begin(layout=TokenLayout(0, grid), sigma=1.0)
+    assert found.dense == tuple(begun.schedule.is_dense_step(step) for step in range(steps))
+    assert sum(found.dense) == dense and len(found.densities) == steps - dense and found.sites == 30
+    assert sorted(set(found.densities), reverse=True) == list(its.options.densities(density))
+    assert found.density == pytest.approx(density, abs=0.02)
 
 
 def test_the_gain_of_a_run_counts_its_dense_steps():

@@ -15,6 +15,8 @@ def test_dense_steps_of_short_and_full_schedules(family):
     recipe = recipe_for(family)
     assert [recipe.dense_steps(n) for n in (1, 4, 8)] == [1, 1, 1]
     assert 2 <= recipe.dense_steps(20) <= 6
+    assert [recipe.dense_steps(n, small=True) for n in (1, 4, 5, 8)] == [1, 1, 2, 2]
+    assert recipe.dense_steps(20, small=True) == recipe.dense_steps(20)
     steps = [recipe.dense_steps(n) for n in range(1, 60)]
     assert steps == sorted(steps)
 
@@ -135,3 +137,20 @@ def test_presets_keep_more_of_a_small_grid_and_say_so(settings, grid, density):
         evaluation.end()
     raised = f"density raised from {100 * session.options.density:.1f} % to hold quality"
     assert (raised in session.finish().text()) == (density > session.options.density)
+
+
+@pytest.mark.parametrize(
+    ("settings", "grid", "dense"),
+    [
+        ({"preset": "balanced"}, (4, 8, 12), 2),
+        ({"preset": "balanced"}, (9, 30, 32), 1),
+        ({"preset": "balanced", "dense_steps": 1}, (4, 8, 12), 1),
+        ({"preset": "custom", "density": 0.3}, (4, 8, 12), 1),
+    ],
+)
+def test_presets_have_a_quarter_of_few_steps_dense_on_a_small_grid(settings, grid, dense):
+    policy = Policy(ModelIdentity("wan", "a", "b"), recipe_for("wan"), Settings(**settings))
+    session = Session(policy, sigmas=[1 - step / 8 for step in range(9)])
+    session.begin(layout=TokenLayout(0, grid), sigma=1.0)
+    session.begin(layout=TokenLayout(0, (4, 8, 13)), sigma=1.0)  # the first grid decides
+    assert session.schedule.dense_steps == dense
