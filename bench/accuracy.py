@@ -19,7 +19,7 @@ _checkout.register()
 import torch  # noqa: E402
 from comfyui_paro.bench.problems import Shape, inputs, pattern  # noqa: E402
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference  # noqa: E402
-from comfyui_paro.kernels.core.pattern import PRECISIONS  # noqa: E402
+from comfyui_paro.kernels.core.precision import PRECISIONS  # noqa: E402
 
 OUTLIERS = 4
 

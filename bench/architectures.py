@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.tests.tiny_wan.model import AttentionFn, TinyWan, TinyWanConfig, rope_table, rotate
 
 

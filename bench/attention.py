@@ -29,9 +29,10 @@ from comfyui_paro.bench.problems import SHAPES, Shape, exact_rows, inputs, patte
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
 from comfyui_paro.kernels.attention.api import sparse_attention  # noqa: E402
 from comfyui_paro.kernels.attention.gluon_sm90 import launch as gluon_launch  # noqa: E402
-from comfyui_paro.kernels.core.pattern import PRECISIONS, SparsePattern  # noqa: E402
+from comfyui_paro.kernels.core.pattern import SparsePattern  # noqa: E402
+from comfyui_paro.kernels.core.precision import PRECISIONS  # noqa: E402
 from comfyui_paro.kernels.core.scratch import release_scratch  # noqa: E402
-from comfyui_paro.paro_runtime.config.recipes import query_block  # noqa: E402
+from comfyui_paro.paro_runtime.plan.options import query_block  # noqa: E402
 
 TAIL_BELOW = 0.25
 SAMPLED_ROWS = 192

@@ -37,18 +37,21 @@ from comfyui_paro.bench.attention import commit, peak_mib  # noqa: E402
 from comfyui_paro.bench.paro_bench.tiny import GRIDS, LAYERS, TinyBench, Variant  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, inputs  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
-from comfyui_paro.kernels.attention.api import block_costs, block_statistics, row_logsumexp  # noqa: E402
+from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of  # noqa: E402
 from comfyui_paro.kernels.core.pattern import SparsePattern  # noqa: E402
+from comfyui_paro.kernels.core.sampling import sampled_rows  # noqa: E402
+from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp  # noqa: E402
+from comfyui_paro.kernels.statistics.logit_errors import logit_errors  # noqa: E402
+from comfyui_paro.kernels.tail_error.api import block_costs  # noqa: E402
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator  # noqa: E402
-from comfyui_paro.paro_runtime.calibration.observe import StatisticsOptions, geometry_of, order_scores  # noqa: E402
-from comfyui_paro.paro_runtime.calibration.outlier_rotation import logit_errors  # noqa: E402
-from comfyui_paro.paro_runtime.calibration.tail_fit import observe_bias, observe_tail, sampled_rows  # noqa: E402
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions, query_block  # noqa: E402
+from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions  # noqa: E402
+from comfyui_paro.paro_runtime.calibration.order_choice import order_scores  # noqa: E402
+from comfyui_paro.paro_runtime.calibration.tail_fit import observe_bias, observe_tail  # noqa: E402
+from comfyui_paro.paro_runtime.plan.options import MaskOptions, query_block  # noqa: E402
 from comfyui_paro.paro_runtime.plan.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site  # noqa: E402
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout  # noqa: E402
-from comfyui_paro.paro_runtime.run.backend import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.run.masks import routed_bits  # noqa: E402
+from comfyui_paro.paro_runtime.run.patterns import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.run.tail_bias import measured_rows  # noqa: E402
 
 DENSITY = 0.2

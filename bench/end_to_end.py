@@ -24,13 +24,15 @@ _checkout.register()
 
 import torch  # noqa: E402
 from comfyui_paro.bench.architectures import GRIDS, MODELS, RECIPES, TITLES, layout_of, random_model, step_of  # noqa: E402
+from comfyui_paro.kernels.core.layout import TokenLayout  # noqa: E402
 from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS  # noqa: E402
-from comfyui_paro.paro_runtime.config.recipes import query_block, recipe_for  # noqa: E402
+from comfyui_paro.paro_runtime.config.recipes import recipe_for  # noqa: E402
 from comfyui_paro.paro_runtime.config.settings import Settings  # noqa: E402
+from comfyui_paro.paro_runtime.plan.options import query_block  # noqa: E402
 from comfyui_paro.paro_runtime.plan.orders import AXIS_ORDERS  # noqa: E402
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan  # noqa: E402
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout  # noqa: E402
-from comfyui_paro.paro_runtime.run.session import Policy, Session  # noqa: E402
+from comfyui_paro.paro_runtime.run.policy import Policy  # noqa: E402
+from comfyui_paro.paro_runtime.run.session import Session  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 IDENTITY = ModelIdentity("wan", "random", "random")

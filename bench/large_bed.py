@@ -43,7 +43,7 @@ from comfyui_paro.bench.large_wan import (  # noqa: E402
 from comfyui_paro.bench.large_wan.model import CONFIG, load_large_wan  # noqa: E402
 from comfyui_paro.bench.large_wan.train import train  # noqa: E402
 from comfyui_paro.bench.large_wan.trainer import Options  # noqa: E402
-from comfyui_paro.kernels.core.pattern import PRECISIONS  # noqa: E402
+from comfyui_paro.kernels.core.precision import PRECISIONS  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = 20_000

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS, Geometry, SparsePattern
+from comfyui_paro.kernels.core.layout import Geometry
+from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from comfyui_paro.kernels.pooling.reference import expanded_pools, mean_queries, stretch_of_rows, stretches_of
 
 

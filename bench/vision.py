@@ -41,9 +41,9 @@ from comfyui_paro.bench.large_wan.call_methods import Call, How, Plans, exact_at
 from comfyui_paro.bench.large_wan.mechanisms import write_json  # noqa: E402
 from comfyui_paro.bench.large_wan.pooled import pooled_attention  # noqa: E402
 from comfyui_paro.bench.large_wan.routing import true_mass  # noqa: E402
-from comfyui_paro.kernels.core.pattern import PRECISIONS  # noqa: E402
+from comfyui_paro.kernels.core.layout import TokenLayout  # noqa: E402
+from comfyui_paro.kernels.core.precision import PRECISIONS  # noqa: E402
 from comfyui_paro.paro_runtime.plan.plan import Plan, Site  # noqa: E402
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout  # noqa: E402
 
 OURS, OWN = "all orders", "model's own order"
 POOLED, OTHER, ORACLE = "block means, pooled tail", "masks of the other picture", "oracle masks"

@@ -53,7 +53,7 @@ class Row:
 
 def precisions() -> dict:
     """What a user may choose, and 8-bit Q K^T with rotation, which the runtime may."""
-    from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision
+    from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 
     rotated = {
         f"{name}+rot": Precision(p.qk, p.pv, True) for name, p in PRECISIONS.items() if p.qk == "int8"
@@ -100,7 +100,8 @@ def call_for(row: Row):
     """The plan of such a call with bf16 inputs, as it would be launched, and what K, V and pooled V are stored in."""
     import torch
     from comfyui_paro.kernels.attention.launch_plan import CallKey, call_of, storage_types
-    from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS, Geometry
+    from comfyui_paro.kernels.core.layout import Geometry
+    from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS
 
     listed = row.block_q != 0
     capability = (row.capability // 10, row.capability % 10)

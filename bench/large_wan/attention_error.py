@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.core.layout import TokenLayout
 from ...paro_runtime.plan.plan import Plan, Site
-from ...paro_runtime.plan.token_layout import TokenLayout
 from ..paro_bench.generator import HARD, TEXT, make_problem
 from .call_methods import Call, How, Plans, exact_attention, judged, paro_rows, routed_row, sol_rows, why_no_sol_attn
 from .mechanisms import Setup, write_json

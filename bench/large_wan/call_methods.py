@@ -11,17 +11,17 @@ import torch
 
 from ...kernels.attention.api import sparse_attention
 from ...kernels.core.block_mask import pack_bits
-from ...kernels.core.pattern import PRECISIONS, SparsePattern
+from ...kernels.core.layout import TokenLayout
+from ...kernels.core.pattern import SparsePattern
+from ...kernels.core.precision import PRECISIONS
 from ...paro_runtime.calibration.calibrator import Calibrator, Method
 from ...paro_runtime.calibration.tail_fit import best_bias, observe_bias
 from ...paro_runtime.compiling.self_check import site_precision
-from ...paro_runtime.config.recipes import MaskOptions, query_block
+from ...paro_runtime.plan.options import MaskOptions, query_block
 from ...paro_runtime.plan.orders import ORIGINAL
 from ...paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
-from ...paro_runtime.plan.token_layout import TokenLayout
-from ...paro_runtime.run.backend import build_pattern, pattern_of
 from ...paro_runtime.run.masks import routed_bits
-from ...paro_runtime.run.patterns import with_bias
+from ...paro_runtime.run.patterns import build_pattern, pattern_of, with_bias
 from ...paro_runtime.run.tail_bias import measured_rows
 from .routing import Worth, mask_by_worth, pooled_scores, without_masks
 from .timed import Stopwatch

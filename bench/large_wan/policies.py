@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ...kernels.core.pattern import PRECISIONS
+from ...kernels.core.precision import PRECISIONS
 from ...paro_runtime.calibration.calibrator import Method
 from ...paro_runtime.config.settings import Settings
 from ...paro_runtime.plan.plan import Plan, SitePlan

@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from ...paro_runtime.plan.token_layout import TokenLayout
+from ...kernels.core.layout import TokenLayout
 
 BLOCK = 64
 

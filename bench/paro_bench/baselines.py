@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ...kernels.core.pattern import Geometry
+from ...kernels.core.layout import Geometry
 
 
 def keep_smallest(rank: torch.Tensor, density: float) -> torch.Tensor:

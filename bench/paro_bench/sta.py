@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 
 from ...kernels.statistics.reference import BlockStatistics
-from ...paro_runtime.calibration.mask_choice import mass_kept_scores
-from ...paro_runtime.calibration.observe import first_best
+from ...paro_runtime.calibration.order_choice import first_best, mass_kept_scores
 from ...paro_runtime.plan.orders import AXIS_ORDERS, order_table, tiled_orders
 
 TABLE = Path(__file__).resolve().parents[2] / "calib_presets" / "priors" / "hunyuan_sta.json"

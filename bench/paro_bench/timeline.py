@@ -22,23 +22,27 @@ REST = "rest_of_model"
 PACK = "comfyui_paro.paro_runtime"
 # Part -> what is timed for it, as module:attribute. What begins with "?" may be missing.
 HOOKS = {
-    "observing": (f"{PACK}.calibration:Calibrator.observe",),
-    "planning": (f"{PACK}.session:Session._close_calibration",),
-    "bias": (f"{PACK}.refresh:BiasRefresh.measure", f"{PACK}.refresh:BiasRefresh.judge"),
-    "masks": (f"{PACK}.evaluation:routed_bits",),
+    "observing": (f"{PACK}.calibration.calibrator:Calibrator.observe",),
+    "planning": (f"{PACK}.run.session:Session._close_calibration",),
+    "bias": (f"{PACK}.run.tail_bias:BiasRefresh.measure", f"{PACK}.run.tail_bias:BiasRefresh.judge"),
+    "masks": (f"{PACK}.run.evaluation:routed_bits",),
     "loading_plan": (
-        f"{PACK}.plan_store:PlanStore.find",
-        f"{PACK}.session:Session._receive_plan",
-        f"{PACK}.patterns:PatternCache.get",
+        f"{PACK}.plan.store:PlanStore.find",
+        f"{PACK}.run.session:Session._receive_plan",
+        f"{PACK}.run.patterns:PatternCache.get",
     ),
     # With what is waited for and with the self-check, which loads what was compiled.
     "compiling": (
-        f"{PACK}.readiness:Readiness._decide",
+        f"{PACK}.compiling.readiness:Readiness._decide",
         "?triton.runtime.jit:JITFunction._do_compile",
     ),
-    "sparse_attention": (f"{PACK}.evaluation:run_kernel", "?comfy_kitchen:sol_attn", "?comfy_kitchen:sol_attn_chunked"),
+    "sparse_attention": (
+        f"{PACK}.run.evaluation:run_kernel",
+        "?comfy_kitchen:sol_attn",
+        "?comfy_kitchen:sol_attn_chunked",
+    ),
     # In runs without PARO the host's attention is timed in its override slot, see `attentions.watch`.
-    "dense_attention": (f"{PACK}.host.override:run_host", f"{PACK}.dense:cudnn_attention"),
+    "dense_attention": (f"{PACK}.host.override:run_host", f"{PACK}.run.dense:cudnn_attention"),
 }
 PARTS = ("dense_attention", "sparse_attention", REST, "observing", "planning", "masks")
 PARTS += ("bias", "compiling", "loading_plan")

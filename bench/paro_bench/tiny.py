@@ -13,14 +13,15 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from ...kernels.core.layout import TokenLayout, geometry_of
 from ...paro_runtime.calibration.accumulator import SiteSums
 from ...paro_runtime.calibration.calibrator import Calibrator, Method
-from ...paro_runtime.calibration.observe import geometry_of
-from ...paro_runtime.config.recipes import MaskOptions, mask_options, query_block, recipe_for
+from ...paro_runtime.config.recipes import mask_options, recipe_for
 from ...paro_runtime.config.settings import Settings
+from ...paro_runtime.plan.options import MaskOptions, query_block
 from ...paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
-from ...paro_runtime.plan.token_layout import TokenLayout
-from ...paro_runtime.run.session import IN_PASSING, Policy, Session
+from ...paro_runtime.run.policy import Policy
+from ...paro_runtime.run.session import IN_PASSING, Session
 from ...tests.tiny_wan import data, sampler
 from ...tests.tiny_wan.model import TinyWan, load_tiny_wan
 from ..metrics import cosine, psnr, ssim
@@ -206,7 +207,7 @@ class TinyBench:
         return tuple(Site("block", layer) for layer in range(self.layers))
 
     def _better_band(self, mask: torch.Tensor) -> dict[Site, tuple[str, ...]]:
-        from ...kernels.attention.api import block_statistics, row_logsumexp
+        from ...kernels.statistics.api import block_statistics, row_logsumexp
         from ...paro_runtime.plan.orders import order_table
 
         kept = {s: dict.fromkeys(("FHW", "HWF"), 0.0) for s in self._sites()}

@@ -2,36 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
-from ..core.pattern import Geometry, Precision, SparsePattern, problem_with
-from ..core.support import triton_reason
-from ..statistics.reference import (
-    BlockStatistics,
-    block_statistics_reference,
-    query_sums_reference,
-    row_logsumexp_reference,
-)
-from ..tail_error.reference import BlockCosts, RowMoments, block_costs_reference, row_moments_reference
+from ..core.dispatch import chosen_backend
+from ..core.pattern import SparsePattern, problem_with
+from ..core.precision import Precision
 from .reference import sparse_attention_reference
-
-BACKENDS = ("auto", "triton", "reference")
-STATISTICS_PRECISION = Precision("16", "16")
-# Wider heads, which no supported model has, would not fit the shared memory of the smaller GPUs.
-TAIL_HEAD_DIM = 128
-
-
-# A GPU does not change: asked once, not in every call.
-_reason_on_gpu = lru_cache(maxsize=64)(triton_reason)
-
-
-def capability_of_gpu(device: torch.device) -> tuple[int, int] | None:
-    """Compute capability of an NVIDIA GPU; None for every other device."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    return torch.cuda.get_device_capability(device)
 
 
 @cache
@@ -40,19 +18,6 @@ def _triton():
     from . import launch
 
     return launch
-
-
-def chosen_backend(backend: str, device: torch.device, dtype: torch.dtype, head_dim: int, precision: Precision) -> str:
-    """`triton` or `reference`. `auto` is Triton on a GPU that it serves; asking for it elsewhere is a ValueError."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend == "reference" or (backend == "auto" and device.type == "cpu"):
-        return "reference"
-    why_not = _reason_on_gpu if device.type == "cuda" else triton_reason
-    reason = why_not(device, dtype, head_dim, precision)
-    if reason and backend == "triton":
-        raise ValueError(f"triton: {reason}")
-    return "reference" if reason else "triton"
 
 
 def sparse_attention(
@@ -122,125 +87,3 @@ def _problem_with_rest(q, scale, key_bias, out, nonfinite) -> str | None:
             f"got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
     return None
-
-
-def row_logsumexp(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """See `statistics_reference.row_logsumexp_reference`."""
-    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
-        return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
-    from ..statistics.triton_statistics import launch_row_logsumexp
-
-    return launch_row_logsumexp(q, k, scale=scale, key_bias=key_bias)
-
-
-def block_statistics(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    lse: torch.Tensor,
-    geometry: Geometry,
-    rows: torch.Tensor,
-    *,
-    q_blocks: torch.Tensor | None = None,
-    scale: float | None = None,
-    epsilon: float | None = None,
-    rows_per_block: int | None = None,
-    backend: str = "auto",
-) -> BlockStatistics:
-    """See `statistics_reference.block_statistics_reference`."""
-    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
-        run = block_statistics_reference
-    else:
-        from ..statistics.triton_statistics import launch_block_statistics as run
-    rest = {"q_blocks": q_blocks, "scale": scale, "epsilon": epsilon, "rows_per_block": rows_per_block}
-    return run(q, k, lse, geometry, rows, **rest)
-
-
-def query_sums(
-    queries: torch.Tensor,
-    k: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    per_block: int,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> torch.Tensor:
-    """See `statistics_reference.query_sums_reference`."""
-    if chosen_backend(backend, k.device, k.dtype, k.shape[3], STATISTICS_PRECISION) == "reference":
-        run = query_sums_reference
-    else:
-        from ..statistics.triton_query_sums import launch_query_sums as run
-    return run(queries, k, geometry, tables, per_block, scale=scale, key_bias=key_bias)
-
-
-def _tail_backend(backend: str, q: torch.Tensor) -> str:
-    chosen = chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION)
-    return "reference" if q.shape[3] > TAIL_HEAD_DIM else chosen
-
-
-def block_costs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    pool: int,
-    expanded: bool = False,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> BlockCosts:
-    """See `tail_reference.block_costs_reference`; heads wider than TAIL_HEAD_DIM always go there."""
-    if _tail_backend(backend, q) == "reference":
-        run = block_costs_reference
-    else:
-        from ..tail_error.triton_block_costs import launch_block_costs as run
-    rest = {"pool": pool, "expanded": expanded, "scale": scale, "key_bias": key_bias}
-    return run(q, k, v, geometry, tables, positions, **rest)
-
-
-def row_moments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    positions: torch.Tensor,
-    levels: torch.Tensor,
-    masks: int,
-    *,
-    pool: int,
-    expansions: int = 0,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> RowMoments:
-    """See `tail_reference.row_moments_reference`; heads wider than TAIL_HEAD_DIM always go there."""
-    if _tail_backend(backend, q) == "reference":
-        run = row_moments_reference
-    else:
-        from ..tail_error.triton_row_errors import launch_row_moments as run
-    return run(
-        q,
-        k,
-        v,
-        geometry,
-        tables,
-        positions,
-        levels,
-        masks,
-        pool=pool,
-        expansions=expansions,
-        scale=scale,
-        key_bias=key_bias,
-    )

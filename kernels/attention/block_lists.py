@@ -9,7 +9,8 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core.block_mask import count_bits, row_words
-from ..core.pattern import Geometry, SparsePattern
+from ..core.layout import Geometry
+from ..core.pattern import SparsePattern
 
 # The kernel's carried next indices read this far past the end of a row.
 LIST_PADDING = 4

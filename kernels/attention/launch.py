@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..core.pattern import Precision, SparsePattern, empty_output
+from ..core.pattern import SparsePattern, empty_output
+from ..core.precision import Precision
 from ..core.scratch import ScratchOutOfMemory, allocate, release_scratch
+from ..core.support import capability_of
 from ..core.triton_gather import LOG2E
 from ..pooling.triton_pools import launch_mean_queries
 from ..pooling.triton_quantized_pools import store_pools
 from .block_lists import BlockList, block_list
 from .gluon_sm90 import launch as gluon_launch
-from .launch_plan import Call, CallKey, call_of, capability_of, parts_of, rotation_matrix
+from .launch_plan import Call, CallKey, call_of, parts_of, rotation_matrix
 from .tiles import Tile
 from .triton_block_lists import write_lists
 from .triton_forward import attention_forward

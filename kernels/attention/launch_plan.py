@@ -14,10 +14,10 @@ from functools import lru_cache
 import torch
 
 from ..core import scratch
-from ..core.pattern import Geometry, Precision
+from ..core.layout import Geometry, padded_dim
+from ..core.precision import Precision
 from ..core.quantization import hadamard_matrix
 from ..core.scratch import ScratchLayout
-from ..core.support import LOWEST_CAPABILITY, compiled_for
 from ..pooling.reference import stretches_of
 from .block_lists import context_blocks, list_shape
 from .gluon_sm90 import launch as gluon_launch
@@ -101,25 +101,12 @@ class Call:
     attention_options: dict
 
 
-def padded_dim(head_dim: int) -> int:
-    """Head dimension the kernels work with: the next power of two, at least 32."""
-    return max(32, 1 << (head_dim - 1).bit_length())
-
-
 @lru_cache(maxsize=16)
 def rotation_matrix(head_dim: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
     """Hadamard matrix of +-1, exact in 16 bits, zero-padded: `[padded_dim, padded_dim]`."""
     matrix = hadamard_matrix(head_dim, device) * (head_dim & -head_dim) ** 0.5
     padding = padded_dim(head_dim) - head_dim
     return torch.nn.functional.pad(matrix.round(), (0, padding, 0, padding)).to(dtype).contiguous()
-
-
-@lru_cache(maxsize=8)
-def capability_of(device: torch.device) -> tuple[int, int] | None:
-    """The GPU's compute capability; None on AMD. The interpreter stands in for the oldest GPU."""
-    if device.type != "cuda":
-        return compiled_for() or LOWEST_CAPABILITY
-    return None if torch.version.hip else torch.cuda.get_device_capability(device)
 
 
 def storage_types(key: CallKey) -> tuple[torch.dtype, torch.dtype, torch.dtype]:

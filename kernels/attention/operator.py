@@ -6,7 +6,9 @@ import re
 
 import torch
 
-from ..core.pattern import Geometry, Precision, SparsePattern, empty_output
+from ..core.layout import Geometry
+from ..core.pattern import SparsePattern, empty_output
+from ..core.precision import Precision
 
 # The pack may be imported under more than one name in a process (the host's and the tests'); operators are global. The
 # host's name is the folder's whole path, and torch takes no name with letters beyond ASCII.

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.pattern import Geometry
+from ..core.layout import Geometry
 from ..core.settled import settle
 from .block_lists import LIST_PADDING, context_blocks
 

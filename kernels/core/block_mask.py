@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .pattern import Geometry
+    from .layout import Geometry
 
 
 def row_words(k_blocks: int) -> int:

@@ -7,77 +7,15 @@ boundary of their own, so a block never mixes grid and context.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
 from .block_mask import count_bits, mask_of_words, pack_bits, row_words, words_of_bits
+from .layout import BLOCK_K, BLOCK_Q_CHOICES, Geometry
 
-BLOCK_K = 64
-BLOCK_Q_CHOICES = (64, 128)
 # As many rows as the smallest product of the tensor cores has.
 MOST_EXPANSIONS = 16
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Token layout of one sequence of `prefix + F*H*W + suffix` tokens and the size of its blocks, in tokens."""
-
-    prefix: int
-    grid: tuple[int, int, int]
-    suffix: int
-    block_q: int = 64
-    block_k: int = BLOCK_K
-
-    @property
-    def grid_tokens(self) -> int:
-        """F*H*W."""
-        return math.prod(self.grid)
-
-    @property
-    def context_tokens(self) -> int:
-        """Tokens that are never reordered and never dropped."""
-        return self.prefix + self.suffix
-
-    @property
-    def length(self) -> int:
-        """Tokens in the sequence."""
-        return self.grid_tokens + self.context_tokens
-
-    @property
-    def q_blocks(self) -> int:
-        """Query blocks over the grid; the last one may be ragged."""
-        return -(-self.grid_tokens // self.block_q)
-
-    @property
-    def k_blocks(self) -> int:
-        """Key blocks over the grid; the last one may be ragged."""
-        return -(-self.grid_tokens // self.block_k)
-
-
-@dataclass(frozen=True)
-class Precision:
-    """Bit widths of the two products.
-
-    qk: `16` (the input's dtype), `int8`, `int4`; pv: `16`, `fp8`, `int8`, `int4`.
-    hadamard: rotate Q and K by an orthonormal Hadamard matrix before quantising (spreads channel outliers).
-    """
-
-    qk: str = "int8"
-    pv: str = "16"
-    hadamard: bool = False
-
-
-# What a user may choose. `auto` is resolved by the runtime before a kernel is asked.
-PRECISIONS = {
-    "16bit": Precision("16", "16"),
-    "int8": Precision("int8", "16"),
-    "int8_pv8": Precision("int8", "int8"),
-    "fp8": Precision("int8", "fp8"),
-    "int4": Precision("int4", "int8", hadamard=True),
-    "int4_pv4": Precision("int4", "int4", hadamard=True),
-}
 
 
 @dataclass(frozen=True, eq=False)

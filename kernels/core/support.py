@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from functools import lru_cache
 
 import torch
 
-from .pattern import Precision
+from .precision import Precision
 
 HEAD_DIMS = (32, 256)
 # Below sm_80 there is no 16-bit tensor product with fp32 accumulation that Triton compiles well.
@@ -77,3 +78,11 @@ def int4_is_native(capability: tuple[int, int]) -> bool:
 
 def _version(capability: tuple[int, int]) -> str:
     return f"{capability[0]}.{capability[1]}"
+
+
+@lru_cache(maxsize=8)
+def capability_of(device: torch.device) -> tuple[int, int] | None:
+    """The GPU's compute capability; None on AMD. The interpreter stands in for the oldest GPU."""
+    if device.type != "cuda":
+        return compiled_for() or LOWEST_CAPABILITY
+    return None if torch.version.hip else torch.cuda.get_device_capability(device)

@@ -18,7 +18,7 @@ from itertools import pairwise
 
 import torch
 
-from ..core.pattern import Geometry
+from ..core.layout import Geometry
 
 # Rows that a mean query is taken over, at most: evenly spread over the stretch, or all of it.
 MEAN_ROWS = 128

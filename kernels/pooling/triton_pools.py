@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.pattern import MOST_EXPANSIONS, Geometry
+from ..core.layout import Geometry
+from ..core.pattern import MOST_EXPANSIONS
 from ..core.settled import settle
 from ..core.triton_gather import LOG2E, bias_of, load_rows
 from .reference import MEAN_ROWS

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..attention.reference import CHUNK_ELEMENTS
-from ..core.pattern import Geometry
+from ..core.gather import CHUNK_ELEMENTS, block_positions, block_sizes
+from ..core.layout import Geometry
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,6 @@ def row_logsumexp_reference(
             scores += key_bias.float()[:, None, None, :]
         result[:, :, start : start + step] = scores.logsumexp(3)
     return result
-
-
-def block_sizes(g: Geometry, blocks: torch.Tensor) -> torch.Tensor:
-    """Tokens in each of these query blocks, int64 like blocks."""
-    return (g.grid_tokens - blocks * g.block_q).clamp_max(g.block_q)
-
-
-def block_positions(g: Geometry, blocks: torch.Tensor, rows: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places in the order of the rows of query blocks, int64 `[n, rows]`, and which are real, bool.
-
-    rows: so many of each block, spread evenly over it, all real; None takes all of them, up to the end of the grid.
-    """
-    if rows is None:
-        position = blocks[:, None] * g.block_q + torch.arange(g.block_q, device=blocks.device)
-        return position.clamp_max(g.grid_tokens - 1), position < g.grid_tokens
-    within = (torch.arange(rows, device=blocks.device) + 0.5) / rows * block_sizes(g, blocks)[:, None]
-    position = blocks[:, None] * g.block_q + within.long()
-    return position, torch.ones_like(position, dtype=torch.bool)
 
 
 def block_statistics_reference(

@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.launch_plan import capability_of
-from ..core.pattern import BLOCK_K, Geometry
+from ..core.layout import BLOCK_K, Geometry
 from ..core.settled import settle
+from ..core.support import capability_of
 from ..core.triton_gather import LOG2E, bias_of, load_rows, tokens_of, valid_keys
 from . import triton_statistics
 

@@ -12,10 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.launch_plan import capability_of
-from ..core.pattern import BLOCK_K, Geometry
+from ..core.gather import block_positions, block_sizes
+from ..core.layout import BLOCK_K, Geometry
 from ..core.settled import settle
-from .reference import BlockStatistics, block_positions, block_sizes
+from ..core.support import capability_of
+from .reference import BlockStatistics
 
 # Bytes of reordered queries and keys at a time; heads are done in groups that fit (at least one head).
 REORDER_BYTES = 1 << 29

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.pattern import Geometry
+from ..core.gather import blocks_of, context_index
+from ..core.layout import Geometry
 from ..pooling.reference import Pools, expanded_pools, mean_queries, stretch_of_rows
 
 # Elements of one chunk of per-block contributions: what a CPU's cache holds a few times; on a GPU some hundred MB.
@@ -49,23 +50,6 @@ class RowMoments:
     mass: torch.Tensor
     pooled: torch.Tensor
     out: torch.Tensor
-
-
-def context_index(g: Geometry, device) -> torch.Tensor:
-    """Tokens outside the grid, int64 `[prefix + suffix]`."""
-    return torch.cat(
-        [torch.arange(g.prefix, device=device), torch.arange(g.prefix + g.grid_tokens, g.length, device=device)]
-    )
-
-
-def blocks_of(x: torch.Tensor, size: int, dim: int) -> torch.Tensor:
-    """Split dimension `dim` into blocks of `size`, the last one padded with zeros."""
-    missing = -x.shape[dim] % size
-    if missing:
-        shape = list(x.shape)
-        shape[dim] = missing
-        x = torch.cat([x, x.new_zeros(shape)], dim)
-    return x.unflatten(dim, (-1, size))
 
 
 def _chunk_elements(q: torch.Tensor) -> int:

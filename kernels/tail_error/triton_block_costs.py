@@ -12,8 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.launch_plan import padded_dim
-from ..core.pattern import Geometry
+from ..core.layout import Geometry, padded_dim
 from ..core.settled import settle
 from ..core.triton_gather import LOG2E, SHIFT, UNSHIFT, bias_of, load_rows, sixteen_bits, units_of
 from ..pooling.triton_pools import launch_expanded_pools, launch_mean_queries

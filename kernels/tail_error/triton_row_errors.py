@@ -17,9 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.launch_plan import capability_of, padded_dim
-from ..core.pattern import Geometry
+from ..core.layout import Geometry, padded_dim
 from ..core.settled import settle
+from ..core.support import capability_of
 from ..core.triton_gather import (
     LOG2E,
     SHIFT,

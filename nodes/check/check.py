@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
-from ...kernels.core.pattern import PRECISIONS
+from ...kernels.core.precision import PRECISIONS
 from ...kernels.core.support import interpreted, triton_reason
 from ...paro_runtime.compiling.readiness import COMPILING, Readiness
-from ...paro_runtime.config.recipes import MaskOptions
+from ...paro_runtime.plan.options import MaskOptions
 from ...paro_runtime.run.session import Session
 from .measure import Row, Size
 

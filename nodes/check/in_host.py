@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.attention import SDPBackend
 
-from ...paro_runtime.config.recipes import MaskOptions, mask_options, recipe_for
+from ...kernels.core.layout import TokenLayout
+from ...paro_runtime.config.recipes import mask_options, recipe_for
 from ...paro_runtime.config.settings import Settings
 from ...paro_runtime.host.override import SLOT, without_paro
 from ...paro_runtime.host.patching import patch_model
 from ...paro_runtime.host.wrappers import KEY, Lifecycle
+from ...paro_runtime.plan.options import MaskOptions
 from ...paro_runtime.plan.store import PlanStore
-from ...paro_runtime.plan.token_layout import TokenLayout
 from ...paro_runtime.report.reasons import clipped
 from ...paro_runtime.run.backend import resolve_precision
 from ...paro_runtime.run.session import Session

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
+from ...kernels.core.layout import TokenLayout
 from ...paro_runtime.config.recipes import recipe_for
 from ...paro_runtime.host.families import Family, ModelCall, family_of
-from ...paro_runtime.plan.token_layout import TokenLayout
 
 TEXT_TOKENS = 512
 """Taken for the length of a text that is not connected."""

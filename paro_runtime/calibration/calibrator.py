@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from ..config.recipes import MaskOptions, query_block
+from ...kernels.core.layout import TokenLayout
+from ..plan.options import MaskOptions, query_block
 from ..plan.plan import ModelIdentity, Plan, PlanError, Site
-from ..plan.token_layout import TokenLayout
 from .accumulator import SiteSums, stored
 from .checkpoint import PartialStore
-from .observe import Observation, StatisticsOptions, observe
-from .planning import Method, Planner
+from .observe import Observation, observe
+from .options import Method, StatisticsOptions
+from .planning import Planner
 
 
 class Calibrator:

@@ -17,10 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from ...kernels.core.layout import TokenLayout
 from ..plan.file import file_digest
 from ..plan.orders import ALL_ORDERS
 from ..plan.plan import ModelIdentity, PlanError, Site
-from ..plan.token_layout import TokenLayout
 from .accumulator import SiteSums
 
 log = logging.getLogger("paro")

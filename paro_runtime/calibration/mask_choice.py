@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from ...kernels.statistics.reference import BlockStatistics
 from .tables import Worth
 
 # A head keeps at least this share of the density that was asked for: diffuse heads must not be starved.
@@ -23,61 +22,6 @@ RANKED_VALUES, COUNTED_VALUES = 4096, 1 << 15
 # The density that keeps a wanted share of the attention is sought to this precision, on at most about so many blocks.
 DENSITY_STEP = 1 / 512
 TARGET_VALUES = 1 << 22
-
-
-def mass_kept_scores(seen: Sequence[BlockStatistics], density: float) -> torch.Tensor:
-    """Share of attention that the best `density` of the blocks hold, per head and candidate: float32 `[H, n]`."""
-    columns = []
-    for statistics in seen:
-        flat = statistics.mass.flatten(1)
-        count = max(1, round(density * flat.shape[1]))
-        columns.append(flat.topk(count, 1).values.sum(1) / flat.sum(1).clamp_min(1e-20))
-    return torch.stack(columns, 1)
-
-
-def estimated_mass_kept(sums: torch.Tensor, density: float) -> torch.Tensor:
-    """The same for sums `[..., n, k_blocks]`, float32 `[...]`, without ranking them all: where the threshold lies is
-    estimated, and blocks that are worth as much as it make up for what that is off."""
-    flat = sums.flatten(-2)
-    count = max(1, round(density * flat.shape[-1]))
-    some = flat[..., :: sample_stride(flat.shape[-1] / RANKED_VALUES, sums.shape[-1])]
-    rank = min(max(1, round(density * some.shape[-1])), some.shape[-1])
-    threshold = some.sort(-1, descending=True).values[..., rank - 1, None]
-    above = flat >= threshold
-    missing = count - above.sum(-1)
-    return (flat.mul(above).sum(-1) + missing * threshold[..., 0]) / flat.sum(-1).clamp_min(1e-20)
-
-
-def sample_stride(least: float, columns: int) -> int:
-    """Stride of at least so much through rows of `columns` values: it comes to every column alike."""
-    stride = max(1, math.ceil(least))
-    while stride > 1 and math.gcd(stride, columns) > 1:
-        stride += 1
-    return stride
-
-
-def paper_scores(seen: Sequence[BlockStatistics], alpha: float, sigma: float = 1.0) -> torch.Tensor:
-    """The paper's metric (arXiv 2506.16054, figure 3) with its sign corrected, negated: higher is better, `[H, n]`.
-
-    M = alpha * (1 - M_sparse) / sum(1 - M_sparse) + (1 - alpha) * M_quant / sum(M_quant), where M_sparse is the share
-    of blocks in which at least `sigma` of the weights are tiny and M_quant the mean of max/mean over blocks. As printed
-    the paper adds M_sparse, for which higher is better, and then takes the minimum.
-
-    Its example sigma of 0.9 prefers the wrong orders on our bench: a stride-64 diagonal leaves 63 of 64 weights of
-    every block tiny, so 90 % tiny is no sign of an empty block. The default counts blocks whose weights are all tiny.
-    """
-    dense, incoherence = [], []
-    for s in seen:
-        nearly_empty = (s.small >= sigma - 1e-6).float().mean((1, 2))
-        dense.append(1 - nearly_empty)
-        cell = s.mass / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
-        peak = s.maximum / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
-        # An all-zero block has no incoherence; the guard keeps 0/0 out of the mean.
-        incoherence.append((peak / cell.clamp_min(1e-12)).where(cell > 0, 0).mean((1, 2)))
-    dense, incoherence = torch.stack(dense, 1), torch.stack(incoherence, 1)
-    metric = alpha * dense / dense.sum(1, keepdim=True).clamp_min(1e-12)
-    metric = metric + (1 - alpha) * incoherence / incoherence.sum(1, keepdim=True).clamp_min(1e-12)
-    return -metric
 
 
 def _must_keep(mass: torch.Tensor, density: float) -> torch.Tensor:
@@ -254,3 +198,11 @@ def mass_kept(mass: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Share of each head's grid attention inside its mask, float32 `[H]`."""
     mass = mass.float()
     return mass.mul(mask).sum((1, 2)) / mass.sum((1, 2)).clamp_min(1e-20)
+
+
+def sample_stride(least: float, columns: int) -> int:
+    """Stride of at least so much through rows of `columns` values: it comes to every column alike."""
+    stride = max(1, math.ceil(least))
+    while stride > 1 and math.gcd(stride, columns) > 1:
+        stride += 1
+    return stride

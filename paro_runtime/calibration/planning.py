@@ -6,69 +6,21 @@ together, and nothing but masks is brought to the CPU one site at a time.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from ...kernels.core.block_mask import pack_bits
-from ...kernels.core.pattern import BLOCK_K, MOST_EXPANSIONS
-from ..config.recipes import MaskOptions, query_block
+from ...kernels.core.layout import BLOCK_K, TokenLayout
+from ...kernels.statistics.logit_errors import CASES
+from ..plan.options import MaskOptions, query_block
 from ..plan.plan import Site, SitePlan
-from ..plan.token_layout import TokenLayout
 from .accumulator import SiteSums
 from .mask_choice import PerHeadBudget, SharedBudget, density_for, mass_kept
-from .observe import SHARED_TOKENS
-from .outlier_rotation import CASES, root_means, rotates
+from .options import Method
+from .outlier_rotation import root_means, rotates
 from .tables import Worth
 from .tail_fit import bias_at
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a plan follows from what was observed. The defaults are what measured best; the rest is for comparisons.
-
-    criterion: blocks are kept by `error`, the squared output error, relative to the head's own output, that leaving
-    them to the tail would cost, or by `mass`. `auto` is error, but mass where errors mislead, since they were measured
-    in hardly anything but noise (docs/method.md): in plans made in passing from such a step, and in those for runs
-    without a dense step. Without a tail or without values it is always mass.
-    tiles: offer tiled orders. expansions: of the tail's pools.
-    alpha, sigma: of the paper's metric.
-    masks: kept in the `plan`, or measured in the `run` (`routing`); `auto`: in the run on large grids and in plans made
-    in passing of little but noise, where criterion is auto.
-    """
-
-    criterion: str = "auto"
-    tiles: bool = True
-    expansions: int = MOST_EXPANSIONS
-    alpha: float = 0.5
-    sigma: float = 1.0
-    masks: str = "auto"
-
-    def in_passing(self, noisy: bool) -> Method:
-        """This method for a plan that a run makes of one of its own steps; noisy: that begins with hardly anything but
-        noise."""
-        if not noisy or self.criterion != "auto":
-            return self
-        return replace(self, criterion="mass", masks="run" if self.masks == "auto" else self.masks)
-
-    def routes(self, layout: TokenLayout) -> bool:
-        """Whether the runs that a plan is for measure their masks themselves."""
-        if self.masks != "auto":
-            return self.masks == "run"
-        return layout.grid_tokens > SHARED_TOKENS and self.criterion == "auto"
-
-    @property
-    def by_mass(self) -> bool:
-        """Whether blocks are kept by their mass even where errors are known."""
-        return self.criterion == "mass"
-
-    def steep(self, options: MaskOptions) -> bool:
-        """Whether masks serve from the first step on, which begins with nothing but noise."""
-        return self.criterion == "auto" and options.density_schedule == "steep"
-
-    def by_mass_alone(self, layout: TokenLayout) -> bool:
-        """Whether errors of single blocks are not even kept, so that masses of every block are."""
-        return self.by_mass or self.routes(layout)
 
 
 @dataclass

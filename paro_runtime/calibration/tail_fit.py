@@ -17,19 +17,17 @@ from functools import lru_cache
 
 import torch
 
-from ...kernels.attention.api import block_costs, row_moments
-from ...kernels.core.pattern import MOST_EXPANSIONS, Geometry
-from ...kernels.statistics.reference import block_positions, block_sizes
+from ...kernels.core.gather import block_sizes
+from ...kernels.core.layout import Geometry
+from ...kernels.core.pattern import MOST_EXPANSIONS
+from ...kernels.core.sampling import ROWS_PER_BLOCK, head_groups, of_key_heads, sampled_rows, spread_positions
+from ...kernels.tail_error.api import block_costs, row_moments
 from ...kernels.tail_error.reference import RowMoments
 
-# Rows looked at in every query block.
-ROWS_PER_BLOCK = 16
 # Biases are tried on CURVE_ROWS rows of so many query blocks, evenly spread: one number per head needs no more. On the
 # tiny model's first and third step, densities 0.1 and 0.3, the bias from 4 rows has the error of that from 16 within
 # 0.8 %; from 8 rows within 1.8 %, so that is chance.
 CURVE_BLOCKS, CURVE_ROWS = 64, 4
-# Bytes of block tables and of attention rows that may be held at a time; heads are done in groups that fit.
-GROUP_BYTES = 1 << 29
 # Biases that are tried. The first leaves no tail at all: some heads are better off without one.
 NO_TAIL = -20.0
 BIASES = (NO_TAIL, *(i / 4 for i in range(-10, 21)))
@@ -63,30 +61,6 @@ class BiasObservation:
     errors: torch.Tensor
     rows: torch.Tensor
     exact: torch.Tensor
-
-
-def sampled_rows(geometry: Geometry, device: torch.device, rows: int = ROWS_PER_BLOCK) -> torch.Tensor:
-    """Positions in the order, int64 `[q_blocks, rows]`, spread evenly over each block, or what there is of it."""
-    return block_positions(geometry, torch.arange(geometry.q_blocks, device=device), rows)[0]
-
-
-def spread_positions(tokens: int, count: int, device: torch.device) -> torch.Tensor:
-    """Positions evenly spread over so many tokens, int64 `[count]`, or as many as there are."""
-    count = min(tokens, count)
-    return ((torch.arange(count, device=device) + 0.5) / count * tokens).long()
-
-
-def head_groups(heads: int, group: int, bytes_per_head: int) -> list[slice]:
-    """Slices of the query heads that fit GROUP_BYTES; the `group` heads that share a key head stay together."""
-    count = heads // group
-    parts = -(-count // max(1, GROUP_BYTES // (bytes_per_head * group)))
-    step = -(-count // parts) * group
-    return [slice(first, min(first + step, heads)) for first in range(0, heads, step)]
-
-
-def of_key_heads(some: slice, group: int) -> slice:
-    """The key heads of some query heads, of which each `group` share one."""
-    return slice(some.start // group, some.stop // group)
 
 
 @lru_cache(maxsize=16)

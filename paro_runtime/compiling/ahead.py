@@ -21,8 +21,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from ..config.recipes import query_block
-from ..plan.token_layout import TokenLayout
+from ...kernels.core.layout import TokenLayout
+from ..plan.options import query_block
 from .rehearsal import LARGE, Job
 from .self_check import problem
 
@@ -187,8 +187,9 @@ def usual_job() -> Job | None:
     """What a video model with 128 channels a head needs in bfloat16 on this machine's GPU; None without a fit one."""
     import torch
 
-    from ...kernels.attention.api import capability_of_gpu
-    from ...kernels.core.pattern import BLOCK_K, PRECISIONS
+    from ...kernels.core.dispatch import capability_of_gpu
+    from ...kernels.core.layout import BLOCK_K
+    from ...kernels.core.precision import PRECISIONS
     from ...kernels.core.support import triton_reason
     from ..run.backend import resolve_precision
 

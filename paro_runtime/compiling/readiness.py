@@ -13,10 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
-from ...kernels.attention.api import capability_of_gpu
 from ...kernels.attention.gluon_sm90 import launch as gluon_launch
-from ..config.recipes import MaskOptions, query_block
-from ..plan.token_layout import TokenLayout
+from ...kernels.core.dispatch import capability_of_gpu
+from ...kernels.core.layout import TokenLayout
+from ..plan.options import MaskOptions, query_block
 from .ahead import SWITCH, Ahead, ahead_of
 from .rehearsal import Job
 from .self_check import self_check

@@ -12,13 +12,15 @@ import torch
 
 from ...kernels.attention.gluon_sm90 import launch as gluon_launch
 from ...kernels.core.compile_only import Launches
-from ...kernels.core.pattern import MOST_EXPANSIONS, PRECISIONS, SparsePattern
-from ..calibration.mean_queries import mean_query_masses
-from ..calibration.observe import SHARED_TOKENS, StatisticsOptions, _table_on, geometry_of, observe
+from ...kernels.core.layout import TokenLayout, geometry_of
+from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
+from ...kernels.core.precision import PRECISIONS
+from ...kernels.statistics.mean_queries import mean_query_masses
+from ..calibration.observe import observe
+from ..calibration.options import StatisticsOptions, is_large
 from ..calibration.tail_fit import observe_bias
-from ..config.recipes import COMPARED_DENSITY, query_block
-from ..plan.orders import AXIS_ORDERS
-from ..plan.token_layout import TokenLayout
+from ..plan.options import COMPARED_DENSITY, query_block
+from ..plan.orders import AXIS_ORDERS, table_on
 from ..run.backend import run_kernel
 from ..run.dense import dense_pattern
 from ..run.tail_bias import LEAST_ROWS
@@ -86,7 +88,7 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
 
     block_q = query_block(layout.grid_tokens)
     g = geometry_of(layout, block_q)
-    tables = torch.stack([_table_on(AXIS_ORDERS[0], job.grid, q.device)])
+    tables = torch.stack([table_on(AXIS_ORDERS[0], job.grid, q.device)])
     of_heads = tables.expand(q_heads, -1)
     mask = torch.ones(q_heads, g.q_blocks, g.k_blocks, dtype=torch.bool)
     tail = None if job.pool is None else torch.zeros(q_heads)
@@ -100,7 +102,7 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
     errors_of(q.device, dtype, job.head_dim, precision, "triton", **check)
     looks = {"key_bias": bias, "backend": "triton"}
     # Errors of blocks are measured on small grids only.
-    for by_mass in (True,) if layout.grid_tokens > SHARED_TOKENS else (False, True):
+    for by_mass in (True,) if is_large(layout.grid_tokens) else (False, True):
         options = StatisticsOptions(COMPARED_DENSITY, job.order, job.pool, by_mass=by_mass)
         observe(q, k, layout, block_q, options, v=v, **looks)
     if tail is not None:

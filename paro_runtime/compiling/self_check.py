@@ -16,9 +16,11 @@ from functools import lru_cache
 import torch
 
 from ...kernels.attention.gluon_sm90 import launch as gluon_launch
-from ...kernels.core.pattern import MOST_EXPANSIONS, PRECISIONS, Precision, SparsePattern
-from ..plan.token_layout import TokenLayout
-from ..run.backend import build_pattern, run_kernel
+from ...kernels.core.layout import TokenLayout
+from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
+from ...kernels.core.precision import PRECISIONS, Precision
+from ..run.backend import run_kernel
+from ..run.patterns import build_pattern
 
 log = logging.getLogger("paro")
 

@@ -8,15 +8,11 @@ from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
-from ...kernels.core.pattern import BLOCK_K
-from ..plan.token_layout import TokenLayout
-from ..run.schedule import FALL, STEEP_FALL, default_dense_steps, falling_densities
+from ...kernels.core.layout import BLOCK_K, TokenLayout
+from ..plan.options import WIDE_QUERY_TOKENS, MaskOptions
 from .settings import Settings
 
 FOLDER = Path(__file__).resolve().parents[2] / "calib_presets"
-# Above this many grid tokens queries are masked in rows of 128: the kernels' tiles are that tall, and with hundreds of
-# blocks a side the finer mask no longer pays.
-WIDE_QUERY_TOKENS = 8192
 # Least density of the presets on smaller grids, whose blocks are a larger part of the picture: with the density of
 # large ones the worst clips of the tiny model fall to 25 dB (64 seeds, docs/method.md).
 SMALL_GRID_DENSITIES = {"quality": 0.85, "balanced": 0.7, "fast": 0.55}
@@ -25,10 +21,6 @@ SMALL_GRID_DENSITIES = {"quality": 0.85, "balanced": 0.7, "fast": 0.55}
 SMALL_GRID_DENSE_SHARE = 0.25
 # Quantising, pooling and reordering, as a share of dense attention.
 PREPARING_COST = 0.05
-
-
-# Where the density follows from a target, orders are compared at this one or at the most allowed, if that is less.
-COMPARED_DENSITY = 0.2
 
 
 class RecipeError(ValueError):
@@ -97,45 +89,6 @@ def recipe_for(family: str) -> Recipe:
         raise RecipeError(f"recipe: none for {family!r}; there are {', '.join(all_recipes())}") from None
 
 
-@dataclass(frozen=True)
-class MaskOptions:
-    """What shapes a plan's masks: two plans with equal options for one model and grid are interchangeable.
-
-    pool: tokens per pooled key of the tail, or None to drop what is not kept. mass_target: share of the attention to
-    keep with as few blocks as that takes, `density` being the most; 0 takes `density` as it is. density_schedule: one
-    mask for all sparse steps (constant), or one for each group of them (falling; steep for runs without dense steps),
-    `density` being their mean.
-    """
-
-    density: float
-    order: str
-    budget: str
-    pool: int | None
-    mass_target: float = 0.0
-    density_schedule: str = "constant"
-
-    def densities(self, density: float) -> tuple[float, ...]:
-        """Densities of the groups of sparse steps whose mean is `density`."""
-        fall = {"falling": FALL, "steep": STEEP_FALL}.get(self.density_schedule)
-        return (density,) if fall is None else falling_densities(density, fall)
-
-    @property
-    def compared_density(self) -> float:
-        """Density at which orders are compared: with a target it is not known yet, and at most it says little."""
-        return min(self.density, COMPARED_DENSITY) if self.mass_target else self.density
-
-    def as_dict(self) -> dict:
-        """Flat, for the plan's metadata."""
-        return {
-            "density": self.density,
-            "order": self.order,
-            "budget": self.budget,
-            "pool": self.pool or 0,
-            "mass_target": self.mass_target,
-            "density_schedule": self.density_schedule,
-        }
-
-
 def is_small(settings: Settings, grid_tokens: int) -> bool:
     """Whether a preset is on a grid where it keeps more than the recipe says; a density that the user gives is taken
     as it is."""
@@ -160,6 +113,9 @@ def mask_options(settings: Settings, recipe: Recipe) -> MaskOptions:
     return MaskOptions(float(density), settings.order, settings.budget, pool, target, schedule)
 
 
-def query_block(grid_tokens: int) -> int:
-    """Query rows per mask block for a grid of this size."""
-    return 128 if grid_tokens > WIDE_QUERY_TOKENS else 64
+def default_dense_steps(steps: int, fraction: float) -> int:
+    """Steps kept dense when the user leaves it open: a share of the schedule, at least one.
+
+    Few-step schedules (4 to 8 steps) cannot afford a percentage, so rounding is to the nearest whole step.
+    """
+    return max(1, math.floor(steps * fraction + 0.5))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from ...kernels.core.pattern import PRECISIONS
+from ...kernels.core.precision import PRECISIONS
 
 PRESET_NAMES = ("quality", "balanced", "fast", "custom")
 PRECISION_NAMES = ("auto", *PRECISIONS)

@@ -15,8 +15,8 @@ from ..config.recipes import mask_options, raised_density
 from ..config.settings import Settings, SettingsError, in_blocks, parse_blocks
 from ..plan.plan import Plan, PlanError
 from ..plan.store import PlanStore
+from ..report.picture import kept_text, plan_picture
 from ..report.reasons import NO_CALL, words_of
-from ..report.report import kept_text, plan_picture
 from ..report.verdict import exact, most_common
 from .families import family_of
 from .patching import calibration_model, last_report, policy_for

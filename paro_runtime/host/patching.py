@@ -14,7 +14,8 @@ from ..config.settings import Settings, SettingsError
 from ..plan.plan import Plan, PlanError
 from ..plan.store import PlanStore
 from ..report.reasons import NOT_ON_IT, not_used
-from ..run.session import Policy, Report, Session
+from ..run.policy import Policy
+from ..run.session import Report, Session
 from ..run.ulysses import several_ranks
 from .families import Family, family_of
 from .identity import identify

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..plan.token_layout import TokenLayout
+from ...kernels.core.layout import TokenLayout
 from ..report.reasons import not_used, stopped
 from ..run.attempt import Attempt
 from ..run.session import Report, Session

@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ...kernels.core.block_mask import count_bits, words_of_rows
-from ...kernels.core.pattern import BLOCK_K, BLOCK_Q_CHOICES, MOST_EXPANSIONS
+from ...kernels.core.layout import BLOCK_K, BLOCK_Q_CHOICES, TokenLayout
+from ...kernels.core.pattern import MOST_EXPANSIONS
 from .orders import ALL_ORDERS
 from .plan import ModelIdentity, Plan, PlanError, Site, SitePlan
-from .token_layout import TokenLayout
 
 FORMAT = 4
 # Heads whose masks are looked at together when a file is checked.

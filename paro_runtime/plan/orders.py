@@ -22,7 +22,7 @@ from itertools import permutations
 import numpy as np
 import torch
 
-from ...kernels.core.pattern import BLOCK_K
+from ...kernels.core.layout import BLOCK_K
 
 AXIS_ORDERS = tuple("".join(axes) for axes in permutations("FHW"))
 ORIGINAL = AXIS_ORDERS[0]
@@ -149,6 +149,18 @@ def order_table(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
     if name in TILED_ORDERS:
         return _tiled(name, grid)
     return index.permute(["FHW".index(axis) for axis in name]).reshape(-1).contiguous()
+
+
+@lru_cache(maxsize=32)
+def table_on(name: str, grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """`order_table` on a device: every site of a run asks for the same ten."""
+    return order_table(name, grid).to(device)
+
+
+@lru_cache(maxsize=4)
+def tables_on(names: tuple[str, ...], grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
+    """int32 `[len(names), F*H*W]`: tables of some orders on a device."""
+    return torch.stack([table_on(name, grid, device) for name in names])
 
 
 @lru_cache(maxsize=4)

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...kernels.core.block_mask import pack_bits, unpack_bits
-from ...kernels.core.pattern import BLOCK_K
-from ..config.recipes import query_block
+from ...kernels.core.layout import BLOCK_K, TokenLayout
+from .options import query_block
 from .orders import ALL_ORDERS, nearest_order
-from .token_layout import TokenLayout
 
 
 class PlanError(ValueError):

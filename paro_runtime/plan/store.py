@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from ..config.recipes import MaskOptions
+from ...kernels.core.layout import TokenLayout
 from .file import load_plan, read_header, save_plan
+from .options import MaskOptions
 from .plan import ModelIdentity, Plan, PlanError
-from .token_layout import TokenLayout
 
 log = logging.getLogger("paro")
 SUFFIX = ".safetensors"

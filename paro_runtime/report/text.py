@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ...kernels.core.pattern import PRECISIONS
+from ...kernels.core.precision import PRECISIONS
 from ..plan.plan import IN_PASSING
 from .reasons import hint_of, plain, without_layer, words_of
 from .verdict import compared_gain, exact, steps_text, verdict

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..plan.plan import Site
-from .backend import pinned_like
+from .patterns import pinned_like
 
 if TYPE_CHECKING:
     from .session import Session

@@ -2,93 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
 from ...kernels.attention.api import sparse_attention as run_kernel
-from ...kernels.core.block_mask import words_of_bits
-from ...kernels.core.pattern import PRECISIONS, Precision, SparsePattern
+from ...kernels.core.layout import TokenLayout
+from ...kernels.core.precision import PRECISIONS, Precision
 from ...kernels.core.support import triton_reason
-from ..calibration.observe import geometry_of
-from ..plan.orders import order_number, order_tables
-from ..plan.plan import SitePlan
-from ..plan.token_layout import TokenLayout
-
-
-def sent(x: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """x on the device. From ordinary memory the host would wait for all that it launched before."""
-    if x.is_cuda or torch.device(device).type != "cuda":
-        return x.to(device)
-    try:
-        return x.pin_memory().to(device, non_blocking=True)
-    except RuntimeError:  # the system allows no more pinned memory
-        return x.to(device)
-
-
-def pinned_like(x: torch.Tensor) -> torch.Tensor:
-    """An uninitialised tensor like x on the CPU, pinned where the system allows more of that; a copy to it waits
-    otherwise."""
-    try:
-        return torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
-    except RuntimeError:
-        return torch.empty(x.shape, dtype=x.dtype)
-
-
-def build_pattern(
-    layout: TokenLayout,
-    orders: Sequence[str],
-    mask: torch.Tensor | None,
-    tail_bias: torch.Tensor | None,
-    *,
-    block_q: int = 64,
-    pool: int = 64,
-    expansions: int = 0,
-    kv_heads: int | None = None,
-    device: torch.device | str = "cpu",
-) -> SparsePattern:
-    """The kernels' pattern from order names per query head, a mask `[H, q_blocks, k_blocks]` and biases `[H]`.
-
-    With fewer key heads than query heads the heads of a group must share an order; raises ValueError if they do not.
-    """
-    kv_heads = kv_heads or len(orders)
-    if len(orders) % kv_heads:
-        raise ValueError(f"orders: {len(orders)} query heads do not group over {kv_heads} key heads")
-    group = len(orders) // kv_heads
-    per_key_head = list(orders[::group])
-    if any(orders[i] != per_key_head[i // group] for i in range(len(orders))):
-        raise ValueError("orders: query heads that share a key head must share its order")
-    index = sent(torch.tensor([order_number(name) for name in per_key_head], dtype=torch.int32), device)
-    tables = order_tables(layout.grid, index.device)
-    bias = None if tail_bias is None else sent(tail_bias.float(), device)
-    geometry = geometry_of(layout, block_q)
-    if mask is None:
-        return SparsePattern(geometry, tables, index, None, bias, pool, expansions)
-    return SparsePattern.from_mask(geometry, tables, index, mask.to(device), bias, pool, expansions)
-
-
-def pattern_of(
-    entry: SitePlan,
-    layout: TokenLayout,
-    *,
-    group: int,
-    block_q: int,
-    pool: int,
-    expansions: int,
-    kv_heads: int,
-    device: torch.device,
-    measure: Callable[[SparsePattern], torch.Tensor] | None = None,
-) -> SparsePattern:
-    """The kernels' pattern of a planned site, on `device`. measure: gives the bits of its mask, uint8 `[bytes]` on the
-    device, for the pattern without one, where the plan has none."""
-    bias = None if entry.tail_bias is None else entry.tail_bias[group]
-    sizes = {"block_q": block_q, "pool": pool, "expansions": expansions, "kv_heads": kv_heads}
-    pattern = build_pattern(layout, entry.orders, None, bias, device=device, **sizes)
-    # From bits to bits: the mask itself would take eight times as much.
-    bits = sent(entry.packed[group], device) if entry.has_masks else measure(pattern)
-    words = words_of_bits(bits, len(entry.orders), pattern.geometry)
-    return replace(pattern, kept_words=words)
+from .patterns import build_pattern
 
 
 def sparse_attention(

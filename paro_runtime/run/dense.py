@@ -10,12 +10,12 @@ from functools import lru_cache
 
 import torch
 
-from ...kernels.attention.api import capability_of_gpu
 from ...kernels.attention.cudnn import cudnn_attention, cudnn_serves
+from ...kernels.core.dispatch import capability_of_gpu
+from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import SparsePattern
 from ..plan.orders import ORIGINAL
-from ..plan.token_layout import TokenLayout
-from .backend import build_pattern
+from .patterns import build_pattern
 
 log = logging.getLogger("paro")
 

@@ -12,10 +12,10 @@ import torch
 
 from ...kernels.core.block_mask import pack_bits
 from ...kernels.core.pattern import SparsePattern
+from ...kernels.statistics.mean_queries import mean_query_masses
 from ..calibration.mask_choice import masks_of_counts
-from ..calibration.mean_queries import mean_query_masses
 from ..plan.plan import SitePlan
-from .backend import sent
+from .patterns import sent
 
 
 def routed_bits(

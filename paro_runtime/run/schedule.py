@@ -57,28 +57,6 @@ def _between(begin: float, end: float, sigma: float) -> bool:
     return begin * (1 - NEAR) - 1e-6 <= sigma < end * (1 - NEAR) - 1e-6
 
 
-# A run's sparse steps fall into so many groups, and the first keeps FALL times as many blocks as the last: what early
-# steps get wrong every later one builds on.
-GROUPS = 3
-FALL = 2.0
-# Where no step is dense there is more to be got right early.
-STEEP_FALL = 4.0
-
-
-def falling_densities(density: float, fall: float = FALL) -> tuple[float, ...]:
-    """Densities of the GROUPS groups of sparse steps: they fall by equal factors, and their mean is `density`.
-
-    A group that would need more than every block keeps every block, and the others share what is left.
-    """
-    weights = [fall ** (-group / (GROUPS - 1)) for group in range(GROUPS)]
-    for full in range(GROUPS):
-        rest = weights[full:]
-        unit = (density * GROUPS - full) / sum(rest)
-        if unit * rest[0] <= 1:
-            return (1.0,) * full + tuple(unit * weight for weight in rest)
-    return (1.0,) * GROUPS
-
-
 def place_in_whole(sigmas: Sequence[float], time_gone: Callable[[float], float] | None) -> tuple[int, int]:
     """Steps of the whole schedule that a run with these sigmas is a part of, and how many of them came before it.
 
@@ -148,14 +126,6 @@ class Schedule:
 
     def is_dense_block(self, index: int, total: int | None) -> bool:
         return in_blocks(self.dense_blocks, index, total)
-
-
-def default_dense_steps(steps: int, fraction: float) -> int:
-    """Steps kept dense when the user leaves it open: a share of the schedule, at least one.
-
-    Few-step schedules (4 to 8 steps) cannot afford a percentage, so rounding is to the nearest whole step.
-    """
-    return max(1, math.floor(steps * fraction + 0.5))
 
 
 @dataclass

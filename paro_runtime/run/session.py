@@ -15,21 +15,22 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ...kernels.attention.api import capability_of_gpu
-from ...kernels.core.pattern import PRECISIONS
+from ...kernels.core.dispatch import capability_of_gpu
+from ...kernels.core.layout import TokenLayout
+from ...kernels.core.precision import PRECISIONS
 from ...kernels.core.scratch import release_scratch
 from ..calibration.calibrator import Calibrator, Method
 from ..compiling.readiness import Readiness
-from ..config.recipes import MaskOptions, Recipe, is_small, mask_options, query_block, raised_density
-from ..config.settings import Settings
-from ..plan.plan import IN_PASSING, ModelIdentity, Plan, PlanError, Site
-from ..plan.store import FoundPlan, PlanStore
-from ..plan.token_layout import TokenLayout
+from ..config.recipes import is_small, mask_options, raised_density
+from ..plan.options import MaskOptions, query_block
+from ..plan.plan import IN_PASSING, Plan, PlanError, Site
+from ..plan.store import FoundPlan
 from ..report.report import Report
 from .attempt import Attempt, Counts
 from .backend import resolve_backend, resolve_precision
 from .evaluation import Evaluation
 from .patterns import PatternCache
+from .policy import Policy
 from .schedule import Schedule, StepClock, StepFinder
 from .tail_bias import BiasRefresh
 
@@ -43,22 +44,6 @@ MUCH_NOISE = 0.94
 # Eight steps on an H200: Z-Image at 9,216 tokens takes 2.4 s dense by cuDNN and 2.7 s sparse, Qwen-Image at 6,889
 # 2.6 and 4.3 s, Flux 1 at 16,384 6.4 and 6.1 s (bench/results/whole_run_h200.json, af143df).
 SPARSE_FROM = {9: 12_288, 10: 12_288}
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What one patched model does: its identity, the recipe, the user's settings, a given plan, the plan folder.
-
-    remember: plans that runs make on the way are saved there, and later runs of this model and size use them. Else only
-    plans that were made on purpose are found, and what a run gives does not depend on the runs before it.
-    """
-
-    identity: ModelIdentity
-    recipe: Recipe
-    settings: Settings
-    plan: Plan | None = None
-    store: PlanStore | None = None
-    remember: bool = False
 
 
 @dataclass

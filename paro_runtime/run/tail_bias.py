@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from ...kernels.attention.reference import take_rows
+from ...kernels.core.gather import take_rows
 from ...kernels.core.pattern import SparsePattern
 from ..calibration.tail_fit import BiasObservation, best_bias, observe_bias
 

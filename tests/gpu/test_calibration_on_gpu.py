@@ -2,16 +2,18 @@
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention.api import block_costs, block_statistics, row_logsumexp, row_moments
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
+from comfyui_paro.kernels.core.sampling import sampled_rows
+from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
+from comfyui_paro.kernels.statistics.mean_queries import mean_query_masses
+from comfyui_paro.kernels.tail_error.api import block_costs, row_moments
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
 from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts
-from comfyui_paro.paro_runtime.calibration.mean_queries import mean_query_masses
-from comfyui_paro.paro_runtime.calibration.observe import StatisticsOptions, sums_under_orders
-from comfyui_paro.paro_runtime.calibration.tail_fit import observe_bias, sampled_rows
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions
+from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions
+from comfyui_paro.paro_runtime.calibration.order_choice import sums_under_orders
+from comfyui_paro.paro_runtime.calibration.tail_fit import observe_bias
+from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.run.tail_bias import measured_rows
 
 pytestmark = [

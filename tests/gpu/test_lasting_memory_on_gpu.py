@@ -30,7 +30,7 @@ def test_only_results_are_recorded():
     recorder = Recorder("cuda")
     report = recorded_run(recorder.recording, recorder.pause, "triton", device="cuda", dense_attention="paro").finish()
     assert report.sites_routed == report.sites_sparse == len(SITES) and report.attention_error
-    assert "problem.py" in recorder.places and recorder.places <= {"problem.py", "allocations.py"}
+    assert "pattern.py" in recorder.places and recorder.places <= {"pattern.py", "allocations.py"}
 
 
 @pytest.mark.skipif(not recorder_of_the_host(), reason="NO comfy_aimdo >= 0.5.3: its recorder did not look at PARO")

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from comfyui_paro.kernels.attention.block_lists import block_list, list_shape
-from comfyui_paro.kernels.core.pattern import Geometry, SparsePattern
+from comfyui_paro.kernels.core.layout import Geometry
+from comfyui_paro.kernels.core.pattern import SparsePattern
 
 pytestmark = [
     pytest.mark.gpu,

@@ -3,11 +3,12 @@
 import pytest
 import torch
 from comfyui_paro.bench.metrics import psnr
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.tests.tiny_wan.data import context_for, decode
 from comfyui_paro.tests.tiny_wan.model import load_tiny_wan
 from comfyui_paro.tests.tiny_wan.sampler import sample, sigmas

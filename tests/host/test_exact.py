@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.plan.orders import AXIS_ORDERS
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 pytestmark = pytest.mark.host_on_cpu
 

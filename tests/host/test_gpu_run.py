@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_paro.kernels.attention import cudnn
-from comfyui_paro.kernels.core.pattern import PRECISIONS
+from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.support import triton_reason
 from comfyui_paro.paro_runtime.run import dense
 from comfyui_paro.tests.host.cases import BACKEND, DEVICE, relative_error

@@ -4,12 +4,12 @@ import logging
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.config.settings import Settings, SettingsError
 from comfyui_paro.paro_runtime.host.calibration_run import Sampling, calibrate
 from comfyui_paro.paro_runtime.host.override import SLOT
 from comfyui_paro.paro_runtime.plan.plan import PlanError, Site
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 pytestmark = pytest.mark.host_on_cpu
 

@@ -12,12 +12,12 @@ import comfy.ops
 import comfy.sample
 import comfy.sd
 import torch
-from comfyui_paro.paro_runtime.config.recipes import query_block
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.host.identity import identify
 from comfyui_paro.paro_runtime.host.patching import last_report, patch_model
+from comfyui_paro.paro_runtime.plan.options import query_block
 from comfyui_paro.paro_runtime.plan.plan import Plan, Site, SitePlan
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from safetensors.torch import save_file
 
 HEADS = 2

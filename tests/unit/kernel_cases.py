@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import torch
-from comfyui_paro.kernels.core.pattern import Geometry, SparsePattern
+from comfyui_paro.kernels.core.layout import Geometry
+from comfyui_paro.kernels.core.pattern import SparsePattern
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import CASES, make, oracle, relative_error

@@ -10,10 +10,9 @@ from comfyui_paro.bench.large_wan.model import new_model
 from comfyui_paro.bench.large_wan.timed import Times
 from comfyui_paro.bench.large_wan.train import TOY_CONFIG
 from comfyui_paro.bench.metrics import flicker
+from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts
-from comfyui_paro.paro_runtime.calibration.observe import geometry_of
 from comfyui_paro.paro_runtime.plan.orders import order_table
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 
 GRID, STEPS, DENSE = (4, 8, 11), 6, 2

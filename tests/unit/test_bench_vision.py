@@ -11,7 +11,7 @@ import torch
 from comfyui_paro.bench import vision, vision_model
 from comfyui_paro.bench.large_wan.call_methods import How
 from comfyui_paro.bench.large_wan.pooled import pooled_attention
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.kernels.core.layout import TokenLayout
 
 HOW = How("cpu", "reference", "16bit", repeats=0)
 SIDE, DIM = 32, vision_model.HEAD_DIM

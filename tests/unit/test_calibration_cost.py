@@ -13,12 +13,15 @@ from collections import Counter
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention import api
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS
 from comfyui_paro.kernels.core.support import interpreted
-from comfyui_paro.paro_runtime.calibration.observe import SHARED_ROWS, SHARED_TOKENS, StatisticsOptions, observe
-from comfyui_paro.paro_runtime.config.recipes import query_block
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.kernels.statistics import api as statistics_api
+from comfyui_paro.kernels.tail_error import api as tail_error_api
+from comfyui_paro.paro_runtime.calibration.observe import observe
+from comfyui_paro.paro_runtime.calibration.options import SHARED_TOKENS, StatisticsOptions
+from comfyui_paro.paro_runtime.calibration.order_choice import SHARED_ROWS
+from comfyui_paro.paro_runtime.plan.options import query_block
 from torch.utils.flop_counter import FlopCounterMode
 
 TILE = 64
@@ -91,12 +94,14 @@ LAUNCHES = {
         math.prod(grid) * _cells(a, a["ROWS"], -(-a["blocks"] // a["BLOCKS"]) * a["BLOCKS"] * a["KEYS"], 1)
     ),
     "triton_query_sums._query_sums": lambda a, grid: 0,
-    "triton_tail._row_outputs": lambda a, grid: (
+    "triton_block_costs._row_outputs": lambda a, grid: (
         math.prod(grid) * _cells(a, a["ROWS"], -(-a["length"] // a["KEYS"]) * a["KEYS"], 2)
     ),
-    "triton_tail._block_costs": lambda a, grid: math.prod(grid) * _cells(a, a["ROWS"], a["k_blocks"] * a["KEYS"], 4),
-    "triton_moments._row_sums": _moments,
-    "triton_moments._row_moments": _pool_moments,
+    "triton_block_costs._block_costs": lambda a, grid: (
+        math.prod(grid) * _cells(a, a["ROWS"], a["k_blocks"] * a["KEYS"], 4)
+    ),
+    "triton_row_errors._row_sums": _moments,
+    "triton_row_errors._row_moments": _pool_moments,
     "triton_pools._mean_queries": lambda a, grid: 0,
     "triton_pools._expand": lambda a, grid: (
         math.prod(grid)
@@ -137,7 +142,8 @@ def launches(monkeypatch):
         module, name = path.split(".")
         kernel = getattr(modules[module], name)
         monkeypatch.setattr(modules[module], name, Launch(name, kernel, count))
-    monkeypatch.setattr(api, "chosen_backend", lambda *_: "triton")
+    for module in (statistics_api, tail_error_api):
+        monkeypatch.setattr(module, "chosen_backend", lambda *_: "triton")
     return found
 
 
@@ -188,8 +194,8 @@ def test_launches_are_counted_right(launches, monkeypatch, by_mass):
     """Every product of the interpreter, on a grid that is observed as a large one is."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    for name in ("SHARED_TOKENS", "SHARED_ROWS"):
-        monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.observe.{name}", 0)
+    for name in ("options.SHARED_TOKENS", "order_choice.SHARED_ROWS"):
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.{name}", 0)
     launches.run, done, create_dot = True, Counter(), InterpreterBuilder.create_dot
 
     def counting(self, a, b, *rest):

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_paro.kernels.core import support
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 from comfyui_paro.nodes.check import chart, machine, methods
 from comfyui_paro.nodes.check import check as check_module
@@ -21,8 +22,8 @@ from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 
 CPU = torch.device("cpu")
 SIZE = Size(TokenLayout(7, (3, 8, 10), 2), 3, 32, torch.float32)

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.config.recipes import all_recipes
 from comfyui_paro.paro_runtime.host.claims import OPTIONS_KEY, HostEvaluation
 from comfyui_paro.paro_runtime.host.families import FAMILIES, Place
 from comfyui_paro.paro_runtime.host.override import make_override
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 FILES = sorted((Path(__file__).parent / "contracts").glob("*.json"))
 CONTRACTS = [json.loads(path.read_text(encoding="utf-8")) for path in FILES]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from comfyui_paro.kernels.attention import launch_plan
 from comfyui_paro.kernels.attention.gluon_sm90 import launch as gluon_launch
-from comfyui_paro.kernels.core.pattern import PRECISIONS, Geometry, Precision
+from comfyui_paro.kernels.core.layout import Geometry
+from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import Case, make

@@ -3,22 +3,22 @@
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
-from comfyui_paro.kernels.attention.api import block_statistics, row_logsumexp
+from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
+from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.calibration.mask_choice import shared_masks
-from comfyui_paro.paro_runtime.calibration.observe import geometry_of
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.file import load_plan
+from comfyui_paro.paro_runtime.plan.options import FALL, STEEP_FALL, MaskOptions, falling_densities
 from comfyui_paro.paro_runtime.plan.orders import order_table
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.report.verdict import exact
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.paro_runtime.run.patterns import PatternCache
-from comfyui_paro.paro_runtime.run.schedule import FALL, STEEP_FALL, falling_densities
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.host.attention_call import key_bias, read_call
 from comfyui_paro.paro_runtime.host.claims import OPTIONS_KEY, HostEvaluation
 from comfyui_paro.paro_runtime.host.families import ModelCall, family_of, flux, wan
 from comfyui_paro.paro_runtime.host.override import is_override, make_override, without_paro
 from comfyui_paro.paro_runtime.host.wrappers import HostRun, Lifecycle
 from comfyui_paro.paro_runtime.plan.plan import Site
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 B, H, L, D = 2, 3, 24, 16
 LAYOUT = TokenLayout(0, (2, 3, 4))

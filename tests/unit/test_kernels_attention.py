@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_paro.kernels.attention.api import sparse_attention
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference
-from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision
+from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.scratch import allocate
 from comfyui_paro.kernels.core.support import interpreted
 

@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention.api import chosen_backend, sparse_attention
+from comfyui_paro.kernels.attention.api import sparse_attention
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference
 from comfyui_paro.kernels.attention.tiles import TILES, tile_for
 from comfyui_paro.kernels.core import scratch
-from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision, SparsePattern
+from comfyui_paro.kernels.core.dispatch import chosen_backend
+from comfyui_paro.kernels.core.pattern import SparsePattern
+from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 from comfyui_paro.kernels.core.support import int4_is_native, interpreted, triton_reason
 
@@ -72,7 +74,8 @@ def test_refused_with_one_line_before_any_launch(name: str, monkeypatch):
 def test_importing_the_package_does_not_import_triton():
     code = (
         "import sys; sys.path.insert(0, 'scripts'); import _checkout; _checkout.register(); "
-        "import comfyui_paro.kernels.api, comfyui_paro.kernels.configs; assert 'triton' not in sys.modules"
+        "import comfyui_paro.kernels.attention.api, comfyui_paro.kernels.attention.tiles; "
+        "assert 'triton' not in sys.modules"
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)

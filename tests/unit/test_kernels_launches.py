@@ -9,7 +9,9 @@ import torch
 from comfyui_paro.kernels.attention import block_lists, launch_plan
 from comfyui_paro.kernels.attention.api import sparse_attention
 from comfyui_paro.kernels.core import scratch
-from comfyui_paro.kernels.core.pattern import PRECISIONS, Geometry, Precision, SparsePattern
+from comfyui_paro.kernels.core.layout import Geometry
+from comfyui_paro.kernels.core.pattern import SparsePattern
+from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.support import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -12,7 +12,9 @@ from comfyui_paro.kernels.attention.api import sparse_attention
 from comfyui_paro.kernels.attention.block_lists import LIST_PADDING, block_list, held_bytes
 from comfyui_paro.kernels.core import scratch
 from comfyui_paro.kernels.core.block_mask import count_bits, pack_bits, row_words, unpack_bits, words_of_bits
-from comfyui_paro.kernels.core.pattern import PRECISIONS, Geometry, SparsePattern
+from comfyui_paro.kernels.core.layout import Geometry
+from comfyui_paro.kernels.core.pattern import SparsePattern
+from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import Case, make, with_mask

@@ -6,7 +6,7 @@ import pytest
 import torch
 from comfyui_paro.kernels.attention import launch_plan
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference
-from comfyui_paro.kernels.core.pattern import PRECISIONS, Precision
+from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.support import interpreted
 
 from .kernel_cases import Case, make, relative_error

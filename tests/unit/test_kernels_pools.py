@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.pooling.reference import (
     expanded_pools,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention.api import block_statistics, row_logsumexp
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.gather import block_positions
+from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
-from comfyui_paro.kernels.statistics.reference import block_positions
+from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
 
 pytest.importorskip("triton")
 if not interpreted():

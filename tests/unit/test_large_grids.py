@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
-from comfyui_paro.kernels.attention.api import block_statistics, query_sums, row_logsumexp
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.layout import Geometry, TokenLayout, geometry_of
 from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.kernels.statistics.api import block_statistics, query_sums, row_logsumexp
 from comfyui_paro.kernels.statistics.reference import BlockStatistics
 from comfyui_paro.paro_runtime.calibration import observe as statistics_module
 from comfyui_paro.paro_runtime.calibration.accumulator import stored
@@ -17,17 +17,20 @@ from comfyui_paro.paro_runtime.calibration.mask_choice import (
     HEAD_FLOOR,
     PerHeadBudget,
     SharedBudget,
-    estimated_mass_kept,
     mass_kept,
-    mass_kept_scores,
     sample_stride,
 )
-from comfyui_paro.paro_runtime.calibration.observe import StatisticsOptions, geometry_of, sampled_sums
+from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions
+from comfyui_paro.paro_runtime.calibration.order_choice import (
+    estimated_mass_kept,
+    mass_kept_scores,
+    order_sample,
+    sampled_sums,
+)
 from comfyui_paro.paro_runtime.calibration.tables import Worth
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions
+from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.orders import order_table
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 IDENTITY = ModelIdentity("wan", "a", "b")
 SITE = Site("block", 0)
@@ -157,7 +160,7 @@ def test_sampled_sums_are_block_statistics_of_those_rows(planted, block_q):
     g, names = geometry_of(LAYOUT, block_q), ("FHW", "HWF", "4x4x4")
     found = sampled_sums(q, k, g, names, 5, 8)
     lse = row_logsumexp(q, k)
-    sample = statistics_module.order_sample(g.q_blocks, 5, q.device)
+    sample = order_sample(g.q_blocks, 5, q.device)
     assert sample[-1] == g.q_blocks - 1  # a short one
     for name, sums in zip(names, found, strict=True):
         table = order_table(name, GRID).expand(4, -1)
@@ -200,9 +203,8 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
     kept = {}
     for large in (False, True):
         if large:
-            for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "sums.FULL_PRECISION_ELEMENTS"):
-                monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
-            monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.planning.SHARED_TOKENS", 0)
+            for name in ("options.SHARED_TOKENS", "order_choice.SHARED_ROWS", "accumulator.FULL_PRECISION_ELEMENTS"):
+                monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.{name}", 0)
             monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.THRESHOLD_VALUES", 2000)
         options = MaskOptions(0.3, "mass", "shared", 64, 0.0, "falling")
         calibrator = Calibrator(IDENTITY, options, method=Method(criterion=criterion))
@@ -219,8 +221,8 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
 
 
 def test_no_errors_of_blocks_are_measured_where_masses_decide(planted, monkeypatch):
-    for name in ("SHARED_TOKENS", "SHARED_ROWS"):
-        monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.observe.{name}", 0)
+    for name in ("options.SHARED_TOKENS", "order_choice.SHARED_ROWS"):
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.{name}", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     seen = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3, by_mass=True), v=v)
     assert seen.tail.error is None and seen.tail.energy is None and seen.tail.curves.isfinite().all()
@@ -235,8 +237,8 @@ def test_no_errors_of_blocks_are_measured_where_masses_decide(planted, monkeypat
 
 def test_masks_that_serve_from_the_first_step_on_have_every_block(planted, monkeypatch):
     """By mass although errors could be known: the mass of some query blocks would not do."""
-    for name in ("statistics.SHARED_TOKENS", "statistics.SHARED_ROWS", "planning.SHARED_TOKENS"):
-        monkeypatch.setattr(f"comfyui_paro.paro_runtime.{name}", 0)
+    for name in ("options.SHARED_TOKENS", "order_choice.SHARED_ROWS"):
+        monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.{name}", 0)
     monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.accumulator.MASS_BLOCKS", 5)
     calibrator = Calibrator(IDENTITY, MaskOptions(0.3, "mass", "shared", 64, 0.0, "steep"))
     calibrator.observe(SITE, LAYOUT, planted.q[:1], planted.k[:1], planted.v[:1])

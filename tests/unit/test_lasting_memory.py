@@ -3,8 +3,8 @@
 from contextlib import nullcontext
 
 import pytest
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.tests.allocations import SITES, Recorder, forget_everything, recorded_run
 
@@ -12,7 +12,7 @@ from comfyui_paro.tests.allocations import SITES, Recorder, forget_everything, r
 def nothing_is_left(recorder, *reports):
     assert all(report.calls["sparse"] and not report.fallbacks for report in reports)
     # `empty_output`, and the dense attention of `recorded_run`.
-    assert "problem.py" in recorder.places and recorder.places <= {"problem.py", "allocations.py"}
+    assert "pattern.py" in recorder.places and recorder.places <= {"pattern.py", "allocations.py"}
 
 
 @pytest.mark.parametrize("backend, sites", [("reference", SITES), ("triton", SITES[:1])])

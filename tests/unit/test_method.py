@@ -9,10 +9,14 @@ from comfyui_paro.bench.paro_bench.baselines import band_mask, radial_mask, rand
 from comfyui_paro.bench.paro_bench.generator import ARCHETYPES, EASY, HARD, TEXT, make_problem
 from comfyui_paro.bench.paro_bench.sta import published, run
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference
-from comfyui_paro.kernels.core.pattern import PRECISIONS
+from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
+from comfyui_paro.kernels.core.precision import PRECISIONS
+from comfyui_paro.kernels.core.sampling import spread_positions
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.calibration.mask_choice import SharedBudget, density_for, per_head_masks, shared_masks
-from comfyui_paro.paro_runtime.calibration.observe import StatisticsOptions, geometry_of, observe, sums_under_orders
+from comfyui_paro.paro_runtime.calibration.observe import observe
+from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions
+from comfyui_paro.paro_runtime.calibration.order_choice import sums_under_orders
 from comfyui_paro.paro_runtime.calibration.tables import Worth
 from comfyui_paro.paro_runtime.calibration.tail_fit import (
     BIASES,
@@ -21,13 +25,11 @@ from comfyui_paro.paro_runtime.calibration.tail_fit import (
     bias_at,
     observe_bias,
     observe_tail,
-    spread_positions,
 )
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions
+from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.orders import order_table
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
-from comfyui_paro.paro_runtime.run.backend import build_pattern
+from comfyui_paro.paro_runtime.run.patterns import build_pattern
 from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh, measured_rows
 
 IDENTITY = ModelIdentity("bench", "planted", "planted")
@@ -57,9 +59,9 @@ def test_problems_repeat_and_planted_heads_are_found(planted):
 @pytest.mark.parametrize("chunk", [1 << 12, 1 << 30])
 def test_sums_under_all_orders_are_the_kernels(planted, monkeypatch, block_q, chunk):
     """Context on both sides, grouped heads, a batch, a key bias; in chunks of a few rows and in one."""
-    from comfyui_paro.kernels.attention.api import block_statistics, row_logsumexp
+    from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
 
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.observe.ELEMENTS_IN_CACHE", chunk)
+    monkeypatch.setattr("comfyui_paro.kernels.statistics.order_sums.ELEMENTS_IN_CACHE", chunk)
     layout = TokenLayout(TEXT - 5, GRID, 5)
     q, k = planted.q[:2, :4], planted.k[:2, :2]
     bias = torch.randn(2, layout.length) * (torch.rand(2, layout.length) < 0.1)
@@ -282,8 +284,8 @@ def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
 
 
 def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(planted, monkeypatch):
-    # As on grids between SHARED_ROWS and SHARED_TOKENS tokens.
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.observe.SHARED_ROWS", 0)
+    # As on grids that are neither small nor large.
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.order_choice.SHARED_ROWS", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     sampled = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original"), v=v)
     exact = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original", by_mass=True), v=v)
@@ -305,7 +307,7 @@ def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypa
     q, k, v = planted.q[:1], planted.k[:1, ::2], planted.v[:1, ::2]
     tables, g = tables[::2].repeat_interleave(2, 0), geometry_of(LAYOUT, 64)
     whole = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.tail_fit.GROUP_BYTES", 1)
+    monkeypatch.setattr("comfyui_paro.kernels.core.sampling.GROUP_BYTES", 1)
     monkeypatch.setattr("comfyui_paro.kernels.tail_error.reference.CHUNK_ELEMENTS", 1 << 12)
     parts = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
     for name in ("error", "mass", "curves", "energy"):

@@ -5,13 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)

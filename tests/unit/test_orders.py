@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.plan.orders import (
     ALL_ORDERS,
     AXIS_ORDERS,
@@ -15,7 +16,6 @@ from comfyui_paro.paro_runtime.plan.orders import (
     tiled_orders,
     token_coordinates,
 )
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 
 GRIDS = [(5, 7, 9), (3, 17, 11), (1, 6, 4), (4, 1, 3), (1, 1, 5), (2, 2, 2)]
 

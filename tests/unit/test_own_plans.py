@@ -4,14 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.calibration import tail_fit
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
 from comfyui_paro.paro_runtime.calibration.planning import Planner
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.options import GROUPS
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
-from comfyui_paro.paro_runtime.run.schedule import GROUPS
 from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
 from comfyui_paro.tests.unit.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense

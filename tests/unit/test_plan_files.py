@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_paro.kernels.core.block_mask import pack_bits
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.calibration import checkpoint as partial_module
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions
 from comfyui_paro.paro_runtime.plan import file as plan_file_module
 from comfyui_paro.paro_runtime.plan.file import LIMITS, file_digest, load_plan, read_header, save_plan
+from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import PER_GROUP, ModelIdentity, Plan, PlanError, Site, SitePlan
 from comfyui_paro.paro_runtime.plan.store import PlanStore, automatic_name
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode

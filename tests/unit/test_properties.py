@@ -7,14 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_paro.kernels.core.block_mask import mask_of_words, pack_bits, unpack_bits, words_of_bits
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
 from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts, shared_masks
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions, query_block
 from comfyui_paro.paro_runtime.plan.file import load_plan, save_plan
+from comfyui_paro.paro_runtime.plan.options import GROUPS, MaskOptions, falling_densities, query_block
 from comfyui_paro.paro_runtime.plan.orders import candidate_orders, order_table, tiled_orders
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
-from comfyui_paro.paro_runtime.run.schedule import GROUPS, Schedule, StepFinder, falling_densities
+from comfyui_paro.paro_runtime.run.schedule import Schedule, StepFinder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -2,14 +2,16 @@
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.compiling import ahead, readiness
 from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.run import evaluation
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 
 LAYOUT = TokenLayout(0, (4, 8, 10))
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]

@@ -7,7 +7,7 @@ from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
 from comfyui_paro.paro_runtime.report import reasons
 from comfyui_paro.paro_runtime.report.reasons import NOT_ON_IT, OFF, hint_of, known
 
-PACK = Path(reasons.__file__).parent.parent
+PACK = Path(reasons.__file__).parents[2]
 
 
 def _strings(node: ast.AST | None) -> set[str]:
@@ -26,7 +26,7 @@ def _strings(node: ast.AST | None) -> set[str]:
 def _counted() -> set[str]:
     """Arguments of `count` and `decline`."""
     found = {"calibrating"}
-    for path in (PACK / "paro_runtime").rglob("*.py"):
+    for path in (path for folder in ("paro_runtime", "nodes") for path in (PACK / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             name = getattr(getattr(node, "func", None), "attr", None)
             if isinstance(node, ast.Call) and name in ("count", "decline"):

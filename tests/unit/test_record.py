@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_paro import paro_runtime
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.report.record import LONGEST, compared, plan_id
 
 H100 = {"precision": "fp8", "gpu": "NVIDIA H100 80GB HBM3", "version": "0.2.0", "torch": "2.11.0", "comfyui": "0.33.0"}

@@ -2,23 +2,18 @@
 
 import pytest
 import torch
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
+from comfyui_paro.kernels.statistics.logit_errors import PLAIN, ROTATED, UNSMOOTHED, logit_errors
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
-from comfyui_paro.paro_runtime.calibration.outlier_rotation import (
-    PLAIN,
-    ROTATED,
-    UNSMOOTHED,
-    logit_errors,
-    root_means,
-    rotates,
-)
+from comfyui_paro.paro_runtime.calibration.outlier_rotation import root_means, rotates
 from comfyui_paro.paro_runtime.compiling import self_check as self_check_module
 from comfyui_paro.paro_runtime.compiling.self_check import site_precision
-from comfyui_paro.paro_runtime.config.recipes import MaskOptions, recipe_for
+from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
+from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)

@@ -4,27 +4,26 @@ import itertools
 
 import pytest
 import torch
-from comfyui_paro.kernels.core.pattern import Geometry
+from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
 from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.kernels.statistics.mean_queries import mean_queries_of_blocks, mean_query_masses
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts
-from comfyui_paro.paro_runtime.calibration.mean_queries import mean_queries_of_blocks, mean_query_masses
 from comfyui_paro.paro_runtime.calibration.observe import budget_blocks
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.file import load_plan
+from comfyui_paro.paro_runtime.plan.options import GROUPS
 from comfyui_paro.paro_runtime.plan.orders import order_table
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.paro_runtime.run import masks as routing_module
 from comfyui_paro.paro_runtime.run.attempt import Attempt
-from comfyui_paro.paro_runtime.run.backend import pattern_of
 from comfyui_paro.paro_runtime.run.masks import routed_bits
-from comfyui_paro.paro_runtime.run.patterns import PatternCache
-from comfyui_paro.paro_runtime.run.schedule import GROUPS
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.patterns import PatternCache, pattern_of
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
 
 LAYOUT = TokenLayout(3, (5, 8, 9), 2)
@@ -105,7 +104,7 @@ def test_masses_of_mean_queries_are_alike_in_the_interpreter(dtype, block_q):
 @pytest.mark.parametrize("parts", [4, 16])
 @pytest.mark.parametrize("kv_heads, biased, block_q", [(4, False, 64), (2, True, 64), (2, False, 128)])
 def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q, parts, monkeypatch):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mean_queries.FEW_TOKENS", 8192 if parts == 16 else 0)
+    monkeypatch.setattr("comfyui_paro.kernels.statistics.mean_queries.FEW_TOKENS", 8192 if parts == 16 else 0)
     g = Geometry(3, (5, 8, 9), 2, block_q)
     q = torch.randn(2, 4, g.length, 16)
     k = torch.randn(2, kv_heads, g.length, 16)
@@ -130,7 +129,7 @@ def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q,
             expected = torch.stack([part.sum() for part in weights.split(64)])
             torch.testing.assert_close(found[head, block].double(), expected, atol=1e-4, rtol=1e-4)
     # Heads in groups that fit the memory give the same.
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.tail_fit.GROUP_BYTES", 1)
+    monkeypatch.setattr("comfyui_paro.kernels.core.sampling.GROUP_BYTES", 1)
     torch.testing.assert_close(mean_query_masses(*call, **rest), found)
 
 
@@ -338,7 +337,7 @@ def test_other_runs_of_small_grids_have_masks_in_their_plan(more):
 
 
 def test_large_grids_have_none_in_theirs(monkeypatch):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.planning.SHARED_TOKENS", 300)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.options.is_large", lambda tokens: tokens > 300)
     for dense_steps in (0, 1, 2):
         session = run(dense_steps=dense_steps, sigmas=LONG)
         plan = session._grids[LAYOUT.grid].plan

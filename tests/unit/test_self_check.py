@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.kernels.core.pattern import PRECISIONS
+from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.paro_runtime.compiling import self_check as module
 from comfyui_paro.paro_runtime.compiling.self_check import self_check
 

@@ -6,23 +6,23 @@ import threading
 import pytest
 import torch
 from comfyui_paro.kernels.attention.block_lists import held_bytes
-from comfyui_paro.kernels.core.pattern import PRECISIONS
+from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
+from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
-from comfyui_paro.paro_runtime.calibration.observe import geometry_of
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan import store as plan_store_module
 from comfyui_paro.paro_runtime.plan.file import load_plan
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, PlanError, Site
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.paro_runtime.run import patterns as patterns_module
 from comfyui_paro.paro_runtime.run.attempt import Attempt
 from comfyui_paro.paro_runtime.run.backend import resolve_backend
 from comfyui_paro.paro_runtime.run.patterns import PatternCache, with_bias
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]

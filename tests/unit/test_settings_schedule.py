@@ -5,9 +5,17 @@ import math
 
 import jsonschema
 import pytest
-from comfyui_paro.paro_runtime.config.recipes import FOLDER, RecipeError, all_recipes, mask_options, recipe_for
+from comfyui_paro.paro_runtime.config.recipes import (
+    FOLDER,
+    RecipeError,
+    all_recipes,
+    default_dense_steps,
+    mask_options,
+    recipe_for,
+)
 from comfyui_paro.paro_runtime.config.settings import Settings, SettingsError, in_blocks, parse_blocks
-from comfyui_paro.paro_runtime.run.schedule import FALL, STEEP_FALL, Schedule, default_dense_steps, falling_densities
+from comfyui_paro.paro_runtime.plan.options import FALL, STEEP_FALL, falling_densities
+from comfyui_paro.paro_runtime.run.schedule import Schedule
 
 WRONG = [
     ({"preset": "best"}, "preset"),

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
+from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.schedule import Schedule, StepFinder, place_in_whole
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.session import Session
 
 FALLING = [1.0, 0.75, 0.5, 0.25, 0.0]
 # sigmas, evaluations, their steps: one between two sigmas belongs to the step that it is part of

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.plan import PlanError, Site, SitePlan
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.policy import Policy
+from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.ulysses import Ulysses, plan_of_all
 from comfyui_paro.tests import ranks
 

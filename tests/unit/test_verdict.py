@@ -4,21 +4,23 @@ from dataclasses import replace
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
 from comfyui_paro.paro_runtime.compiling.readiness import COMPILING
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.plan.store import PlanStore
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
 from comfyui_paro.paro_runtime.report import reasons
 from comfyui_paro.paro_runtime.report.facts import Timing
+from comfyui_paro.paro_runtime.report.picture import plan_picture
 from comfyui_paro.paro_runtime.report.reasons import LINE, NOT_ON_IT, OFF, hint_of, layer_words, not_used, stopped
-from comfyui_paro.paro_runtime.report.report import Report, plan_picture
+from comfyui_paro.paro_runtime.report.report import Report
 from comfyui_paro.paro_runtime.report.verdict import exact, share
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
+from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.schedule import StepClock
-from comfyui_paro.paro_runtime.run.session import Policy, Session
+from comfyui_paro.paro_runtime.run.session import Session
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]

@@ -9,9 +9,9 @@ import pytest
 import torch
 from comfyui_paro.bench.paro_bench import timeline
 from comfyui_paro.bench.paro_bench.real_models import RUNS
-from comfyui_paro.paro_runtime.plan.token_layout import TokenLayout
-from comfyui_paro.paro_runtime.run.backend import build_pattern
+from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.paro_runtime.run.dense import dense_pattern
+from comfyui_paro.paro_runtime.run.patterns import build_pattern
 
 from bench import report, whole_run
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ...core.pattern import BLOCK_K, Precision
+from ...core.layout import BLOCK_K
+from ...core.precision import Precision
 from ..tiles import Tile
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def allowed() -> bool:
 
 def takes(q: torch.Tensor, pattern: SparsePattern, precision: Precision) -> bool:
     """Whether the Gluon kernel is meant for a call on q `[B, H, L, D]`, if it may be used at all."""
-    from ..launch_plan import capability_of
+    from ...core.support import capability_of
 
     listed = pattern.kept_words is not None
     tail = listed and pattern.tail_bias is not None

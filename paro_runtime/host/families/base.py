@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ....kernels.core.layout import TokenLayout
 from ...plan.plan import Site
-from ...plan.token_layout import TokenLayout
 
 NO_BLOCK_KEYS = "this ComfyUI does not tell which block is running; 0.5.0 or newer is needed"
 SECOND_CALL = "a second attention of the same length in one block"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...plan.token_layout import TokenLayout
+from ....kernels.core.layout import TokenLayout
 from .base import CountedFamily, ModelCall, grid_of, not_an_image
 
 

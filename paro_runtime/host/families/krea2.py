@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...plan.token_layout import TokenLayout
+from ....kernels.core.layout import TokenLayout
 from .base import Family, ModelCall, grid_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...plan.token_layout import TokenLayout
+from ....kernels.core.layout import TokenLayout
 from .base import Family, ModelCall, class_path, not_an_image, patches
 
 SDXL_TEXT_WIDTH = 2048

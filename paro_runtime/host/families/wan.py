@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...plan.token_layout import TokenLayout
+from ....kernels.core.layout import TokenLayout
 from .base import Family, ModelCall, class_path, grid_of, not_a_video, patches, tokens_of
 
 _PACKAGE = "comfy.ldm.wan."

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ....kernels.core.layout import TokenLayout
 from ...plan.plan import Site
-from ...plan.token_layout import TokenLayout
 from .base import NO_BLOCK_KEYS, Family, ModelCall, Place, grid_of, not_a_video
 
 CALLS_PER_BLOCK = 2

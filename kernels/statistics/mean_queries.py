@@ -1,4 +1,4 @@
-"""What blocks of queries look at, as told by a few mean queries of each."""
+"""Which blocks of keys each block of queries attends to, told by a few mean queries of each."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from itertools import pairwise
 
 import torch
 
-from ...kernels.attention.api import STATISTICS_PRECISION, chosen_backend, query_sums
-from ...kernels.attention.reference import take_rows
-from ...kernels.core.pattern import Geometry
-from ...kernels.statistics.reference import block_sizes
-from .tail_fit import head_groups, of_key_heads, sampled_rows
+from ..core.dispatch import STATISTICS_PRECISION, chosen_backend
+from ..core.gather import block_sizes, take_rows
+from ..core.layout import Geometry
+from ..core.sampling import head_groups, of_key_heads, sampled_rows
+from .api import query_sums
 
 # Parts of a query block whose mean queries tell what it looks at: on grids of up to so many tokens, where a block is
 # wide compared with the picture and little work, and on larger ones.
@@ -83,7 +83,7 @@ def _of_whole_blocks(q, g: Geometry, tokens: torch.Tensor, size: int, backend: s
     """Means of every `size` grid tokens of int `[H, n * size]`, one after the other, `[B, H, n, D]`."""
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
         return take_rows(q, tokens.long() + g.prefix).unflatten(2, (-1, size)).mean(3, dtype=torch.float32).to(q.dtype)
-    from ...kernels.attention.launch_plan import padded_dim
+    from ...kernels.core.layout import padded_dim
     from ...kernels.pooling.triton_pools import launch_mean_queries
 
     batch, heads, _, dim = q.shape
