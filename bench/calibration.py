@@ -43,16 +43,15 @@ from comfyui_paro.kernels.core.sampling import sampled_rows  # noqa: E402
 from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp  # noqa: E402
 from comfyui_paro.kernels.statistics.logit_errors import logit_errors  # noqa: E402
 from comfyui_paro.kernels.tail_error.api import block_costs  # noqa: E402
+from comfyui_paro.paro_runtime.attention.patterns import pattern_of  # noqa: E402
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator  # noqa: E402
 from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions  # noqa: E402
 from comfyui_paro.paro_runtime.calibration.order_choice import order_scores  # noqa: E402
-from comfyui_paro.paro_runtime.calibration.tail_fit import observe_bias, observe_tail  # noqa: E402
+from comfyui_paro.paro_runtime.calibration.tail_fit import measured_rows, observe_bias, observe_tail
 from comfyui_paro.paro_runtime.plan.options import MaskOptions, query_block  # noqa: E402
 from comfyui_paro.paro_runtime.plan.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site  # noqa: E402
 from comfyui_paro.paro_runtime.run.masks import routed_bits  # noqa: E402
-from comfyui_paro.paro_runtime.run.patterns import pattern_of  # noqa: E402
-from comfyui_paro.paro_runtime.run.tail_bias import measured_rows  # noqa: E402
 
 DENSITY = 0.2
 POOL = 64

@@ -14,15 +14,14 @@ from ...kernels.core.block_mask import pack_bits
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import SparsePattern
 from ...kernels.core.precision import PRECISIONS
+from ...paro_runtime.attention.patterns import build_pattern, pattern_of, with_bias
 from ...paro_runtime.calibration.calibrator import Calibrator, Method
-from ...paro_runtime.calibration.tail_fit import best_bias, observe_bias
+from ...paro_runtime.calibration.tail_fit import best_bias, measured_rows, observe_bias
 from ...paro_runtime.compiling.self_check import site_precision
 from ...paro_runtime.plan.options import MaskOptions, query_block
 from ...paro_runtime.plan.orders import ORIGINAL
 from ...paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
 from ...paro_runtime.run.masks import routed_bits
-from ...paro_runtime.run.patterns import build_pattern, pattern_of, with_bias
-from ...paro_runtime.run.tail_bias import measured_rows
 from .routing import Worth, mask_by_worth, pooled_scores, without_masks
 from .timed import Stopwatch
 

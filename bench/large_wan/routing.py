@@ -16,11 +16,11 @@ from ...kernels.core.layout import BLOCK_K, Geometry
 from ...kernels.core.pattern import SparsePattern
 from ...kernels.statistics.api import block_statistics, row_logsumexp
 from ...kernels.statistics.mean_queries import mean_query_masses
+from ...paro_runtime.attention.patterns import sent
 from ...paro_runtime.calibration.mask_choice import masks_of_counts
 from ...paro_runtime.calibration.tail_fit import observe_tail
 from ...paro_runtime.plan.plan import Site, SitePlan
 from ...paro_runtime.run.evaluation import Evaluation
-from ...paro_runtime.run.patterns import sent
 
 # At which `true_error` sets the factor of blocks whose pools stand for them.
 ERROR_DENSITY = 0.2

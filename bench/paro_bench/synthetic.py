@@ -14,14 +14,14 @@ from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import MOST_EXPANSIONS
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.statistics.reference import BlockStatistics
+from ...paro_runtime.attention.backend import run_kernel
+from ...paro_runtime.attention.patterns import build_pattern
 from ...paro_runtime.calibration.mask_choice import per_head_masks, shared_masks
 from ...paro_runtime.calibration.observe import observe
 from ...paro_runtime.calibration.options import StatisticsOptions
 from ...paro_runtime.calibration.order_choice import first_best, mass_kept_scores, sums_under_orders
 from ...paro_runtime.calibration.tail_fit import bias_at, observe_tail
 from ...paro_runtime.plan.orders import ORIGINAL, candidate_orders, order_table, tiled_orders
-from ...paro_runtime.run.backend import run_kernel
-from ...paro_runtime.run.patterns import build_pattern
 from .baselines import band_mask, radial_mask, random_mask
 from .generator import ARCHETYPES, TEXT, Level, Problem, make_problem
 

@@ -29,7 +29,7 @@ HOOKS = {
     "loading_plan": (
         f"{PACK}.plan.store:PlanStore.find",
         f"{PACK}.run.session:Session._receive_plan",
-        f"{PACK}.run.patterns:PatternCache.get",
+        f"{PACK}.attention.patterns:PatternCache.get",
     ),
     # With what is waited for and with the self-check, which loads what was compiled.
     "compiling": (
@@ -42,7 +42,7 @@ HOOKS = {
         "?comfy_kitchen:sol_attn_chunked",
     ),
     # In runs without PARO the host's attention is timed in its override slot, see `attentions.watch`.
-    "dense_attention": (f"{PACK}.host.override:run_host", f"{PACK}.run.dense:cudnn_attention"),
+    "dense_attention": (f"{PACK}.host.override:run_host", f"{PACK}.attention.dense:cudnn_attention"),
 }
 PARTS = ("dense_attention", "sparse_attention", REST, "observing", "planning", "masks")
 PARTS += ("bias", "compiling", "loading_plan")

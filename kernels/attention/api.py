@@ -1,13 +1,15 @@
-"""The kernels' front door: checks a call, then runs Triton or the PyTorch reference."""
+"""Sparse attention: checks a call, then runs Triton or the PyTorch reference; for torch.compile one opaque operator."""
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import torch
 
 from ..core.dispatch import chosen_backend
-from ..core.pattern import SparsePattern, problem_with
+from ..core.layout import Geometry
+from ..core.pattern import SparsePattern, empty_output, problem_with
 from ..core.precision import Precision
 from .reference import sparse_attention_reference
 
@@ -42,8 +44,6 @@ def sparse_attention(
     torch.compile it is one opaque operator: no graph break, and nothing to recompile from step to step.
     """
     if torch.compiler.is_compiling():
-        from .operator import attention_operator
-
         result = attention_operator(
             q, k, v, pattern.tables, pattern.order_of_head, pattern.kept_words, pattern.tail_bias,
             key_bias, pattern.geometry.prefix, list(pattern.geometry.grid), pattern.geometry.suffix,
@@ -87,3 +87,42 @@ def _problem_with_rest(q, scale, key_bias, out, nonfinite) -> str | None:
             f"got {out.dtype} {tuple(out.shape)} on {out.device}"
         )
     return None
+
+
+# The pack may be imported under more than one name in a process (the host's and the tests'); operators are global. The
+# host's name is the folder's whole path, and torch takes no name with letters beyond ASCII.
+NAMESPACE = re.sub(r"\W", "_", f"paro_{__name__.rpartition('.')[0]}", flags=re.ASCII)
+
+
+@torch.library.custom_op(f"{NAMESPACE}::sparse_attention", mutates_args=())
+def attention_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    tables: torch.Tensor,
+    order_of_head: torch.Tensor,
+    kept_words: torch.Tensor | None,
+    tail_bias: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
+    prefix: int,
+    grid: list[int],
+    suffix: int,
+    block_q: int,
+    pool: int,
+    expansions: int,
+    qk: str,
+    pv: str,
+    hadamard: bool,
+    scale: float | None,
+    backend: str,
+) -> torch.Tensor:
+    """`sparse_attention` with the pattern and the precision in pieces; result as `empty_output`."""
+    geometry = Geometry(prefix, tuple(grid), suffix, block_q)
+    pattern = SparsePattern(geometry, tables, order_of_head, kept_words, tail_bias, pool, expansions)
+    precision = Precision(qk, pv, hadamard)
+    return sparse_attention(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=backend)
+
+
+@attention_operator.register_fake
+def _(q, *rest):
+    return empty_output(q)

@@ -19,7 +19,7 @@ from ..core.precision import Precision
 from ..core.quantization import hadamard_matrix
 from ..core.scratch import ScratchLayout
 from ..pooling.reference import stretches_of
-from .block_lists import context_blocks, list_shape
+from .block_list_layout import context_blocks, list_shape
 from .gluon_sm90 import launch as gluon_launch
 from .tiles import Tile, in_channel_halves, needs_separate_tail, tail_stages, tile_for
 

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from ..core.layout import Geometry
 from ..core.settled import settle
-from .block_lists import LIST_PADDING, context_blocks
+from .block_list_layout import LIST_PADDING, context_blocks
 
 # Blocks that a program looks at together. One warp: places are found by shuffles alone, without a barrier.
 COLUMNS = 256

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..attention import launch_plan
 from . import support
 
 
@@ -65,7 +64,7 @@ def pretend(capability: tuple[int, int], begin: Callable[[str, Callable[[], Any]
     from triton.runtime.jit import JITFunction
 
     support.compile_for(capability)
-    launch_plan.capability_of.cache_clear()
+    support.capability_of.cache_clear()
     driver.set_active(_Driver(capability))
     launches, run = Launches(begin=begin), JITFunction.run
 

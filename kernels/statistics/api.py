@@ -20,7 +20,7 @@ def row_logsumexp(
     """See `statistics_reference.row_logsumexp_reference`."""
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
         return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
-    from ..statistics.triton_statistics import launch_row_logsumexp
+    from .triton_statistics import launch_row_logsumexp
 
     return launch_row_logsumexp(q, k, scale=scale, key_bias=key_bias)
 
@@ -42,7 +42,7 @@ def block_statistics(
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
         run = block_statistics_reference
     else:
-        from ..statistics.triton_statistics import launch_block_statistics as run
+        from .triton_statistics import launch_block_statistics as run
     rest = {"q_blocks": q_blocks, "scale": scale, "epsilon": epsilon, "rows_per_block": rows_per_block}
     return run(q, k, lse, geometry, rows, **rest)
 
@@ -62,5 +62,5 @@ def query_sums(
     if chosen_backend(backend, k.device, k.dtype, k.shape[3], STATISTICS_PRECISION) == "reference":
         run = query_sums_reference
     else:
-        from ..statistics.triton_query_sums import launch_query_sums as run
+        from .triton_query_sums import launch_query_sums as run
     return run(queries, k, geometry, tables, per_block, scale=scale, key_bias=key_bias)

@@ -83,8 +83,8 @@ def _of_whole_blocks(q, g: Geometry, tokens: torch.Tensor, size: int, backend: s
     """Means of every `size` grid tokens of int `[H, n * size]`, one after the other, `[B, H, n, D]`."""
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
         return take_rows(q, tokens.long() + g.prefix).unflatten(2, (-1, size)).mean(3, dtype=torch.float32).to(q.dtype)
-    from ...kernels.core.layout import padded_dim
-    from ...kernels.pooling.triton_pools import launch_mean_queries
+    from ..core.layout import padded_dim
+    from ..pooling.triton_pools import launch_mean_queries
 
     batch, heads, _, dim = q.shape
     count = tokens.shape[1] // size

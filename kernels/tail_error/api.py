@@ -35,7 +35,7 @@ def block_costs(
     if _tail_backend(backend, q) == "reference":
         run = block_costs_reference
     else:
-        from ..tail_error.triton_block_costs import launch_block_costs as run
+        from .triton_block_costs import launch_block_costs as run
     rest = {"pool": pool, "expanded": expanded, "scale": scale, "key_bias": key_bias}
     return run(q, k, v, geometry, tables, positions, **rest)
 
@@ -60,7 +60,7 @@ def row_moments(
     if _tail_backend(backend, q) == "reference":
         run = row_moments_reference
     else:
-        from ..tail_error.triton_row_errors import launch_row_moments as run
+        from .triton_row_errors import launch_row_moments as run
     return run(
         q,
         k,

@@ -15,6 +15,7 @@ import torch
 from torch.nn.attention import SDPBackend
 
 from ...kernels.core.layout import TokenLayout
+from ...paro_runtime.attention.backend import resolve_precision
 from ...paro_runtime.config.recipes import mask_options, recipe_for
 from ...paro_runtime.config.settings import Settings
 from ...paro_runtime.host.override import SLOT, without_paro
@@ -23,7 +24,6 @@ from ...paro_runtime.host.wrappers import KEY, Lifecycle
 from ...paro_runtime.plan.options import MaskOptions
 from ...paro_runtime.plan.store import PlanStore
 from ...paro_runtime.report.reasons import clipped
-from ...paro_runtime.run.backend import resolve_precision
 from ...paro_runtime.run.session import Session
 from .check import Check, Kernels, check_kernels, outlook
 from .machine import machine

@@ -13,12 +13,12 @@ from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.core.scratch import ScratchOutOfMemory, release_scratch
+from ...paro_runtime.attention.backend import run_kernel
+from ...paro_runtime.attention.dense import dense_pattern
+from ...paro_runtime.attention.patterns import build_pattern
 from ...paro_runtime.plan.options import MaskOptions, query_block
 from ...paro_runtime.plan.orders import AXIS_ORDERS
 from ...paro_runtime.report.reasons import clipped
-from ...paro_runtime.run.backend import run_kernel
-from ...paro_runtime.run.dense import dense_pattern
-from ...paro_runtime.run.patterns import build_pattern
 from .methods import Make, Run, Unavailable
 
 log = logging.getLogger("paro")

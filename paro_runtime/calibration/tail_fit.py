@@ -234,3 +234,13 @@ def bias_at(curves: torch.Tensor, density: torch.Tensor) -> torch.Tensor:
     part = ((place - points[upper - 1]) / (points[upper] - points[upper - 1]))[..., None]
     rows = torch.arange(curves.shape[0], device=curves.device)
     return best_bias(curves[rows, upper - 1] * (1 - part) + curves[rows, upper] * part)
+
+
+# Rows that tell a head's bias: a hundredth of them, within these bounds. What one number goes wrong by depends on how
+# many rows were seen, not on their share.
+LEAST_ROWS, MOST_ROWS = 64, 192
+
+
+def measured_rows(tokens: int) -> int:
+    """How many rows of so many grid tokens are measured."""
+    return min(max(LEAST_ROWS, round(tokens / 100)), MOST_ROWS)

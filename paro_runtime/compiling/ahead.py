@@ -191,7 +191,7 @@ def usual_job() -> Job | None:
     from ...kernels.core.layout import BLOCK_K
     from ...kernels.core.precision import PRECISIONS
     from ...kernels.core.support import triton_reason
-    from ..run.backend import resolve_precision
+    from ..attention.backend import resolve_precision
 
     device = torch.device("cuda")
     if not torch.cuda.is_available() or os.environ.get(SWITCH) == "0":

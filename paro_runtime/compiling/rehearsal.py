@@ -16,14 +16,13 @@ from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.statistics.mean_queries import mean_query_masses
+from ..attention.backend import run_kernel
+from ..attention.dense import dense_pattern
 from ..calibration.observe import observe
 from ..calibration.options import StatisticsOptions, is_large
-from ..calibration.tail_fit import observe_bias
+from ..calibration.tail_fit import LEAST_ROWS, observe_bias
 from ..plan.options import COMPARED_DENSITY, query_block
 from ..plan.orders import AXIS_ORDERS, table_on
-from ..run.backend import run_kernel
-from ..run.dense import dense_pattern
-from ..run.tail_bias import LEAST_ROWS
 from .self_check import errors_of
 
 # Grids of more tokens are all alike to every kernel; those that stand for them, of a video and of an image.

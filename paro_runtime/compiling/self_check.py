@@ -19,8 +19,8 @@ from ...kernels.attention.gluon_sm90 import launch as gluon_launch
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS, Precision
-from ..run.backend import run_kernel
-from ..run.patterns import build_pattern
+from ..attention.backend import run_kernel
+from ..attention.patterns import build_pattern
 
 log = logging.getLogger("paro")
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ..attention.patterns import pinned_like
 from ..plan.plan import Site
-from .patterns import pinned_like
 
 if TYPE_CHECKING:
     from .session import Session

@@ -13,6 +13,9 @@ import torch
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import SparsePattern, empty_output
 from ...kernels.core.scratch import ScratchOutOfMemory, release_scratch
+from ..attention.backend import run_kernel
+from ..attention.dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
+from ..attention.patterns import with_bias
 from ..calibration.tail_fit import BiasObservation
 from ..compiling.readiness import COMPILING
 from ..compiling.self_check import site_precision
@@ -20,10 +23,7 @@ from ..plan.options import GROUPS
 from ..plan.plan import Plan, PlanError, Site
 from ..report.reasons import hint_of, words_of
 from .attempt import Attempt, not_finite
-from .backend import run_kernel
-from .dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
 from .masks import routed_bits
-from .patterns import with_bias
 from .tail_bias import is_short
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ import torch
 from ...kernels.core.block_mask import pack_bits
 from ...kernels.core.pattern import SparsePattern
 from ...kernels.statistics.mean_queries import mean_query_masses
+from ..attention.patterns import sent
 from ..calibration.mask_choice import masks_of_counts
 from ..plan.plan import SitePlan
-from .patterns import sent
 
 
 def routed_bits(

@@ -19,6 +19,8 @@ from ...kernels.core.dispatch import capability_of_gpu
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.core.scratch import release_scratch
+from ..attention.backend import resolve_backend, resolve_precision
+from ..attention.patterns import PatternCache
 from ..calibration.calibrator import Calibrator, Method
 from ..compiling.readiness import Readiness
 from ..config.recipes import is_small, mask_options, raised_density
@@ -27,9 +29,7 @@ from ..plan.plan import IN_PASSING, Plan, PlanError, Site
 from ..plan.store import FoundPlan
 from ..report.report import Report
 from .attempt import Attempt, Counts
-from .backend import resolve_backend, resolve_precision
 from .evaluation import Evaluation
-from .patterns import PatternCache
 from .policy import Policy
 from .schedule import Schedule, StepClock, StepFinder
 from .tail_bias import BiasRefresh

@@ -18,11 +18,8 @@ import torch
 
 from ...kernels.core.gather import take_rows
 from ...kernels.core.pattern import SparsePattern
-from ..calibration.tail_fit import BiasObservation, best_bias, observe_bias
+from ..calibration.tail_fit import BiasObservation, best_bias, measured_rows, observe_bias
 
-# Rows that tell a head's bias: a hundredth of them, within these bounds. What one number goes wrong by depends on how
-# many rows were seen, not on their share.
-LEAST_ROWS, MOST_ROWS = 64, 192
 # Multiply-adds of a call's dense attention below which a call is short on a GPU: 10 ms on an H100.
 LEAST_WORK = 3e12
 
@@ -31,11 +28,6 @@ def is_short(q: torch.Tensor) -> bool:
     """Whether measuring in more than one step would take longer than it is worth; q `[B, H, L, D]`."""
     batch, heads, length, dim = q.shape
     return q.is_cuda and 2 * batch * heads * length * length * dim < LEAST_WORK
-
-
-def measured_rows(tokens: int) -> int:
-    """How many rows of so many grid tokens are measured."""
-    return min(max(LEAST_ROWS, round(tokens / 100)), MOST_ROWS)
 
 
 def restoring(lock: AbstractContextManager, known: Sequence[dict]) -> Callable[[], None]:

@@ -11,10 +11,9 @@ from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
 from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts
 from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions
 from comfyui_paro.paro_runtime.calibration.order_choice import sums_under_orders
-from comfyui_paro.paro_runtime.calibration.tail_fit import observe_bias
+from comfyui_paro.paro_runtime.calibration.tail_fit import measured_rows, observe_bias
 from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.run.tail_bias import measured_rows
 
 pytestmark = [
     pytest.mark.gpu,

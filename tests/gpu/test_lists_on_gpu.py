@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention.block_lists import block_list, list_shape
+from comfyui_paro.kernels.attention.block_list_layout import list_shape
+from comfyui_paro.kernels.attention.block_lists import block_list
 from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.pattern import SparsePattern
 

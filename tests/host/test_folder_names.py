@@ -26,10 +26,10 @@ def test_a_name_of_the_folder(comfy, tmp_path, monkeypatch, name):
     assert Path(nodes.EXTENSION_WEB_DIRS["paro-attention"]).samefile(PACK / "web")
     package = nodes.NODE_CLASS_MAPPINGS["PAROPatchModel"].__module__.rpartition(".nodes")[0]
     try:
-        kernels = import_module(f"{package}.kernels.attention.operator")
+        kernels = import_module(f"{package}.kernels.attention.api")
         geometry = kernels.Geometry(0, (2, 8, 8), 0, 64)
         precision = import_module(f"{package}.kernels.core.pattern").PRECISIONS["16bit"]
-        assert Path(kernels.__file__).resolve() == PACK / "kernels" / "attention" / "operator.py"
+        assert Path(kernels.__file__).resolve() == PACK / "kernels" / "attention" / "api.py"
         q = torch.randn(1, 1, 128, 64)
         tables = torch.arange(128, dtype=torch.int32)[None]
         rest = (None, None, None, 0, list(geometry.grid), 0, 64, 64, 1, precision.qk, precision.pv, False, None)

@@ -11,7 +11,7 @@ import torch
 from comfyui_paro.kernels.attention import cudnn
 from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.support import triton_reason
-from comfyui_paro.paro_runtime.run import dense
+from comfyui_paro.paro_runtime.attention import dense
 from comfyui_paro.tests.host.cases import BACKEND, DEVICE, relative_error
 from comfyui_paro.tests.tiny_wan import data
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_paro.paro_runtime.run import dense
+from comfyui_paro.paro_runtime.attention import dense
 
 Q = torch.randn(1, 2, 40, 64, generator=torch.Generator().manual_seed(0))
 

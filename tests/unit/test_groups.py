@@ -5,6 +5,7 @@ import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
+from comfyui_paro.paro_runtime.attention.patterns import PatternCache
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.calibration.mask_choice import shared_masks
 from comfyui_paro.paro_runtime.config.recipes import recipe_for
@@ -16,7 +17,6 @@ from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
 from comfyui_paro.paro_runtime.plan.store import PlanStore
 from comfyui_paro.paro_runtime.report.verdict import exact
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
-from comfyui_paro.paro_runtime.run.patterns import PatternCache
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh

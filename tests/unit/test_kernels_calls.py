@@ -230,7 +230,7 @@ def test_compiled_without_graph_breaks_or_recompilation():
 
 
 def test_the_operator_is_sound():
-    from comfyui_paro.kernels.attention.operator import attention_operator
+    from comfyui_paro.kernels.attention.api import attention_operator
 
     q, k, v, p, _ = make(replace(SMALL, dtype=torch.float32))
     g = p.geometry

@@ -9,7 +9,8 @@ import torch
 from comfyui_paro.kernels.attention import block_lists as lists_module
 from comfyui_paro.kernels.attention import launch_plan
 from comfyui_paro.kernels.attention.api import sparse_attention
-from comfyui_paro.kernels.attention.block_lists import LIST_PADDING, block_list, held_bytes
+from comfyui_paro.kernels.attention.block_list_layout import LIST_PADDING, held_bytes
+from comfyui_paro.kernels.attention.block_lists import block_list
 from comfyui_paro.kernels.core import scratch
 from comfyui_paro.kernels.core.block_mask import count_bits, pack_bits, row_words, unpack_bits, words_of_bits
 from comfyui_paro.kernels.core.layout import Geometry
@@ -216,6 +217,6 @@ def test_what_a_small_site_holds():
 
 
 def test_forty_sites_of_720p_stay_on_a_gpu_of_12_gb():
-    from comfyui_paro.paro_runtime.run import patterns
+    from comfyui_paro.paro_runtime.attention import patterns
 
     assert 40 * held_bytes(WAN_720P, 40) < patterns.CACHE_SHARE * 11.6 * 2**30

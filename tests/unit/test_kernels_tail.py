@@ -10,7 +10,7 @@ import torch.utils._pytree
 from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.tail_error.api import block_costs, row_moments
-from comfyui_paro.paro_runtime.run.tail_bias import measured_rows
+from comfyui_paro.paro_runtime.calibration.tail_fit import measured_rows
 from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton")

@@ -12,6 +12,7 @@ from comfyui_paro.kernels.attention.reference import sparse_attention_reference
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.sampling import spread_positions
+from comfyui_paro.paro_runtime.attention.patterns import build_pattern
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.calibration.mask_choice import SharedBudget, density_for, per_head_masks, shared_masks
 from comfyui_paro.paro_runtime.calibration.observe import observe
@@ -23,14 +24,14 @@ from comfyui_paro.paro_runtime.calibration.tail_fit import (
     NO_TAIL,
     best_bias,
     bias_at,
+    measured_rows,
     observe_bias,
     observe_tail,
 )
 from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.orders import order_table
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.run.patterns import build_pattern
-from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh, measured_rows
+from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
 
 IDENTITY = ModelIdentity("bench", "planted", "planted")
 GRID = (7, 9, 8)
@@ -195,7 +196,7 @@ def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, maske
 
 def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch):
     """Every row looked at: what is told is the error of the whole results, in all steps and in the worst site."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.run.tail_bias.measured_rows", lambda tokens: tokens)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.tail_fit.measured_rows", lambda tokens: tokens)
     entry, _ = masked
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias[0])
     refresh, wrong, whole, worst = BiasRefresh(), 0.0, 0.0, 0.0

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from comfyui_paro.kernels.core.layout import TokenLayout
+from comfyui_paro.paro_runtime.attention.dense import paro_pays_when_short
 from comfyui_paro.paro_runtime.config.recipes import FOLDER, all_recipes, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.run.dense import paro_pays_when_short
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
 

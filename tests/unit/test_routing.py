@@ -7,6 +7,7 @@ import torch
 from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.statistics.mean_queries import mean_queries_of_blocks, mean_query_masses
+from comfyui_paro.paro_runtime.attention.patterns import PatternCache, pattern_of
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts
 from comfyui_paro.paro_runtime.calibration.observe import budget_blocks
@@ -21,7 +22,6 @@ from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.paro_runtime.run import masks as routing_module
 from comfyui_paro.paro_runtime.run.attempt import Attempt
 from comfyui_paro.paro_runtime.run.masks import routed_bits
-from comfyui_paro.paro_runtime.run.patterns import PatternCache, pattern_of
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
@@ -254,7 +254,7 @@ def test_calls_of_one_step_share_the_masks():
 
 
 def test_without_room_for_patterns_masks_are_measured_every_time(monkeypatch):
-    monkeypatch.setattr("comfyui_paro.paro_runtime.run.patterns.CACHE_BYTES", 0)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.attention.patterns.CACHE_BYTES", 0)
     measured = []
     monkeypatch.setattr(evaluation_module, "routed_bits", lambda *a, **k: measured.append(1) or routed_bits(*a, **k))
     report = run(sigmas=LONG).finish()

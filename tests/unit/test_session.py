@@ -5,10 +5,13 @@ import threading
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention.block_lists import held_bytes
+from comfyui_paro.kernels.attention.block_list_layout import held_bytes
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
+from comfyui_paro.paro_runtime.attention import patterns as patterns_module
+from comfyui_paro.paro_runtime.attention.backend import resolve_backend
+from comfyui_paro.paro_runtime.attention.patterns import PatternCache, with_bias
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
@@ -17,10 +20,7 @@ from comfyui_paro.paro_runtime.plan.file import load_plan
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, PlanError, Site
 from comfyui_paro.paro_runtime.plan.store import PlanStore
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
-from comfyui_paro.paro_runtime.run import patterns as patterns_module
 from comfyui_paro.paro_runtime.run.attempt import Attempt
-from comfyui_paro.paro_runtime.run.backend import resolve_backend
-from comfyui_paro.paro_runtime.run.patterns import PatternCache, with_bias
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
 from torch.nn.functional import scaled_dot_product_attention as sdpa

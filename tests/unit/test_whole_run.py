@@ -10,8 +10,8 @@ import torch
 from comfyui_paro.bench.paro_bench import timeline
 from comfyui_paro.bench.paro_bench.real_models import RUNS
 from comfyui_paro.kernels.core.layout import TokenLayout
-from comfyui_paro.paro_runtime.run.dense import dense_pattern
-from comfyui_paro.paro_runtime.run.patterns import build_pattern
+from comfyui_paro.paro_runtime.attention.dense import dense_pattern
+from comfyui_paro.paro_runtime.attention.patterns import build_pattern
 
 from bench import report, whole_run
 

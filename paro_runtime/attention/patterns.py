@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from ...kernels.attention.block_lists import held_bytes
+from ...kernels.attention.block_list_layout import held_bytes
 from ...kernels.core.block_mask import words_of_bits
 from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import SparsePattern
