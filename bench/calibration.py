@@ -47,7 +47,7 @@ from comfyui_paro.paro_runtime.attention.patterns import pattern_of  # noqa: E40
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator  # noqa: E402
 from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions  # noqa: E402
 from comfyui_paro.paro_runtime.calibration.order_choice import order_scores  # noqa: E402
-from comfyui_paro.paro_runtime.calibration.tail_fit import measured_rows, observe_bias, observe_tail
+from comfyui_paro.paro_runtime.calibration.tail_fit import measured_rows, observe_bias, observe_tail  # noqa: E402
 from comfyui_paro.paro_runtime.plan.options import MaskOptions, query_block  # noqa: E402
 from comfyui_paro.paro_runtime.plan.orders import order_table  # noqa: E402
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site  # noqa: E402

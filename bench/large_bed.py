@@ -30,7 +30,7 @@ _checkout = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(_checkout)
 _checkout.register()
 
-from comfyui_paro.bench.large_wan import (
+from comfyui_paro.bench.large_wan import (  # noqa: E402
     attention_error,
     clips,
     curriculum,
