@@ -185,9 +185,9 @@ def compile_means(row: Row) -> dict:
 def compile_lists(row: Row) -> dict:
     """`list_blocks`."""
     import _compile
-    from comfyui_paro.kernels.attention import block_lists, triton_block_lists
+    from comfyui_paro.kernels.attention import block_list_layout, triton_block_lists
 
-    constants = {"COLUMNS": triton_block_lists.COLUMNS, "PADDING": block_lists.LIST_PADDING}
+    constants = {"COLUMNS": triton_block_lists.COLUMNS, "PADDING": block_list_layout.LIST_PADDING}
     pointers = {"kept_words": "*i64", "blocks": "*i16"}
     kernel = _compile.compile_kernel(
         triton_block_lists.list_blocks, pointers, constants, row.capability, triton_block_lists.WARPS, 3

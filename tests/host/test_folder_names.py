@@ -28,7 +28,7 @@ def test_a_name_of_the_folder(comfy, tmp_path, monkeypatch, name):
     try:
         kernels = import_module(f"{package}.kernels.attention.api")
         geometry = kernels.Geometry(0, (2, 8, 8), 0, 64)
-        precision = import_module(f"{package}.kernels.core.pattern").PRECISIONS["16bit"]
+        precision = import_module(f"{package}.kernels.core.precision").PRECISIONS["16bit"]
         assert Path(kernels.__file__).resolve() == PACK / "kernels" / "attention" / "api.py"
         q = torch.randn(1, 1, 128, 64)
         tables = torch.arange(128, dtype=torch.int32)[None]

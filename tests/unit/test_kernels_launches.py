@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention import block_lists, launch_plan
+from comfyui_paro.kernels.attention import block_list_layout, launch_plan
 from comfyui_paro.kernels.attention.api import sparse_attention
 from comfyui_paro.kernels.core import scratch
 from comfyui_paro.kernels.core.layout import Geometry
@@ -90,7 +90,7 @@ def problem(tokens: int, heads: int = 2, tail: bool = True, expansions: int = 16
 
 
 def test_lists_too_large_to_be_kept_are_one_launch_more(launches, monkeypatch):
-    monkeypatch.setattr(block_lists, "LARGEST_KEPT_LIST", 0)
+    monkeypatch.setattr(block_list_layout, "LARGEST_KEPT_LIST", 0)
     q, k, v, pattern = problem(16384)
     for _ in range(2):
         launches.clear()

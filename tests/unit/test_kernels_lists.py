@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from comfyui_paro.kernels.attention import block_lists as lists_module
+from comfyui_paro.kernels.attention import block_list_layout as lists_module
 from comfyui_paro.kernels.attention import launch_plan
 from comfyui_paro.kernels.attention.api import sparse_attention
 from comfyui_paro.kernels.attention.block_list_layout import LIST_PADDING, held_bytes

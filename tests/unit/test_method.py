@@ -196,7 +196,7 @@ def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, maske
 
 def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch):
     """Every row looked at: what is told is the error of the whole results, in all steps and in the worst site."""
-    monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.tail_fit.measured_rows", lambda tokens: tokens)
+    monkeypatch.setattr("comfyui_paro.paro_runtime.run.tail_bias.measured_rows", lambda tokens: tokens)
     entry, _ = masked
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias[0])
     refresh, wrong, whole, worst = BiasRefresh(), 0.0, 0.0, 0.0
