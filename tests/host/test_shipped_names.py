@@ -20,6 +20,7 @@ def names(schema) -> dict:
 
 def test_what_shipped_is_still_there(comfy, store):
     """The file of shipped names grows with each release and never loses one. New outputs come behind the old ones."""
+    pytest.importorskip("av", reason="NO av: the host's own nodes cannot be imported")
     from comfyui_paro.nodes.extension import PAROExtension
 
     nodes = asyncio.run(PAROExtension().get_node_list())
