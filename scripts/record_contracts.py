@@ -1,4 +1,4 @@
-"""Record how ComfyUI calls attention in every family into tests/unit/contracts: `python scripts/record_contracts.py`.
+"""Record how ComfyUI calls attention in every family into tests/unit/host/contracts: `scripts/record_contracts.py`.
 
 Each file holds the attention calls of one evaluation of a tiny random model in the real sampler: shapes, strides,
 positional and keyword arguments, the block keys, and the site that PARO gave the call. The unit tests replay them
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import _checkout
 from _host import find_host, host_version
 
-FOLDER = Path(__file__).resolve().parent.parent / "tests" / "unit" / "contracts"
+FOLDER = Path(__file__).resolve().parent.parent / "tests" / "unit" / "host" / "contracts"
 # What the replay needs of `transformer_options`; the rest is the host's own business.
 KEYS = ("block_type", "block_index", "total_blocks", "block", "img_slice", "grid_sizes", "reference_image_num_tokens")
 NAMES = ("q", "k", "v")

@@ -7,7 +7,7 @@ sums too. Without values, or for masks by mass, block sums come from every row o
 queries of every block of large ones; where runs measure their masks themselves, of some blocks, which tell how many
 blocks each head wants.
 What is looked at shrinks with the size of the grid: up to three dense attentions on the smallest, a third of one on
-75,600 tokens (`tests/unit/test_calibration_cost.py`). Nothing waits for the device on large grids.
+75,600 tokens (`tests/unit/calibration/test_cost.py`). Nothing waits for the device on large grids.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from comfyui_paro.kernels.attention.gluon_sm90 import launch as gluon_launch
 from comfyui_paro.kernels.attention.launch import launch_attention, pieces_of
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference
 from comfyui_paro.kernels.core.precision import PRECISIONS
-from comfyui_paro.tests.unit.kernel_cases import Case, make, oracle, relative_error
+from comfyui_paro.tests.unit.kernels.cases import Case, make, oracle, relative_error
 
 on_hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == gluon_launch.CAPABILITY
 pytestmark = [

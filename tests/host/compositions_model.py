@@ -82,7 +82,7 @@ row(
     ATTENTION,
     "containers",
     "an override with a `container_function`, which gets q, k and v to use up (MiniMax H3)",
-    elsewhere="../unit/test_host_override.py::test_containers",
+    elsewhere="../unit/host/test_override.py::test_containers",
 )
 
 

@@ -18,7 +18,7 @@ from comfyui_paro.kernels.core.pattern import SparsePattern
 from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.support import interpreted
 
-from .kernel_cases import Case, make, with_mask
+from .cases import Case, make, with_mask
 
 needs_interpreter = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
 GEOMETRIES = {

@@ -9,7 +9,7 @@ from comfyui_paro.kernels.attention.reference import sparse_attention_reference
 from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.support import interpreted
 
-from .kernel_cases import Case, make, relative_error
+from .cases import Case, make, relative_error
 
 pytest.importorskip("triton")
 if not interpreted():

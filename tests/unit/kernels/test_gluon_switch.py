@@ -13,7 +13,7 @@ from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.support import interpreted
 
-from .kernel_cases import Case, make
+from .cases import Case, make
 
 pytest.importorskip("triton")
 

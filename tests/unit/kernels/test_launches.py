@@ -15,7 +15,7 @@ from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.support import interpreted
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .kernel_cases import Case, make, oracle, relative_error
+from .cases import Case, make, oracle, relative_error
 
 pytest.importorskip("triton")
 if not interpreted():

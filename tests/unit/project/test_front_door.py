@@ -10,7 +10,7 @@ from comfyui_paro.scripts import draw_pictures
 from comfyui_paro.tests.host.compositions_all import COMPOSITIONS
 from PIL import Image, ImageChops, ImageStat
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 README = ROOT / "README.md"
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 

@@ -20,7 +20,7 @@ from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 from comfyui_paro.kernels.core.support import int4_is_native, interpreted, triton_reason
 
-from .kernel_cases import Case, make, oracle, relative_error
+from .cases import Case, make, oracle, relative_error
 
 INT8 = PRECISIONS["int8"]
 SMALL = Case("", grid=(1, 7, 11), suffix=2)
@@ -77,7 +77,7 @@ def test_importing_the_package_does_not_import_triton():
         "import comfyui_paro.kernels.attention.api, comfyui_paro.kernels.attention.tiles; "
         "assert 'triton' not in sys.modules"
     )
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
 
 
@@ -258,6 +258,6 @@ def test_the_operator_is_sound():
 def test_shipped_tiles_compile_for_every_architecture():
     """The tiles for D = 128 with a list and the tail; `python scripts/check_kernels.py` compiles all of them."""
     pytest.importorskip("triton")
-    script = Path(__file__).resolve().parents[2] / "scripts" / "check_kernels.py"
+    script = Path(__file__).resolve().parents[3] / "scripts" / "check_kernels.py"
     done = subprocess.run([sys.executable, script, "--quick", "--jobs", "2"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -14,7 +14,7 @@ from comfyui_paro.paro_runtime.plan.options import GROUPS
 from comfyui_paro.paro_runtime.plan.store import PlanStore
 from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
-from comfyui_paro.tests.unit.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
+from comfyui_paro.tests.unit.run.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
 
 
 def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):

@@ -12,7 +12,7 @@ from comfyui_paro.bench.paro_bench.tiny_rows import acceptance, overview
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
 from comfyui_paro.tests.tiny_wan import data
 
-SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "fidelity.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "bench" / "fidelity.py"
 
 
 @pytest.mark.parametrize("dense", [1, 3])

@@ -14,7 +14,7 @@ from comfyui_paro.kernels.pooling.reference import (
     stretches_of,
 )
 
-from .kernel_cases import relative_error
+from .cases import relative_error
 
 GEOMETRIES = {
     "ragged, two stretches of several blocks": (Geometry(2, (3, 9, 13), 1), 2, 64),

@@ -8,8 +8,7 @@ import pytest
 import torch
 from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
-
-from .kernel_cases import CASES, make, oracle, relative_error
+from comfyui_paro.tests.unit.kernels.cases import CASES, make, oracle, relative_error
 
 pytest.importorskip("triton")
 from bench import problems, report

@@ -7,7 +7,7 @@ from comfyui_paro.scripts.write_composition import PAGE, page
 from comfyui_paro.tests.host.compositions import DENSE, SPARSE, UNTESTED
 from comfyui_paro.tests.host.compositions_all import COMPOSITIONS
 
-HOST_TESTS = Path(__file__).resolve().parent.parent / "host"
+HOST_TESTS = Path(__file__).resolve().parents[2] / "host"
 
 
 def test_the_page_is_up_to_date():

@@ -16,7 +16,7 @@ from comfyui_paro.paro_runtime.compiling.rehearsal import Job
 from comfyui_paro.paro_runtime.compiling.worker import Compilers
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 MODULES = (
     "attention.triton_forward",
     "attention.triton_prepare",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from comfyui_paro import paro_runtime
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 RUNTIME = [path for folder in ("kernels", "paro_runtime", "nodes") for path in sorted((ROOT / folder).rglob("*.py"))]
 HOST = {
     "comfy",

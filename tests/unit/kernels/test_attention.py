@@ -12,7 +12,7 @@ from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.scratch import allocate
 from comfyui_paro.kernels.core.support import interpreted
 
-from .kernel_cases import CASES, Case, make, oracle, relative_error
+from .cases import CASES, Case, make, oracle, relative_error
 
 pytest.importorskip("triton")
 if not interpreted():
