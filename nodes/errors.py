@@ -13,7 +13,11 @@ from ..paro_runtime.config.recipes import RecipeError
 from ..paro_runtime.config.settings import SettingsError
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan.plan import PlanError
-from .compare.in_host import CompareError
+
+
+class CompareError(ValueError):
+    """Something that cannot be compared; the message is one sentence that says what to do."""
+
 
 MISTAKES = (PlanError, SettingsError, RecipeError, CompareError)
 _wrong: set[str] = set()

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = ROOT / "tests" / "requirements.txt"
 BASE_MODULES = ("torch", "numpy", "safetensors", "PIL")
-TEST_MODULES = (*BASE_MODULES, "pytest", "xdist", "ruff", "jsonschema", "kornia", "hypothesis")
+TEST_MODULES = (*BASE_MODULES, "pytest", "xdist", "ruff", "importlinter", "mypy", "jsonschema", "kornia", "hypothesis")
 HOST_MODULES = (*BASE_MODULES, "torchvision", "torchaudio", "transformers", "comfy_kitchen", "aiohttp", "einops")
 # The host's torch companions for the torch that tests/requirements.txt pins, installed without their dependencies.
 TORCH_COMPANIONS = ("torchvision==0.28.0", "torchaudio==2.11.0")

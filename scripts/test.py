@@ -15,6 +15,11 @@ from _host import find_host, host_version
 
 ROOT = Path(__file__).resolve().parent.parent
 MOST_JOBS = 4  # each boots the host
+CHECKS = (
+    ("-m", "ruff", "check", "."),
+    ("-m", "ruff", "format", "--check", "."),
+    ("scripts/check_imports.py",),
+)
 
 
 def main() -> int:
@@ -26,8 +31,8 @@ def main() -> int:
         print("no ComfyUI found: the host tests will be skipped (set COMFYUI_PATH to run them)", flush=True)
     else:
         print(f"ComfyUI {host_version(host)} at {host}", flush=True)
-    for check in (["ruff", "check", "."], ["ruff", "format", "--check", "."]):
-        if subprocess.run([sys.executable, "-m", *check], cwd=ROOT).returncode:
+    for check in CHECKS:
+        if subprocess.run([sys.executable, *check], cwd=ROOT).returncode:
             return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     jobs = min(MOST_JOBS, cores)

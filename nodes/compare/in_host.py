@@ -15,6 +15,7 @@ from ...paro_runtime.host.calibration_run import Sampling
 from ...paro_runtime.host.patching import last_report, remove
 from ...paro_runtime.host.wrappers import KEY, Lifecycle
 from ...paro_runtime.report.reasons import hint_of
+from ..errors import CompareError
 from .compare import Figures, clips_of, measure, side_by_side
 from .text import PLAIN, TWO_MODELS, Timed, labels, text
 
@@ -22,10 +23,6 @@ log = logging.getLogger("paro")
 CLOCK = "paro_compare"
 CALLBACK = 5
 """Where OUTER_SAMPLE has the callback: (noise, latent_image, sampler, sigmas, denoise_mask, callback, ...)."""
-
-
-class CompareError(ValueError):
-    """Something that cannot be compared; the message is one sentence that says what to do."""
 
 
 @dataclass(frozen=True, eq=False)
