@@ -98,7 +98,8 @@ def sample(
 ) -> torch.Tensor:
     """The host's sampler over `prompts` (positive, negative), else over random ones, the positive with `extra`."""
     empty = latent(grid, batch, video)
-    noise = comfy.sample.prepare_noise(empty, seed)
+    # As the host's prepare_noise, which seeds the generator that all threads share.
+    noise = torch.randn(empty.size(), dtype=empty.dtype, generator=torch.Generator().manual_seed(seed))
     positive, negative = prompts or (text(1, **extra), text(2))
     return comfy.sample.sample(
         model,
