@@ -212,7 +212,7 @@ def _launch(piece, s, pattern, scale_log2, nonfinite) -> None:
 
 
 def schedule_of(dim: int, pv: str, listed: bool) -> int:
-    """How firmly a step is held in order (`gluon_attention._steps`): as far as registers allow without many spills."""
+    """How firmly a step is held in order (`key_steps.key_steps`): as far as registers allow without many spills."""
     plain, marked, ahead = range(3)
     if (dim, pv) != (128, "fp8"):
         return ahead
