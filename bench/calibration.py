@@ -37,6 +37,7 @@ from comfyui_paro.bench.attention import commit, peak_mib  # noqa: E402
 from comfyui_paro.bench.paro_bench.tiny import GRIDS, LAYERS, TinyBench, Variant  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, inputs  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
+from comfyui_paro.kernels.core.inputs import AttentionInputs  # noqa: E402
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of  # noqa: E402
 from comfyui_paro.kernels.core.pattern import SparsePattern  # noqa: E402
 from comfyui_paro.kernels.core.sampling import sampled_rows  # noqa: E402
@@ -110,7 +111,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
 
     parts = {
         "orders": lambda: order_scores(q, k, g, StatisticsOptions(DENSITY)),
-        "costs": lambda: block_costs(q, k, v, g, rows, sampled_rows(g, device), pool=POOL),
+        "costs": lambda: block_costs(AttentionInputs(q, k, v, g, rows), sampled_rows(g, device), pool=POOL),
         "tail": lambda: observe_tail(q, k, v, g, rows, density=DENSITY, pool=POOL),
         "every_row": every_row,
     }

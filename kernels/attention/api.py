@@ -39,8 +39,8 @@ def sparse_attention(
 
     Arguments and result as in `reference.sparse_attention_reference`; backend is `auto`, `triton` or `reference`.
     nonfinite: int32 tensor whose first element becomes 1 if the result holds NaN or infinity, and is left alone
-    otherwise: the kernel tells on the way what a pass over the result would find. Align it to 16 bytes (see `call`).
-    Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short. Under
+    otherwise: the kernel tells on the way what a pass over the result would find. Align it to 16 bytes (see
+    `launch_plan.parts_of`). Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when memory is short. Under
     torch.compile it is one opaque operator: no graph break, and nothing to recompile from step to step.
     """
     if torch.compiler.is_compiling():
@@ -94,6 +94,7 @@ def _problem_with_rest(q, scale, key_bias, out, nonfinite) -> str | None:
 NAMESPACE = re.sub(r"\W", "_", f"paro_{__name__.rpartition('.')[0]}", flags=re.ASCII)
 
 
+# An operator of torch takes tensors and plain values only, so the pattern and the precision come in pieces.
 @torch.library.custom_op(f"{NAMESPACE}::sparse_attention", mutates_args=())
 def attention_operator(
     q: torch.Tensor,

@@ -1,4 +1,4 @@
-"""Mean queries and expanded pools on a GPU. The meaning is in `pools`.
+"""Mean queries and expanded pools on a GPU. The meaning is in `reference`.
 
 Import only where a launch is wanted: this module needs Triton. Inputs are multiplied in their own type with float32
 sums, float32 ones in three products of TF32 (exact ones are sums in registers, which spill); a mean query is rounded to
@@ -7,10 +7,13 @@ their type, which moves the point that the pools are expanded around, and no mor
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 
+from ..core.inputs import AttentionInputs
 from ..core.layout import Geometry
 from ..core.pattern import MOST_EXPANSIONS
 from ..core.settled import settle
@@ -39,7 +42,7 @@ def _mean_queries(
     if order_of_head is not None:
         order = tl.load(order_of_head + order)
     stretch = tl.program_id(0)
-    # As `pools.stretch_bounds`.
+    # As `reference.stretch_bounds`.
     start = (stretch * q_blocks + stretches - 1) // stretches * BLOCK_Q
     end = tl.minimum(((stretch + 1) * q_blocks + stretches - 1) // stretches * BLOCK_Q, tokens)
     count = tl.minimum(end - start, ROWS)
@@ -115,12 +118,12 @@ def block_of_keys(
 
 
 @triton.jit(do_not_specialize=[
-    "stride_table", "stride_bias", "first", "heads", "group", "table_group", "tokens", "prefix", "pools", "stretches",
+    "stride_table", "stride_bias", "first", "heads", "group", "tokens", "prefix", "pools", "stretches",
 ])  # fmt: skip
 def _expand(
-    K, V, key_bias, tables, order_of_head, means, pooled_k, pooled_v, pool_bias, key_weights,
+    K, V, key_bias, tables, means, pooled_k, pooled_v, pool_bias, key_weights,
     stride_kb, stride_kh, stride_kl, stride_kd, stride_vb, stride_vh, stride_vl, stride_vd, stride_bias, stride_table,
-    first, heads, group, table_group, tokens, prefix, pools, stretches, scale_log2,
+    first, heads, group, tokens, prefix, pools, stretches, scale_log2,
     D: tl.constexpr, PADDED_D: tl.constexpr, POOL: tl.constexpr, KEYS: tl.constexpr, BIASED: tl.constexpr,
 ):  # fmt: skip
     """Pools of one key block under every mean query of its head. Grid: (k_blocks, entries).
@@ -131,14 +134,11 @@ def _expand(
     """
     entry = first + tl.program_id(1)
     batch, head = entry // heads, entry % heads
-    order = head // table_group
-    if order_of_head is not None:
-        order = tl.load(order_of_head + order)
     channels, columns = tl.arange(0, PADDED_D), tl.arange(0, KEYS)
     K += batch.to(tl.int64) * stride_kb + (head // group).to(tl.int64) * stride_kh
     V += batch.to(tl.int64) * stride_vb + (head // group).to(tl.int64) * stride_vh
     k, v, bias, real = block_of_keys(
-        K, V, key_bias, tables + order.to(tl.int64) * stride_table, batch,
+        K, V, key_bias, tables + head.to(tl.int64) * stride_table, batch,
         stride_kl, stride_kd, stride_vl, stride_vd, stride_bias, tokens, prefix, D, PADDED_D, KEYS, BIASED,
     )  # fmt: skip
     m = load_means(means, tl.program_id(1), stretches, channels, PADDED_D).to(k.dtype)
@@ -186,24 +186,40 @@ def launch_mean_queries(
     )  # fmt: skip
 
 
-def launch_expanded_pools(
-    means: torch.Tensor | None, k: torch.Tensor, v: torch.Tensor, g: Geometry, tables: torch.Tensor,
-    order_of_head: torch.Tensor | None, pool: int, pooled_k: torch.Tensor, pooled_v: torch.Tensor,
-    pool_bias: torch.Tensor, *, scale: float, q_heads: int, key_bias: torch.Tensor | None = None,
-    table_group: int = 1, first: int = 0, key_weights: torch.Tensor | None = None,
-) -> None:  # fmt: skip
-    """Fill pooled_k and pooled_v `[entries, stretches, pools, PADDED_D]` and pool_bias, float32 and in log2 units.
+@dataclass(frozen=True, eq=False)
+class PoolBuffers:
+    """Memory for the pools of several entries, filled by `launch_expanded_pools`.
 
-    means: what `launch_mean_queries` left for the same entries, None for plain means (one stretch). k and v
-    `[B, Hkv, L, D]`; q_heads: query heads of the call. key_weights float32 `[entries, N]`: filled too where it is
-    given, with each key's share in its pool under the first mean query. The rest as there.
+    keys, values  `[entries, stretches, pools, PADDED_D]`, in the inputs' type or float32.
+    bias          float32 `[entries, stretches, pools]`, in log2 units.
+    means         `[entries, stretches, PADDED_D]`, likewise: mean queries; None: the pools are plain means, and there
+                  is one stretch.
+    key_weights   float32 `[entries, N]`: share of each key in its pool under the first mean query; None: not wanted.
     """
-    entries, stretches, pools, padded = pooled_k.shape
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    bias: torch.Tensor
+    means: torch.Tensor | None = None
+    key_weights: torch.Tensor | None = None
+
+    def of_first(self, entries: int) -> PoolBuffers:
+        """The memory of the first `entries` entries."""
+        parts = (self.keys, self.values, self.bias, self.means, self.key_weights)
+        return PoolBuffers(*(None if part is None else part[:entries] for part in parts))
+
+
+def launch_expanded_pools(inputs: AttentionInputs, into: PoolBuffers, pool: int, *, first: int = 0) -> None:
+    """Mean queries and the pools of `pool` keys around them, of as many entries from `first` on as `into` has."""
+    g, k, v = inputs.geometry, inputs.k, inputs.v
+    if into.means is not None:
+        launch_mean_queries(inputs.q, g, inputs.tables, None, into.means, first=first)
+    entries, stretches, pools, padded = into.keys.shape
     _expand[(g.k_blocks, entries)](
-        k, v, key_bias, tables, order_of_head, means, pooled_k, pooled_v, pool_bias, key_weights,
-        *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0),
-        first, q_heads, q_heads // k.shape[1], table_group, g.grid_tokens, g.prefix, pools, stretches, scale * LOG2E,
-        D=k.shape[3], PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=key_bias is not None,
+        k, v, inputs.key_bias, inputs.tables, into.means, into.keys, into.values, into.bias, into.key_weights,
+        *k.stride(), *v.stride(), inputs.bias_stride(), inputs.tables.stride(0),
+        first, inputs.heads, inputs.group, g.grid_tokens, g.prefix, pools, stretches, inputs.score_scale * LOG2E,
+        D=inputs.dim, PADDED_D=padded, POOL=pool, KEYS=g.block_k, BIASED=inputs.key_bias is not None,
         num_warps=expand_warps(k.dtype, padded),
     )  # fmt: skip
 

@@ -5,73 +5,43 @@ from __future__ import annotations
 import torch
 
 from ..core.dispatch import STATISTICS_PRECISION, chosen_backend
-from ..core.layout import Geometry
+from ..core.inputs import AttentionInputs
 from .reference import BlockCosts, RowMoments, block_costs_reference, row_moments_reference
 
 # Wider heads, which no supported model has, would not fit the shared memory of the smaller GPUs.
 TAIL_HEAD_DIM = 128
 
 
-def _tail_backend(backend: str, q: torch.Tensor) -> str:
+def _uses_reference(backend: str, q: torch.Tensor) -> bool:
     chosen = chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION)
-    return "reference" if q.shape[3] > TAIL_HEAD_DIM else chosen
+    return chosen == "reference" or q.shape[3] > TAIL_HEAD_DIM
 
 
 def block_costs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    pool: int,
-    expanded: bool = False,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
+    inputs: AttentionInputs, positions: torch.Tensor, *, pool: int, expanded: bool = False, backend: str = "auto"
 ) -> BlockCosts:
-    """See `tail_reference.block_costs_reference`; heads wider than TAIL_HEAD_DIM always go there."""
-    if _tail_backend(backend, q) == "reference":
+    """See `reference.block_costs_reference`, which always serves heads wider than TAIL_HEAD_DIM. Triton takes 1, 2, 4,
+    ... or 64 rows of each query block and raises ValueError for other numbers."""
+    if _uses_reference(backend, inputs.q):
         run = block_costs_reference
     else:
         from .triton_block_costs import launch_block_costs as run
-    rest = {"pool": pool, "expanded": expanded, "scale": scale, "key_bias": key_bias}
-    return run(q, k, v, geometry, tables, positions, **rest)
+    return run(inputs, positions, pool=pool, expanded=expanded)
 
 
 def row_moments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
+    inputs: AttentionInputs,
     positions: torch.Tensor,
     levels: torch.Tensor,
     masks: int,
     *,
     pool: int,
     expansions: int = 0,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> RowMoments:
-    """See `tail_reference.row_moments_reference`; heads wider than TAIL_HEAD_DIM always go there."""
-    if _tail_backend(backend, q) == "reference":
+    """See `reference.row_moments_reference`, which always serves heads wider than TAIL_HEAD_DIM."""
+    if _uses_reference(backend, inputs.q):
         run = row_moments_reference
     else:
         from .triton_row_errors import launch_row_moments as run
-    return run(
-        q,
-        k,
-        v,
-        geometry,
-        tables,
-        positions,
-        levels,
-        masks,
-        pool=pool,
-        expansions=expansions,
-        scale=scale,
-        key_bias=key_bias,
-    )
+    return run(inputs, positions, levels, masks, pool=pool, expansions=expansions)

@@ -1,9 +1,10 @@
-"""What dropped blocks cost on sampled rows, in plain PyTorch: the reference for the kernels of `triton_tail`.
+"""What dropped blocks cost on sampled rows, in plain PyTorch: the reference for `triton_block_costs` and
+`triton_row_errors`.
 
 For one row with exact output o, a key block j contributes x_j = sum_k p_k (v_k - o), and its pools
-y_j = sum_i p'_i (v'_i - o), with p' the weight and v' the value of a pooled key (`pools`). Leaving a block to a tail
-with factor f moves the row's output by f y_j - x_j (before it is normalised again), so squares and the product of x
-and y tell the error of every factor.
+y_j = sum_i p'_i (v'_i - o), with p' the weight and v' the value of a pooled key (`pooling.reference`). Leaving a
+block to a tail with factor f moves the row's output by f y_j - x_j (before it is normalised again), so squares and the
+product of x and y tell the error of every factor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.gather import blocks_of, context_index
+from ..core.inputs import AttentionInputs
 from ..core.layout import Geometry
 from ..pooling.reference import Pools, expanded_pools, mean_queries, stretch_of_rows
 
@@ -75,13 +77,17 @@ class _Head:
     table: torch.Tensor
 
 
-def _head(q, k, v, bias, g: Geometry, table: torch.Tensor, pool: int, expansions: int, scale: float) -> _Head:
-    table, context = table.long(), context_index(g, q.device)
+def _head(inputs: AttentionInputs, entry: int, head: int, pool: int, expansions: int) -> _Head:
+    """Of batch entry `entry` and query head `head`."""
+    g, table = inputs.geometry, inputs.tables[head].long()
+    q, k, v = inputs.q[entry, head], inputs.k[entry, head // inputs.group], inputs.v[entry, head // inputs.group]
+    bias = None if inputs.key_bias is None else inputs.key_bias[entry]
+    context = context_index(g, q.device)
     work = torch.float64 if q.dtype == torch.float64 else torch.float32
     keys, values = (x.index_select(0, table + g.prefix).to(work) for x in (k, v))
     key_blocks, value_blocks = (blocks_of(x, g.block_k, 0) for x in (keys, values))
     # The queries are scaled already.
-    q = q[g.prefix : g.prefix + g.grid_tokens].to(work) * scale
+    q = q[g.prefix : g.prefix + g.grid_tokens].to(work) * inputs.score_scale
     means = mean_queries(q, g, expansions, table)
     grid_bias = None if bias is None else bias[table + g.prefix].to(work)[None, None]
     pools = expanded_pools(means[None, None], keys[None, None], values[None, None], pool, scale=1.0, key_bias=grid_bias)
@@ -151,36 +157,23 @@ def _rows(head: _Head, g: Geometry, pool: int, positions: torch.Tensor) -> _Rows
 
 
 def block_costs_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    pool: int,
-    expanded: bool = False,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
+    inputs: AttentionInputs, positions: torch.Tensor, *, pool: int, expanded: bool = False
 ) -> BlockCosts:
     """What each block and its pools contribute to sampled rows.
 
-    q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias additive `[B, L]`. tables int `[Hq, N]`: grid index at each
-    position of the head's order. positions int64 `[q_blocks, rows]`: places in the order, rows of each query block.
-    pool: tokens per pooled key, divides block_k. expanded: pools are expanded around one mean query per head, whatever
-    the tail has: which blocks are worth keeping hardly depends on more, and one is cheap.
+    positions int64 `[q_blocks, rows]`: places in the order, rows of each query block. pool: tokens per pooled key,
+    divides block_k. expanded: pools are expanded around one mean query per head, whatever the tail has: which blocks
+    are worth keeping hardly depends on more, and one is cheap.
     """
-    g, (batch, heads, _, dim) = geometry, q.shape
-    scale = dim**-0.5 if scale is None else scale
+    g, q = inputs.geometry, inputs.q
+    batch, heads, _, dim = q.shape
     tables_of_costs = torch.zeros(5, heads, g.q_blocks, g.k_blocks, device=q.device)
     energy = torch.zeros(heads, device=q.device)
     rows = positions.shape[1]
     step = max(1, _chunk_elements(q) // (rows * g.k_blocks * dim))
-    group = heads // k.shape[1]
     for b in range(batch):
-        bias = None if key_bias is None else key_bias[b]
         for h in range(heads):
-            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, int(expanded), scale)
+            head = _head(inputs, b, h, pool, int(expanded))
             for first in range(0, g.q_blocks, step):
                 part = slice(first, min(first + step, g.q_blocks))
                 seen = _rows(head, g, pool, positions[part].flatten())
@@ -194,35 +187,28 @@ def block_costs_reference(
 
 
 def row_moments_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
+    inputs: AttentionInputs,
     positions: torch.Tensor,
     levels: torch.Tensor,
     masks: int,
     *,
     pool: int,
     expansions: int = 0,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
 ) -> RowMoments:
-    """What the dropped blocks of some masks contribute to sampled rows; other arguments as in `block_costs_reference`.
+    """What the dropped blocks of several nested masks contribute to sampled rows.
 
-    positions int64 `[rows]`: places in the order. levels uint8 `[Hq, q_blocks, k_blocks]`: the masks are nested, and
-    mask i of `masks` drops the blocks whose level is above i. expansions: of the pools, 0 for plain means.
+    positions int64 `[rows]`: places in the order. levels uint8 `[Hq, q_blocks, k_blocks]`: mask i of `masks` drops the
+    blocks whose level is above i. pool: tokens per pooled key, divides block_k. expansions: mean queries per head at
+    most around which the pools are expanded, 0 for plain means.
     """
-    g, (batch, heads, _, dim) = geometry, q.shape
-    scale = dim**-0.5 if scale is None else scale
+    g, q = inputs.geometry, inputs.q
+    batch, heads, _, dim = q.shape
     result = torch.zeros(5, batch, heads, masks, positions.numel(), device=q.device)
     exact = torch.zeros(batch, heads, positions.numel(), dim, device=q.device)
-    group = heads // k.shape[1]
     step = max(1, _chunk_elements(q) // (g.k_blocks * dim))
     for b in range(batch):
-        bias = None if key_bias is None else key_bias[b]
         for h in range(heads):
-            head = _head(q[b, h], k[b, h // group], v[b, h // group], bias, g, tables[h], pool, expansions, scale)
+            head = _head(inputs, b, h, pool, expansions)
             for first in range(0, positions.numel(), step):
                 part = slice(first, first + step)
                 seen = _rows(head, g, pool, positions[part])

@@ -1,21 +1,24 @@
 """What dropped blocks cost on sampled rows: exact outputs of the rows, then the costs of every block.
 
-Import only where a launch is wanted: this module needs Triton. The meaning is in `tail_reference`. Rows, keys and
-values are taken straight from the model's tensors (`triton_rows`); heads are done in groups whose outputs and pooled
+Import only where a launch is wanted: this module needs Triton. The meaning is in `reference`. Rows, keys and
+values are taken straight from the model's tensors (`triton_gather`); heads are done in groups whose outputs and pooled
 values fit GROUP_BYTES (at least one head); nothing waits for the device. Inputs are multiplied in 16 bits with float32
 sums, float32 ones in scaled fp16.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 import torch
 import triton
 import triton.language as tl
 
-from ..core.layout import Geometry, padded_dim
+from ..core.inputs import AttentionInputs
+from ..core.layout import padded_dim
 from ..core.settled import settle
 from ..core.triton_gather import LOG2E, SHIFT, UNSHIFT, bias_of, load_rows, sixteen_bits, units_of
-from ..pooling.triton_pools import launch_expanded_pools, launch_mean_queries
+from ..pooling.triton_pools import PoolBuffers, launch_expanded_pools
 from ..statistics.triton_statistics import balanced
 from .reference import BlockCosts
 
@@ -238,70 +241,77 @@ def _block_costs(
         tl.store(at + 4 * stride_costs, pooled_mass, valid_rows)
 
 
+@dataclass(frozen=True, eq=False)
+class _Memory:
+    """What the kernels hand on to each other for a group of heads of one batch entry, `heads` of them.
+
+    out_high, out_low, lse, energy: as `_row_outputs` writes them. pools: plain, or around one mean query per head.
+    """
+
+    heads: int
+    out_high: torch.Tensor
+    out_low: torch.Tensor
+    lse: torch.Tensor
+    energy: torch.Tensor
+    pools: PoolBuffers
+
+
+def _memory(inputs: AttentionInputs, rows: int, pool: int, expanded: bool) -> _Memory:
+    """For as many heads at a time as GROUP_BYTES hold, at least one; rows: sampled ones of a head, in whole tiles."""
+    g, device, padded = inputs.geometry, inputs.q.device, padded_dim(inputs.dim)
+    pools = -(-g.grid_tokens // pool)
+    # Two 16-bit parts of the outputs, two numbers a row, pooled keys and values, a number a pool and a key.
+    bytes_per_head = 4 * (rows * (padded + 2) + pools * (2 * padded + 1) + g.grid_tokens)
+    heads = balanced(inputs.heads, GROUP_BYTES // bytes_per_head)
+    kind = torch.float16 if inputs.q.dtype == torch.float32 else inputs.q.dtype
+    high, low = (torch.empty(heads, rows, padded, dtype=kind, device=device) for _ in range(2))
+    lse, energy = (torch.empty(heads, rows, device=device) for _ in range(2))
+    means = torch.empty(heads, 1, padded, dtype=inputs.q.dtype, device=device) if expanded else None
+    pooled_keys, pooled_values = (torch.empty(heads, 1, pools, padded, device=device) for _ in range(2))
+    pool_bias = torch.empty(heads, 1, pools, device=device)
+    key_weights = torch.empty(heads, g.grid_tokens, device=device)
+    buffers = PoolBuffers(pooled_keys, pooled_values, pool_bias, means, key_weights)
+    return _Memory(heads, high, low, lse, energy, buffers)
+
+
 def launch_block_costs(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    positions: torch.Tensor,
-    *,
-    pool: int,
-    expanded: bool = False,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
+    inputs: AttentionInputs, positions: torch.Tensor, *, pool: int, expanded: bool = False
 ) -> BlockCosts:
-    """The Triton counterpart of `tail_reference.block_costs_reference`; rows of a query block: 1, 2, 4 ... 64."""
-    g, (batch, heads, _, dim) = geometry, q.shape
+    """The Triton counterpart of `reference.block_costs_reference`; rows of a query block: 1, 2, 4 ... 64."""
     per_block = positions.shape[1]
     if per_block & (per_block - 1) or per_block > ROWS:
         raise ValueError(f"rows: {per_block} of each query block, expected a power of two up to {ROWS}")
-    device, padded, wide = q.device, padded_dim(dim), q.dtype == torch.float32
-    scale_log2 = (dim**-0.5 if scale is None else scale) * LOG2E
-    tables, positions = tables.contiguous(), positions.flatten()
-    units, entries = units_of(q, k, v), batch * heads
-    real, pools = positions.numel(), -(-g.grid_tokens // pool)
-    tiles = -(-real // ROWS)
-    rows = tiles * ROWS
-    # Two 16-bit parts of the outputs, two numbers a row, pooled keys and values, a number a pool and a key.
-    step = balanced(
-        heads, GROUP_BYTES // (4 * (rows * (padded + 2) + pools * (2 * padded + 1) + g.grid_tokens))
-    )  # fmt: skip
-    kind = torch.float16 if wide else q.dtype
-    high, low = (torch.empty(step, rows, padded, dtype=kind, device=device) for _ in range(2))
-    lse, energies = (torch.empty(step, rows, device=device) for _ in range(2))
-    means = torch.empty(step, 1, padded, dtype=q.dtype, device=device) if expanded else None
-    pooled_keys, pooled_values = (torch.empty(step, 1, pools, padded, device=device) for _ in range(2))
-    pool_bias = torch.empty(step, 1, pools, device=device)
-    key_weights = torch.empty(step, g.grid_tokens, device=device)
-    costs = torch.empty(5, heads, g.q_blocks, g.k_blocks, device=device)
-    energy = torch.zeros(heads, device=device)
-    addresses = (*q.stride(), *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0))
-    sizes = {"D": dim, "PADDED_D": padded, "ROWS": ROWS, "KEYS": g.block_k, "BIASED": key_bias is not None}
-    options = {**sizes, "WIDE": wide, "num_warps": 4, "num_stages": 1 if wide else STAGES}
-    for start in range(0, heads, step):
-        count = min(step, heads - start)
+    inputs = replace(inputs, tables=inputs.tables.contiguous())
+    q, k, v, key_bias, g = inputs.q, inputs.k, inputs.v, inputs.key_bias, inputs.geometry
+    batch, heads, tables, positions = inputs.batch, inputs.heads, inputs.tables, positions.flatten()
+    wide, units, scale_log2 = q.dtype == torch.float32, units_of(q, k, v), inputs.score_scale * LOG2E
+    tiles = -(-positions.numel() // ROWS)
+    memory = _memory(inputs, tiles * ROWS, pool, expanded)
+    high, low, lse, pools = memory.out_high, memory.out_low, memory.lse, memory.pools
+    costs = torch.empty(5, heads, g.q_blocks, g.k_blocks, device=q.device)
+    energy = torch.zeros(heads, device=q.device)
+    strides = (*q.stride(), *k.stride(), *v.stride(), inputs.bias_stride(), tables.stride(0))
+    options = {
+        "D": inputs.dim, "PADDED_D": high.shape[2], "ROWS": ROWS, "KEYS": g.block_k, "BIASED": key_bias is not None,
+        "WIDE": wide, "num_warps": 4, "num_stages": 1 if wide else STAGES,
+    }  # fmt: skip
+    for start in range(0, heads, memory.heads):
+        count = min(memory.heads, heads - start)
         for b in range(batch):
             first = b * heads + start
-            which = (first, heads, heads // k.shape[1], rows, real)
+            which = (first, heads, inputs.group, tiles * ROWS, positions.numel())
             _row_outputs[(tiles, count)](
-                q, k, v, key_bias, units, tables, positions, high, low, lse, energies, *addresses,
-                *which, g.length, g.prefix, entries, scale_log2, **options,
+                q, k, v, key_bias, units, tables, positions, high, low, lse, memory.energy, *strides,
+                *which, g.length, g.prefix, batch * heads, scale_log2, **options,
             )  # fmt: skip
-            its = None
-            if means is not None:
-                its = means[:count]
-                launch_mean_queries(q, g, tables, None, its, first=first)
-            launch_expanded_pools(
-                its, k, v, g, tables, None, pool, pooled_keys[:count], pooled_values[:count], pool_bias[:count],
-                scale=scale_log2 / LOG2E, q_heads=heads, key_bias=key_bias, first=first, key_weights=key_weights,
-            )  # fmt: skip
+            launch_expanded_pools(inputs, pools.of_first(count), pool, first=first)
             _block_costs[(tiles, count)](
-                q, k, v, key_bias, units, tables, positions, high, low, lse, pooled_values, pool_bias, key_weights,
-                costs, *addresses, costs.stride(0), *which, g.grid_tokens, g.prefix, g.q_blocks, g.k_blocks, pools,
-                entries, scale_log2, 1 / batch, PER_BLOCK=per_block, POOL=pool, ACCUMULATE=b > 0, **options,
+                q, k, v, key_bias, units, tables, positions, high, low, lse, pools.values, pools.bias,
+                pools.key_weights, costs, *strides, costs.stride(0), *which, g.grid_tokens, g.prefix, g.q_blocks,
+                g.k_blocks, pools.keys.shape[2], batch * heads, scale_log2, 1 / batch,
+                PER_BLOCK=per_block, POOL=pool, ACCUMULATE=b > 0, **options,
             )  # fmt: skip
-            energy[start : start + count] += energies[:count].sum(1) / batch
+            energy[start : start + count] += memory.energy[:count].sum(1) / batch
     return BlockCosts(*costs, energy)
 
 

@@ -1,6 +1,6 @@
 """What the blocks that a mask drops contribute to sampled rows: one pass over keys and values, a short one over pools.
 
-Import only where a launch is wanted: this module needs Triton. The meaning is in `tail_reference`. With S and D the
+Import only where a launch is wanted: this module needs Triton. The meaning is in `reference`. With S and D the
 sums of weights times values over all keys and over the dropped ones, s and d the sums of the weights, a row's output is
 o = S / s and the dropped blocks contribute D / s - d / s o: all of it comes from the same pass, before anything is
 normalised. Keys are split over programs, since few rows alone would leave most of a GPU idle; a second kernel adds the
@@ -10,14 +10,15 @@ float32 ones in scaled fp16; pools are of the inputs' type.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from ..core.layout import Geometry, padded_dim
+from ..core.inputs import AttentionInputs
+from ..core.layout import padded_dim
 from ..core.settled import settle
 from ..core.support import capability_of
 from ..core.triton_gather import (
@@ -33,7 +34,7 @@ from ..core.triton_gather import (
     valid_keys,
 )
 from ..pooling.reference import stretches_of
-from ..pooling.triton_pools import launch_expanded_pools, launch_mean_queries
+from ..pooling.triton_pools import PoolBuffers, launch_expanded_pools
 from ..statistics.triton_statistics import balanced
 from .reference import RowMoments
 
@@ -256,73 +257,89 @@ def blocks_of_a_part(blocks: int, programs: int, device: torch.device) -> int:
     return balanced(blocks, -(-blocks // max(1, splits)))
 
 
+@dataclass(frozen=True)
+class _Split:
+    """How a call is cut up.
+
+    All rows take `tiles` tiles of `_row_sums`. The `blocks` key blocks, those of the context too, are cut into `splits`
+    parts of at most `blocks_each`. Memory is for the sums of `entries` entries, and for the pools of `pool_entries`.
+    """
+
+    tile: MomentsTile
+    tiles: int
+    blocks: int
+    blocks_each: int
+    splits: int
+    entries: int
+    pool_entries: int
+
+
+def _split(inputs: AttentionInputs, rows: int, masks: int, pools: int, stretches: int, tile: MomentsTile) -> _Split:
+    g, q, padded, entries = inputs.geometry, inputs.q, padded_dim(inputs.dim), inputs.batch * inputs.heads
+    tiles = -(-rows // tile.rows)
+    blocks = g.k_blocks + -(-g.context_tokens // g.block_k)
+    each = blocks_of_a_part(blocks, tiles * masks * entries, q.device)
+    splits = -(-blocks // each)
+    # Bytes of an entry: what `_row_sums` stores; mean queries, pooled keys, values and their bias.
+    step = balanced(entries, SUM_BYTES // (4 * masks * splits * tiles * tile.rows * (2 * padded + 3)))
+    part = balanced(step, POOL_BYTES // (stretches * (pools * (2 * padded * q.element_size() + 4) + 4 * padded)))
+    return _Split(tile, tiles, blocks, each, splits, step, part)
+
+
+def _pool_buffers(inputs: AttentionInputs, entries: int, stretches: int, pools: int, expanded: bool) -> PoolBuffers:
+    """Keys and values in the type of q; mean queries, where wanted, in float32."""
+    q, padded = inputs.q, padded_dim(inputs.dim)
+    keys, values = (torch.empty(entries, stretches, pools, padded, dtype=q.dtype, device=q.device) for _ in range(2))
+    bias = torch.empty(entries, stretches, pools, device=q.device)
+    means = torch.empty(entries, stretches, padded, device=q.device) if expanded else None
+    return PoolBuffers(keys, values, bias, means)
+
+
 def launch_row_moments(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
+    inputs: AttentionInputs,
     positions: torch.Tensor,
     levels: torch.Tensor,
     masks: int,
     *,
     pool: int,
     expansions: int = 0,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
     tile: MomentsTile | None = None,
 ) -> RowMoments:
-    """The Triton counterpart of `tail_reference.row_moments_reference`; tile: another than `moments_tile`'s."""
-    g, (batch, heads, _, dim) = geometry, q.shape
-    device, padded, wide = q.device, padded_dim(dim), q.dtype == torch.float32
-    scale = dim**-0.5 if scale is None else scale
-    rows, entries = positions.numel(), batch * heads
-    tile = tile or moments_tile(capability_of(device), wide, rows)
-    tiles = -(-rows // tile.rows)
-    size, pools, stretches = tiles * tile.rows, -(-g.grid_tokens // pool), stretches_of(g, expansions)
-    blocks = g.k_blocks + -(-g.context_tokens // g.block_k)
-    each = blocks_of_a_part(blocks, tiles * masks * entries, device)
-    splits = -(-blocks // each)
-    tables, levels = tables.contiguous(), levels.contiguous()
-    units = units_of(q, k, v)
+    """The Triton counterpart of `reference.row_moments_reference`; tile: used in place of `moments_tile`'s."""
+    inputs, levels = replace(inputs, tables=inputs.tables.contiguous()), levels.contiguous()
+    q, k, v, g, tables = inputs.q, inputs.k, inputs.v, inputs.geometry, inputs.tables
+    batch, heads, dim, padded = inputs.batch, inputs.heads, inputs.dim, padded_dim(inputs.dim)
+    device, wide, entries, rows = q.device, q.dtype == torch.float32, batch * heads, positions.numel()
+    pools, stretches = -(-g.grid_tokens // pool), stretches_of(g, expansions)
+    split = _split(inputs, rows, masks, pools, stretches, tile or moments_tile(capability_of(device), wide, rows))
+    tile, second, size = split.tile, WIDE_POOL_TILE if wide else POOL_TILE, split.tiles * split.tile.rows
+    units, scale_log2 = units_of(q, k, v), inputs.score_scale * LOG2E
     result = torch.empty(5, batch, heads, masks, rows, device=device)
     exact = torch.empty(batch, heads, rows, dim, device=device)
-    # Bytes of an entry: what `_row_sums` stores; mean queries, pooled keys, values and their bias.
-    step = balanced(entries, SUM_BYTES // (4 * masks * splits * size * (2 * padded + 3)))
-    part = balanced(step, POOL_BYTES // (stretches * (pools * (2 * padded * q.element_size() + 4) + 4 * padded)))
-    second = WIDE_POOL_TILE if wide else POOL_TILE
-    peaks = torch.empty(step, masks, splits, size, device=device)
-    totals = torch.empty(step, masks, splits, 2, size, device=device)
-    sums = torch.empty(step, masks, splits, 2, size, padded, device=device)
-    pooled_k, pooled_v = (torch.empty(part, stretches, pools, padded, dtype=q.dtype, device=device) for _ in range(2))
-    pool_bias = torch.empty(part, stretches, pools, device=device)
-    means = torch.empty(part, stretches, padded, device=device) if expansions else None
-    for first in range(0, entries, step):
-        last = min(first + step, entries)
-        _row_sums[(tiles, masks * splits, last - first)](
-            q, k, v, key_bias, units, tables, positions, levels, peaks, totals, sums,
-            *q.stride(), *k.stride(), *v.stride(), 0 if key_bias is None else key_bias.stride(0), tables.stride(0),
-            first, heads, heads // k.shape[1], rows, g.grid_tokens, g.prefix, g.context_tokens, g.q_blocks, g.k_blocks,
-            blocks, each, splits, entries, scale * LOG2E,
-            D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=tile.rows, KEYS=g.block_k, BIASED=key_bias is not None,
-            WIDE=wide, num_warps=tile.warps, num_stages=tile.stages,
+    peaks = torch.empty(split.entries, masks, split.splits, size, device=device)
+    totals = torch.empty(split.entries, masks, split.splits, 2, size, device=device)
+    sums = torch.empty(split.entries, masks, split.splits, 2, size, padded, device=device)
+    pooled = _pool_buffers(inputs, split.pool_entries, stretches, pools, expansions > 0)
+    constants = {"D": dim, "PADDED_D": padded, "BLOCK_Q": g.block_q, "WIDE": wide}
+    for first in range(0, entries, split.entries):
+        last = min(first + split.entries, entries)
+        _row_sums[(split.tiles, masks * split.splits, last - first)](
+            q, k, v, inputs.key_bias, units, tables, positions, levels, peaks, totals, sums,
+            *q.stride(), *k.stride(), *v.stride(), inputs.bias_stride(), tables.stride(0),
+            first, heads, inputs.group, rows, g.grid_tokens, g.prefix, g.context_tokens, g.q_blocks, g.k_blocks,
+            split.blocks, split.blocks_each, split.splits, entries, scale_log2,
+            ROWS=tile.rows, KEYS=g.block_k, BIASED=inputs.key_bias is not None, **constants,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        for begin in range(first, last, part):
-            count, its = min(part, last - begin), slice(begin - first, None)
-            around = None if means is None else means[:count]
-            if around is not None:
-                launch_mean_queries(q, g, tables, None, around, first=begin)
-            launch_expanded_pools(
-                around, k, v, g, tables, None, pool, pooled_k[:count], pooled_v[:count], pool_bias[:count],
-                scale=scale, q_heads=heads, key_bias=key_bias, first=begin,
-            )  # fmt: skip
+        for begin in range(first, last, split.pool_entries):
+            count, behind = min(split.pool_entries, last - begin), slice(begin - first, None)
+            launch_expanded_pools(inputs, pooled.of_first(count), pool, first=begin)
             _row_moments[(-(-rows // second.rows), masks, count)](
-                q, units, tables, positions, levels, pooled_k, pooled_v, pool_bias, peaks[its], totals[its], sums[its],
-                result, exact, *q.stride(), tables.stride(0), result.stride(0),
-                begin, heads, rows, size, g.prefix, g.q_blocks, g.k_blocks, pools, stretches, splits, entries,
-                scale * LOG2E,
-                D=dim, PADDED_D=padded, BLOCK_Q=g.block_q, ROWS=second.rows, POOLS=second.pools,
-                PER_BLOCK=g.block_k // pool, WIDE=wide, num_warps=second.warps, num_stages=2,
+                q, units, tables, positions, levels, pooled.keys, pooled.values, pooled.bias, peaks[behind],
+                totals[behind], sums[behind], result, exact, *q.stride(), tables.stride(0), result.stride(0),
+                begin, heads, rows, size, g.prefix, g.q_blocks, g.k_blocks, pools, stretches, split.splits, entries,
+                scale_log2, ROWS=second.rows, POOLS=second.pools, PER_BLOCK=g.block_k // pool, **constants,
+                num_warps=second.warps, num_stages=2,
             )  # fmt: skip
     return RowMoments(*result, exact)
 

@@ -5,9 +5,10 @@ misleads in both directions: a block whose values resemble the output costs noth
 a head follows content rather than place, a tail with the right mass pulls the output towards the wrong mean.
 
 For one row with exact output o, a key block j contributes x_j = sum_k p_k (v_k - o), its pool y_j = p'_j (v'_j - o),
-with p' the pooled weight and v' the pooled value (`kernels.tail_reference`). Keeping a set of blocks and giving the
-rest a tail with factor e^c moves the row's output by (e^c sum y_j - sum x_j) / (mass kept + e^c pooled mass), sums over
-the dropped blocks. So a block costs |e^c y_j - x_j|^2, and the error of every bias follows from five numbers per row.
+with p' the pooled weight and v' the pooled value (`kernels.tail_error.reference`). Keeping a set of blocks and
+giving the others a tail with factor e^c moves the row's output by (e^c sum y_j - sum x_j) / (mass kept + e^c pooled
+mass), sums over the dropped blocks. So a block costs |e^c y_j - x_j|^2, and the error of every bias follows
+from five numbers per row.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from functools import lru_cache
 import torch
 
 from ...kernels.core.gather import block_sizes
+from ...kernels.core.inputs import AttentionInputs
 from ...kernels.core.layout import Geometry
 from ...kernels.core.pattern import MOST_EXPANSIONS
-from ...kernels.core.sampling import ROWS_PER_BLOCK, head_groups, of_key_heads, sampled_rows, spread_positions
+from ...kernels.core.sampling import ROWS_PER_BLOCK, head_groups, sampled_rows, spread_positions
 from ...kernels.tail_error.api import block_costs, row_moments
 from ...kernels.tail_error.reference import RowMoments
 
@@ -128,18 +130,17 @@ def observe_tail(
     sample = _spread(g.q_blocks, q.device)
     # Many blocks and few rows of each: some blocks tell one factor for all.
     judged = slice(None) if rows >= ROWS_PER_BLOCK else sample
-    group = heads // k.shape[1]
-    rest = {"pool": pool, "scale": scale, "key_bias": key_bias, "backend": backend}
+    inputs = AttentionInputs(q, k, v, g, tables, scale, key_bias)
     parts: list[tuple[torch.Tensor | None, ...]] = []
-    for some in head_groups(heads, group, 32 * g.q_blocks * g.k_blocks):
-        its = of_key_heads(some, group)
-        call = (q[:, some], k[:, its], v[:, its], g, tables[some])
-        costs = block_costs(*call, positions, expanded=expansions > 0, **rest)
+    for some in head_groups(heads, inputs.group, 32 * g.q_blocks * g.k_blocks):
+        part = inputs.of_heads(some)
+        costs = block_costs(part, positions, pool=pool, expanded=expansions > 0, backend=backend)
         factor = _small_block_factor(costs.mass[:, judged], costs.pooled[:, judged], density)[:, None, None]
         error = (costs.moved - 2 * factor * costs.cross + factor.square() * costs.pooled_moved).clamp_min_(0)
         found = None
         if curves:
-            found = _curves(*call, error[:, sample], sample, positions, expansions=expansions, **rest)
+            tail = {"pool": pool, "expansions": expansions, "backend": backend}
+            found = _curves(part, error[:, sample], sample, positions, **tail)
         share = size[:, None] / rows
         parts.append((found, error.mul_(share), costs.mass.mul_(share), costs.energy))
     return TailObservation(*(None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)))
@@ -165,8 +166,9 @@ def bias_curves(
     g = geometry
     some = _spread(q_blocks.numel(), q.device)
     positions = sampled_rows(g, q.device, CURVE_ROWS)
-    rest = {"pool": pool, "expansions": expansions, "scale": scale, "key_bias": key_bias, "backend": backend}
-    return _curves(q, k, v, g, tables, worth[:, some], q_blocks[some], positions, **rest)
+    inputs = AttentionInputs(q, k, v, g, tables, scale, key_bias)
+    tail = {"pool": pool, "expansions": expansions, "backend": backend}
+    return _curves(inputs, worth[:, some], q_blocks[some], positions, **tail)
 
 
 def _spread(blocks: int, device: torch.device) -> torch.Tensor:
@@ -174,14 +176,15 @@ def _spread(blocks: int, device: torch.device) -> torch.Tensor:
     return torch.linspace(0, blocks - 1, min(blocks, CURVE_BLOCKS), device=device).round().long()
 
 
-def _curves(q, k, v, g: Geometry, tables, worth: torch.Tensor, q_blocks: torch.Tensor, positions, **rest):
+def _curves(inputs: AttentionInputs, worth: torch.Tensor, q_blocks: torch.Tensor, positions, **tail):
     """Squared error of every bias under masks that keep the blocks of most worth: `TailObservation.curves`. worth
     `[H, n, k_blocks]` of the blocks q_blocks `[n]`, on CURVE_ROWS of the positions `[all q_blocks, rows]` of each."""
+    g = inputs.geometry
     every = max(1, positions.shape[1] // CURVE_ROWS)
     rows = positions[q_blocks, every // 2 :: every].flatten()
     levels = torch.zeros(worth.shape[0], g.q_blocks, g.k_blocks, dtype=torch.uint8, device=worth.device)
     levels[:, q_blocks] = _levels(worth)
-    return _bias_errors(row_moments(q, k, v, g, tables, rows, levels, len(MASK_DENSITIES), **rest))
+    return _bias_errors(row_moments(inputs, rows, levels, len(MASK_DENSITIES), **tail))
 
 
 def observe_bias(
@@ -206,8 +209,8 @@ def observe_bias(
     g = geometry
     positions = spread_positions(g.grid_tokens, rows, q.device)
     dropped = (~mask).view(torch.uint8)
-    rest = {"pool": pool, "expansions": expansions, "scale": scale, "key_bias": key_bias, "backend": backend}
-    seen = row_moments(q, k, v, g, tables, positions, dropped, 1, **rest)
+    inputs = AttentionInputs(q, k, v, g, tables, scale, key_bias)
+    seen = row_moments(inputs, positions, dropped, 1, pool=pool, expansions=expansions, backend=backend)
     return BiasObservation(_bias_errors(seen)[:, 0], tables[:, positions].long() + g.prefix, seen.out)
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.inputs import AttentionInputs
 from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
 from comfyui_paro.kernels.core.sampling import sampled_rows
 from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
@@ -40,13 +41,13 @@ def test_kernels_of_calibration(dtype, dim, pool, block_q, biased):
     tables = torch.stack([torch.randperm(g.grid_tokens, device="cuda") for _ in range(4)]).int()
     bias = torch.randn(2, g.length, device="cuda") if biased else None
     positions = sampled_rows(g, q.device)
-    rest = {"pool": pool, "key_bias": bias}
+    inputs = AttentionInputs(q, k, v, g, tables, key_bias=bias)
     levels = torch.randint(0, 3, (4, g.q_blocks, g.k_blocks), dtype=torch.uint8, device="cuda")
     costs, moments, sums = [], [], []
     lse = row_logsumexp(q, k, key_bias=bias, backend="reference")
     for backend in ("triton", "reference"):
-        costs.append(block_costs(q, k, v, g, tables, positions, backend=backend, **rest))
-        moments.append(row_moments(q, k, v, g, tables, positions[0], levels, 2, backend=backend, **rest))
+        costs.append(block_costs(inputs, positions, pool=pool, backend=backend))
+        moments.append(row_moments(inputs, positions[0], levels, 2, pool=pool, backend=backend))
         sums.append(block_statistics(q, k, lse, g, tables, backend=backend))
     assert worst(*costs, COSTS) < 1.5e-2
     assert worst(*moments, COSTS[:5]) < 1.5e-2
@@ -74,7 +75,7 @@ def test_values_with_a_large_common_part():
     g = Geometry(3, GRID, 2)
     q, k, v = torch.randn(3, 1, 4, g.length, 128, device="cuda").bfloat16()
     tables = torch.stack([torch.randperm(g.grid_tokens, device="cuda") for _ in range(4)]).int()
-    call = (q, k, v + 10, g, tables, sampled_rows(g, q.device))
+    call = (AttentionInputs(q, k, v + 10, g, tables), sampled_rows(g, q.device))
     found, expected = (block_costs(*call, pool=64, backend=backend) for backend in ("triton", "reference"))
     assert worst(found, expected, COSTS) < 1.5e-2
 
@@ -92,7 +93,7 @@ def test_moments_of_many_rows(tile, tokens_first):
     tables = torch.stack([torch.randperm(g.grid_tokens, device="cuda") for _ in range(6)]).int()
     levels = torch.randint(0, 2, (6, g.q_blocks, g.k_blocks), dtype=torch.uint8, device="cuda")
     positions = torch.randperm(g.grid_tokens, device="cuda")[:300].sort().values
-    call = (q, k, v, g, tables, positions, levels, 1)
+    call = (AttentionInputs(q, k, v, g, tables), positions, levels, 1)
     pools = {"pool": 64, "expansions": 5}
     expected = row_moments(*call, **pools, backend="reference")
     for sum_bytes, pool_bytes in ((1, 1), (triton_moments.SUM_BYTES, triton_moments.POOL_BYTES)):

@@ -149,7 +149,8 @@ def gluon_forward(
     """One tile of 128 query rows of one (batch, head); grid (batch * heads * q_blocks,), four warps and eight more.
 
     K, V: tensor descriptors of the scratch as `[B*Hkv*k_blocks*64, D]` and `[B*Hkv*k_blocks*D, 64]`, a block each.
-    pooled_k, pooled_v: likewise, `[B*Hq*stretches*pools rounded up to 64, D]`. Other arguments as in `triton_forward.attention_forward`.
+    pooled_k, pooled_v: likewise, `[B*Hq*stretches*pools rounded up to 64, D]`.
+    Other arguments as in `triton_forward.attention_forward`.
     """
     program = gl.program_id(0)
     items = heads * q_blocks

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.inputs import AttentionInputs
 from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.pooling.reference import (
@@ -98,7 +99,7 @@ def test_stretches_are_runs_of_whole_blocks(q_blocks):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("biased", [False, True])
 def test_triton_is_the_reference(name, dtype, biased):
-    from comfyui_paro.kernels.pooling.triton_pools import launch_expanded_pools, launch_mean_queries
+    from comfyui_paro.kernels.pooling.triton_pools import PoolBuffers, launch_expanded_pools, launch_mean_queries
 
     g, expansions, pool = GEOMETRIES[name]
     generator = torch.Generator().manual_seed(4)
@@ -113,14 +114,14 @@ def test_triton_is_the_reference(name, dtype, biased):
         bias[:, g.prefix + tables[2, 64:128].long()] = -torch.inf
     stretches, count = stretches_of(g, expansions), -(-g.grid_tokens // pool)
     means = torch.empty(8, stretches, 64, dtype=dtype) if expansions else None
-    if expansions:
-        launch_mean_queries(q, g, tables, orders, means, table_group=2)
     keys, values = (torch.full((8, stretches, count, 64), torch.nan) for _ in range(2))
     weight = torch.full((8, stretches, count), torch.nan)
-    launch_expanded_pools(
-        means, k, v, g, tables, orders, pool, keys, values, weight, scale=0.2, q_heads=4, key_bias=bias,
-        table_group=2,
-    )  # fmt: skip
+    inputs = AttentionInputs(q, k, v, g, tables[orders].repeat_interleave(2, 0), 0.2, bias)
+    launch_expanded_pools(inputs, PoolBuffers(keys, values, weight, means), pool)
+    if expansions:
+        of_key_heads = torch.full_like(means, torch.nan)
+        launch_mean_queries(q, g, tables, orders, of_key_heads, table_group=2)
+        assert torch.equal(of_key_heads, means)
     for entry in range(8):
         batch, head = divmod(entry, 4)
         rows = tables[orders[head // 2]].long() + g.prefix

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.utils._pytree
+from comfyui_paro.kernels.core.inputs import AttentionInputs
 from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.tail_error.api import block_costs, row_moments
@@ -61,7 +62,7 @@ def make(g: Geometry, *, heads=2, kv_heads=2, batch=1, dim=64, dtype=torch.float
     q, k, v = (x.half().to(dtype) for x in (q, k, v))
     if views:
         q, k, v = (torch.cat([x, x + 1], 3).transpose(1, 2).contiguous()[..., :dim].transpose(1, 2) for x in (q, k, v))
-    return (q, k, v, g, tables), positions, {"pool": pool, "key_bias": bias}, seed
+    return AttentionInputs(q, k, v, g, tables, key_bias=bias), positions, {"pool": pool}, seed
 
 
 def pools_in(dtype, monkeypatch):
@@ -90,20 +91,20 @@ def close(found, expected, names, seed):
 @pytest.mark.parametrize("name", CASES)
 def test_block_costs(name, expanded, monkeypatch):
     g, options = CASES[name]
-    call, positions, rest, seed = make(g, **options)
+    inputs, positions, rest, seed = make(g, **options)
     # A mean query that is not nearly zero.
-    call = (call[0] + torch.randn(call[0].shape[3], dtype=call[0].dtype), *call[1:])
+    inputs = replace(inputs, q=inputs.q + torch.randn(inputs.dim, dtype=inputs.q.dtype))
     rest["expanded"] = expanded
     # Heads in more than one group.
     monkeypatch.setattr("comfyui_paro.kernels.tail_error.triton_block_costs.GROUP_BYTES", 1)
-    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    found, expected = (block_costs(inputs, positions, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
 
 @pytest.mark.parametrize("rows", [4, 64])
 def test_block_costs_of_other_row_counts(rows):
-    call, positions, rest, seed = make(Geometry(0, (3, 7, 11), 3), rows=rows)
-    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    inputs, positions, rest, seed = make(Geometry(0, (3, 7, 11), 3), rows=rows)
+    found, expected = (block_costs(inputs, positions, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
 
@@ -112,9 +113,9 @@ def test_block_costs_of_other_row_counts(rows):
 def test_row_moments(name, parts, expansions, monkeypatch):
     """Rows of a tile lie in several stretches; those of one tile that leaves rows out lie in all."""
     g, options = CASES[name]
-    call, _, rest, seed = make(g, **options)
+    inputs, _, rest, seed = make(g, **options)
     rest["expansions"] = expansions
-    pools_in(call[0].dtype, monkeypatch)
+    pools_in(inputs.q.dtype, monkeypatch)
     if parts == "few pools":  # of one entry at a time, sums of all
         monkeypatch.setattr(triton_row_errors, "POOL_BYTES", 1)
     if parts == "many":  # a program per key block, a group per head
@@ -123,65 +124,66 @@ def test_row_moments(name, parts, expansions, monkeypatch):
     blocks = g.k_blocks + -(-g.context_tokens // 64)
     assert triton_row_errors.blocks_of_a_part(blocks, 8, torch.device("cpu")) == (1 if parts == "many" else blocks)
     positions = torch.randperm(g.grid_tokens)[:70].sort().values
-    levels = torch.randint(0, 4, (call[0].shape[1], g.q_blocks, g.k_blocks), dtype=torch.uint8)
-    found, expected = (row_moments(*call, positions, levels, 3, backend=b, **rest) for b in BOTH)
+    levels = torch.randint(0, 4, (inputs.heads, g.q_blocks, g.k_blocks), dtype=torch.uint8)
+    found, expected = (row_moments(inputs, positions, levels, 3, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "out"), seed)
 
 
 def test_large_and_small_float32_values_keep_their_precision():
     """float32 goes through fp16: without a scale of its own, values of 1e6 would be infinite there and 1e-6 lost."""
     g = Geometry(0, (3, 7, 11), 3)
-    (q, k, v, g, tables), positions, rest, seed = make(g)
+    inputs, positions, rest, seed = make(g)
     for factor in (2.0**20, 2.0**-20):
-        call = (q / factor, k * factor, v * factor, g, tables)
-        found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+        scaled = replace(inputs, q=inputs.q / factor, k=inputs.k * factor, v=inputs.v * factor)
+        found, expected = (block_costs(scaled, positions, backend=b, **rest) for b in BOTH)
         close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
 
 def test_float32_values_of_a_batch_may_differ_in_size():
     """Costs are summed over the batch: a unit of its own for each entry would weigh them wrongly."""
-    call, positions, rest, seed = make(Geometry(0, (3, 7, 11), 3), batch=2)
-    call[2][1] *= 5
-    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    inputs, positions, rest, seed = make(Geometry(0, (3, 7, 11), 3), batch=2)
+    inputs.v[1] *= 5
+    found, expected = (block_costs(inputs, positions, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled", "energy"), seed)
 
 
 def test_an_odd_number_of_rows_is_refused():
-    call, _, rest, _ = make(Geometry(0, (3, 7, 11), 3))
+    inputs, _, rest, _ = make(Geometry(0, (3, 7, 11), 3))
     with pytest.raises(ValueError, match="power of two"):
-        block_costs(*call, torch.zeros(4, 12, dtype=torch.long), backend="triton", **rest)
+        block_costs(inputs, torch.zeros(4, 12, dtype=torch.long), backend="triton", **rest)
 
 
 def test_heads_too_wide_for_the_kernels_go_to_the_reference(monkeypatch):
-    call, positions, rest, _ = make(Geometry(0, (2, 4, 8), 0), dim=160)
+    inputs, positions, rest, _ = make(Geometry(0, (2, 4, 8), 0), dim=160)
 
     def refused(*_, **__):
         raise AssertionError
 
     monkeypatch.setattr("comfyui_paro.kernels.tail_error.triton_block_costs.launch_block_costs", refused)
-    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    found, expected = (block_costs(inputs, positions, backend=b, **rest) for b in BOTH)
     assert torch.equal(found.moved, expected.moved)
 
 
 def test_values_with_a_large_common_part():
     """Blocks then differ little from the output: it must not be rounded to 16 bits."""
-    (q, k, v, g, tables), positions, rest, seed = make(Geometry(0, (3, 7, 11), 3))
-    call = (q.half(), k.half(), (v + 10).half(), g, tables)
-    found, expected = (block_costs(*call, positions, backend=b, **rest) for b in BOTH)
+    inputs, positions, rest, seed = make(Geometry(0, (3, 7, 11), 3))
+    inputs = replace(inputs, q=inputs.q.half(), k=inputs.k.half(), v=(inputs.v + 10).half())
+    found, expected = (block_costs(inputs, positions, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved"), seed)
 
 
 def test_weights_of_a_millionth_keep_their_precision(monkeypatch):
     """As on long sequences: a context token takes nearly everything, and fp16 alone would round the rest to nothing."""
-    (q, k, v, g, tables), positions, rest, seed = make(Geometry(1, (3, 7, 11), 0), dtype=torch.float16, biased=True)
-    rest["key_bias"] = torch.zeros(1, g.length)
-    rest["key_bias"][:, 0] = 20
-    found, expected = (block_costs(q, k, v, g, tables, positions, backend=b, **rest) for b in BOTH)
+    g = Geometry(1, (3, 7, 11), 0)
+    inputs, positions, rest, seed = make(g, dtype=torch.float16, biased=True)
+    inputs.key_bias[:] = 0
+    inputs.key_bias[:, 0] = 20
+    found, expected = (block_costs(inputs, positions, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
     levels = torch.randint(0, 2, (2, g.q_blocks, g.k_blocks), dtype=torch.uint8)
     some = torch.arange(0, g.grid_tokens, 3)
-    pools_in(q.dtype, monkeypatch)
-    found, expected = (row_moments(q, k, v, g, tables, some, levels, 1, backend=b, **rest) for b in BOTH)
+    pools_in(inputs.q.dtype, monkeypatch)
+    found, expected = (row_moments(inputs, some, levels, 1, backend=b, **rest) for b in BOTH)
     close(found, expected, ("moved", "cross", "pooled_moved", "mass", "pooled"), seed)
 
 
@@ -229,9 +231,10 @@ def test_memory_of_a_large_call_is_bounded(grid, heads, dtype, monkeypatch):
     tables = tables.contiguous()
     levels = torch.zeros(1, dtype=torch.uint8).expand(heads, g.q_blocks, g.k_blocks).contiguous()
     positions = torch.zeros(measured_rows(g.grid_tokens), dtype=torch.long)
+    inputs = AttentionInputs(q, q, q, g, tables)
     with Allocated() as allocated:
-        triton_row_errors.launch_row_moments(q, q, q, g, tables, positions, levels, 1, pool=64, expansions=16)
+        triton_row_errors.launch_row_moments(inputs, positions, levels, 1, pool=64, expansions=16)
     assert allocated.bytes < 100 << 20
     with Allocated() as allocated:
-        costs = triton_block_costs.launch_block_costs(q, q, q, g, tables, positions[:1].expand(g.q_blocks, 16), pool=64)
+        costs = triton_block_costs.launch_block_costs(inputs, positions[:1].expand(g.q_blocks, 16), pool=64)
     assert allocated.bytes - 5 * costs.mass.numel() * 4 < 100 << 20
