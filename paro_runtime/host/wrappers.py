@@ -51,8 +51,8 @@ def mark_of(samples: Any) -> Hashable | None:
     read: a result that is not known again is no reason to lose it."""
     if type(samples) is not torch.Tensor or not samples.numel():
         return None
-    places = torch.linspace(0, samples.numel() - 1, min(samples.numel(), MARKED_VALUES)).long()
     try:
+        places = torch.linspace(0, samples.numel() - 1, min(samples.numel(), MARKED_VALUES)).long()
         return tuple(samples.shape), tuple(samples.flatten()[places.to(samples.device)].tolist())
     except RuntimeError:  # no memory, no values
         return None
