@@ -19,6 +19,7 @@ CHECKS = (
     ("-m", "ruff", "check", "."),
     ("-m", "ruff", "format", "--check", "."),
     ("scripts/check_imports.py",),
+    ("scripts/check_types.py",),
 )
 
 

@@ -58,7 +58,8 @@ class Outlook:
         if self.gain is None or not self.dense:
             return None
         steps, sparse = len(self.dense), len(self.densities)
-        return tuple(steps / (steps - sparse + sparse / gain) for gain in self.gain)
+        least, most = (steps / (steps - sparse + sparse / gain) for gain in self.gain)
+        return least, most
 
 
 @dataclass(frozen=True)

@@ -51,4 +51,4 @@ def _own_version() -> str | None:
         found = re.search(r'^version = "([^"]+)"', PYPROJECT.read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
         return None
-    return found and found[1]
+    return found[1] if found else None

@@ -178,11 +178,11 @@ def _measured(method: Method, size: Size, qkv: tuple, exact: list, between: Call
         if q.is_cuda:
             torch.cuda.empty_cache()
         return _not_measured(method, "there is not enough free memory")
-    except Unavailable as error:
-        return _not_measured(method, str(error))
-    except Exception as error:  # others' kernels fail in ways of their own, and the rest is measured all the same
-        log.info("PARO Check: %s could not be measured", method.name, exc_info=error)
-        return _not_measured(method, clipped(f"{type(error).__name__}: {error}", 160))
+    except Unavailable as reason:
+        return _not_measured(method, str(reason))
+    except Exception as failure:  # others' kernels fail in ways of their own, and the rest is measured all the same
+        log.info("PARO Check: %s could not be measured", method.name, exc_info=failure)
+        return _not_measured(method, clipped(f"{type(failure).__name__}: {failure}", 160))
     return Row(method.name, method.kind, method.density, ms * size.heads / q.shape[1], error, q.shape[1])
 
 

@@ -30,7 +30,9 @@ log = logging.getLogger("paro")
 KEY = "paro"
 """Under this key the host keeps PARO's wrappers and attachment, so that a second node replaces the first."""
 
-APPLY_MODEL = {"x": None, "t": None, "c_concat": None, "c_crossattn": None, "control": None, "transformer_options": {}}
+APPLY_MODEL: dict[str, Any] = {
+    "x": None, "t": None, "c_concat": None, "c_crossattn": None, "control": None, "transformer_options": {},
+}  # fmt: skip
 """APPLY_MODEL's arguments before those that only some models take, and what the host gives where they are left out."""
 
 ATTEMPTS = 4

@@ -200,7 +200,8 @@ class _Header:
 def _read(file, name: str) -> Plan:
     header = _Header.read(file, name)
     groups, names = header.content["groups"], header.content["order_names"]
-    sites, tensors = {}, {}
+    sites: dict[Site, SitePlan] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for number, entry in enumerate(header.content["sites"]):
         key, shape = f"{number:04d}", (entry["shape"][0], *header.blocks)
         parts = (entry["tail"], header.falloff_width(entry), entry.get("mask", True))
