@@ -41,8 +41,8 @@ def sparse_attention(
     nonfinite: int32 tensor whose first element becomes 1 if the result holds NaN or infinity, and is left alone
     otherwise: the kernel tells on the way what a pass over the result would find. Align it to 16 bytes (see
     `launch_plan.parts_of`). Raises ValueError with one line for a call that does not fit, ScratchOutOfMemory when
-    memory is short. Under torch.compile it is one opaque operator: no graph break, and nothing to recompile from
-    step to step.
+    memory is short. Under torch.compile it is one opaque operator: no graph break, and nothing to recompile from step
+    to step.
     """
     if torch.compiler.is_compiling():
         result = attention_operator(

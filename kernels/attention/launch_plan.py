@@ -167,91 +167,123 @@ def kernel_pv(precision: Precision) -> str:
     return "int8" if precision.pv == "int4" else precision.pv
 
 
-@lru_cache(maxsize=256)
-def call_of(key: CallKey) -> Call:
-    """The plan of a call."""
-    g, precision = key.geometry, key.precision
-    capability = key.capability
-    padded = padded_dim(key.dim)
-    gluon = key.gluon and key.tile is None and gluon_launch.serves(
-        capability, key.dim, key.dtype, precision, g.block_q, key.listed, key.biased, key.pool if key.tail else None
-    )  # fmt: skip
-    if gluon:
-        tile = gluon_launch.TILE
-    else:
-        tile = key.tile or tile_for(capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
-    block_q = g.block_q if key.listed else tile.rows
-    blocks = g.k_blocks + context_blocks(g.context_tokens, g.block_k)
-    pools, stretches = -(-g.grid_tokens // key.pool), stretches_of(g, key.expansions)
-    # Pools are read 64 at a time.
-    pool_rows = -(-pools // 64) * 64
-    chunks = -(-g.length // STATISTICS_CHUNK)
-    q_blocks_grid = -(-g.grid_tokens // block_q)
-    q_blocks = q_blocks_grid + context_blocks(g.context_tokens, block_q)
+@dataclass(frozen=True)
+class _Preparation:
+    """What the pre-pass does to K and V: see `Call`. packed: K is stored two values a byte. every: the mean key is
+    taken over every so many blocks of 64 rows."""
+
+    smooth: bool
+    rotate: bool
+    values_scaled: bool
+    few_chunks: bool
+    packed: bool
+    every: int
+
+
+def _preparation(key: CallKey, padded: int, chunks: int) -> _Preparation:
+    precision = key.precision
     smooth = precision.qk != "16"
     rotate = smooth and precision.hadamard
-    values_scaled = precision.pv != "16" or key.dtype == torch.float32
-    # Any constant vector may be taken from all keys, so a long sequence's mean need not see every key.
-    every = KEY_SAMPLE if g.length >= KEY_SAMPLE_FROM else 1
-    # Rotating the mean takes a whole matrix: not for every program.
-    few_chunks = chunks <= FEW_CHUNKS and not rotate
-    pv, levels = kernel_pv(precision), VALUE_LEVELS.get(precision.pv, 0.0)
-    statistics_options = {
-        "D": key.dim, "PADDED_D": padded, "CHUNK": STATISTICS_CHUNK, "SUM_EVERY": every if smooth else 0,
-        "NEED_MAX": values_scaled, **LAUNCH,
+    return _Preparation(
+        smooth=smooth,
+        rotate=rotate,
+        values_scaled=precision.pv != "16" or key.dtype == torch.float32,
+        # Rotating the mean takes a whole matrix: not for every program.
+        few_chunks=chunks <= FEW_CHUNKS and not rotate,
+        packed=packs(precision, padded),
+        # Any constant vector may be taken from all keys, so a long sequence's mean need not see every key.
+        every=KEY_SAMPLE if key.geometry.length >= KEY_SAMPLE_FROM else 1,
+    )
+
+
+def _prepass_options(key: CallKey, padded: int, preparation: _Preparation) -> dict[str, dict]:
+    """Of the kernels before attention, as `Call` names them."""
+    precision, p = key.precision, preparation
+    shared = {"PADDED_D": padded, "SMOOTH": p.smooth, "ROTATE": p.rotate, "VALUES_SCALED": p.values_scaled, **LAUNCH}
+    finish = {**shared, "PV": kernel_pv(precision), "V_LEVELS": VALUE_LEVELS.get(precision.pv, 0.0)}
+    stored = {"D": key.dim, "QK": precision.qk, "BIASED": key.biased, "PACKED": p.packed}
+    statistics = {
+        "D": key.dim, "PADDED_D": padded, "CHUNK": STATISTICS_CHUNK, "SUM_EVERY": p.every if p.smooth else 0,
+        "NEED_MAX": p.values_scaled, **LAUNCH,
     }  # fmt: skip
-    finish_options = {
-        "PADDED_D": padded, "PV": pv, "V_LEVELS": levels, "SMOOTH": smooth, "ROTATE": rotate,
-        "VALUES_SCALED": values_scaled, **LAUNCH,
-    }  # fmt: skip
-    packed = packs(precision, padded)
-    prepare_options = {
-        **finish_options, "D": key.dim, "QK": precision.qk, "FINISH": few_chunks, "BIASED": key.biased,
-        "PACKED": packed,
-    }  # fmt: skip
-    pools_options = {
-        "D": key.dim, "PADDED_D": padded, "POOL": key.pool, "QK": precision.qk, "SMOOTH": smooth, "ROTATE": rotate,
-        "VALUES_SCALED": values_scaled, "BIASED": key.biased, "PACKED": packed, **LAUNCH,
-    }  # fmt: skip
-    attention_options = {
-        "D": key.dim, "PADDED_D": padded, "ROWS": tile.rows, "BLOCK_Q": block_q, "PAIRS": tile.pairs,
-        "QK": precision.qk, "PV": pv, "P_LOG2": P_LOG2[precision.pv], "LISTED": key.listed, "TAIL": key.tail,
-        "POOL": key.pool, "BIASED": key.biased, "ROTATE": rotate, "VALUES_SCALED": values_scaled,
-        "PACKED": packed,
+    return {
+        "statistics_options": statistics,
+        "finish_options": finish,
+        "prepare_options": {**finish, **stored, "FINISH": p.few_chunks},
+        "pools_options": {**shared, **stored, "POOL": key.pool},
+    }
+
+
+def _block_q(key: CallKey, tile: Tile) -> int:
+    """Query rows of a block: of the mask, or of a tile without one."""
+    return key.geometry.block_q if key.listed else tile.rows
+
+
+def _attention_options(key: CallKey, padded: int, preparation: _Preparation, tile: Tile) -> dict:
+    """Of the Triton attention kernel."""
+    precision, capability = key.precision, key.capability
+    return {
+        "D": key.dim, "PADDED_D": padded, "ROWS": tile.rows, "BLOCK_Q": _block_q(key, tile), "PAIRS": tile.pairs,
+        "QK": precision.qk, "PV": kernel_pv(precision), "P_LOG2": P_LOG2[precision.pv], "LISTED": key.listed,
+        "TAIL": key.tail, "POOL": key.pool, "BIASED": key.biased, "ROTATE": preparation.rotate,
+        "VALUES_SCALED": preparation.values_scaled, "PACKED": preparation.packed,
         "SEPARATE_TAIL": needs_separate_tail(capability, tile, padded, precision.qk, precision.pv),
         "HALVES": in_channel_halves(capability, tile, padded, precision.qk), "STAGES": tile.stages,
         "TAIL_STAGES": tail_stages(capability, tile),
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
+
+
+def _served_by_gluon(key: CallKey) -> bool:
+    return key.gluon and key.tile is None and gluon_launch.serves(
+        key.capability, key.dim, key.dtype, key.precision, key.geometry.block_q, key.listed, key.biased,
+        key.pool if key.tail else None,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def call_of(key: CallKey) -> Call:
+    """The plan of a call."""
+    g, precision, padded = key.geometry, key.precision, padded_dim(key.dim)
+    chunks = -(-g.length // STATISTICS_CHUNK)
+    preparation, gluon = _preparation(key, padded, chunks), _served_by_gluon(key)
     if gluon:
-        attention_options = gluon_launch.options(key.dim, precision.pv, P_LOG2[precision.pv], key.listed, key.tail)
+        tile = gluon_launch.TILE
+        attention = gluon_launch.options(key.dim, precision.pv, P_LOG2[precision.pv], key.listed, key.tail)
+    else:
+        tile = key.tile or tile_for(key.capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
+        attention = _attention_options(key, padded, preparation, tile)
+    block_q = _block_q(key, tile)
+    blocks = g.k_blocks + context_blocks(g.context_tokens, g.block_k)
+    pools, stretches = -(-g.grid_tokens // key.pool), stretches_of(g, key.expansions)
+    # Pools are read 64 at a time.
+    pool_rows = -(-pools // 64) * 64
+    q_blocks_grid = -(-g.grid_tokens // block_q)
+    q_blocks = q_blocks_grid + context_blocks(g.context_tokens, block_q)
     return Call(
         key=key,
         gluon=gluon,
         tile=tile,
         scratch=_scratch_layout(key, padded, blocks, pool_rows, stretches, chunks),
-        smooth=smooth,
-        values_scaled=values_scaled,
-        rotate=rotate,
-        few_chunks=few_chunks,
+        smooth=preparation.smooth,
+        values_scaled=preparation.values_scaled,
+        rotate=preparation.rotate,
+        few_chunks=preparation.few_chunks,
         blocks=blocks,
         pools=pools,
         stretches=stretches,
         chunks=chunks,
-        sampled_rows=_sampled_rows(g.length, every),
+        sampled_rows=_sampled_rows(g.length, preparation.every),
         q_blocks=q_blocks,
         q_blocks_grid=q_blocks_grid,
-        rotation_scale=(key.dim & -key.dim) ** -0.5 if rotate else 1.0,
+        rotation_scale=(key.dim & -key.dim) ** -0.5 if preparation.rotate else 1.0,
         statistics_grid=(chunks, key.kv_heads, key.batch),
         finish_grid=(key.batch * key.kv_heads,),
         prepare_grid=(blocks, key.kv_heads, key.batch),
         pools_grid=(g.k_blocks, key.kv_heads * key.group, key.batch),
         attention_grid=(key.batch * key.kv_heads * key.group * q_blocks * (block_q // tile.rows),),
-        statistics_options=statistics_options,
-        finish_options=finish_options,
-        prepare_options=prepare_options,
-        pools_options=pools_options,
-        attention_options=attention_options,
+        attention_options=attention,
+        **_prepass_options(key, padded, preparation),
     )
 
 

@@ -7,6 +7,7 @@ works in float32 (float64 for float64 inputs), in chunks of rows, and never form
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -15,7 +16,7 @@ from ..core.layout import Geometry
 from ..core.pattern import SparsePattern, empty_output, problem_with
 from ..core.precision import Precision
 from ..core.quantization import LEVELS, fake_quantize, fake_quantize_blocks, hadamard_matrix
-from ..pooling.reference import expanded_pools, mean_queries, stretch_of_rows, stretches_of
+from ..pooling.reference import Pools, expanded_pools, mean_queries, stretch_of_rows, stretches_of
 
 
 def _quantize_values(v: torch.Tensor, pv: str) -> torch.Tensor:
@@ -71,6 +72,47 @@ def _chunk_bias(
     return keys, pools.masked_fill(over_pools, -math.inf)
 
 
+@dataclass(frozen=True)
+class _Prepared:
+    """What is multiplied, in the order of each head: q, k and v `[B, Hq, L, D]` as they are after smoothing, rotation
+    and quantisation; key bias `[B, Hq, L]` or None; pools: of the tail, None without one."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    bias: torch.Tensor | None
+    pools: Pools | None
+
+
+def _prepared(q, k, v, pattern: SparsePattern, precision: Precision, scale: float, key_bias, index) -> _Prepared:
+    """index: as `reordered_index`. Pools are of smoothed and rotated keys, and are rounded like keys of their own."""
+    g, (batch, heads, _, dim), group = pattern.geometry, q.shape, q.shape[1] // k.shape[1]
+    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q = take_rows(q.to(work), index)
+    k, v = (take_rows(x.to(work).repeat_interleave(group, 1), index) for x in (k, v))
+    bias = None
+    if key_bias is not None:
+        bias = key_bias.to(work)[:, None, :].expand(-1, heads, -1).gather(2, index[None].expand(batch, -1, -1))
+    if precision.qk != "16":
+        k = k - k.mean(2, keepdim=True)
+        if precision.hadamard:
+            rotation = hadamard_matrix(dim, q.device, work)
+            q, k = q @ rotation, k @ rotation
+    pools = means = None
+    if pattern.kept_words is not None and pattern.tail_bias is not None:
+        grid = slice(0, g.grid_tokens)
+        means = mean_queries(q[:, :, grid], g, pattern.expansions)
+        grid_bias = None if bias is None else bias[:, :, grid]
+        pools = expanded_pools(means, k[:, :, grid], v[:, :, grid], pattern.pool, scale=scale, key_bias=grid_bias)
+    if precision.qk != "16":
+        levels = LEVELS[precision.qk]
+        q = fake_quantize(q, levels, -1)
+        k = torch.cat([fake_quantize_blocks(part, levels, g.block_k) for part in _parts(k, g)], 2)
+        if pools is not None:
+            pools = pools.with_keys(fake_quantize(pools.keys, levels, -1), means, scale)
+    return _Prepared(q, k, _quantize_values(v, precision.pv), bias, pools)
+
+
 def sparse_attention_reference(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -91,63 +133,32 @@ def sparse_attention_reference(
     reason = problem_with(q, k, v, pattern)
     if reason:
         raise ValueError(reason)
-    g = pattern.geometry
-    heads = q.shape[1]
-    work = torch.float64 if q.dtype == torch.float64 else torch.float32
+    g, heads = pattern.geometry, q.shape[1]
     scale = q.shape[3] ** -0.5 if scale is None else scale
     index, mask = reordered_index(pattern, heads), pattern.mask
-    group = heads // k.shape[1]
-    rq = take_rows(q.to(work), index)
-    rk = take_rows(k.to(work).repeat_interleave(group, 1), index)
-    rv = take_rows(v.to(work).repeat_interleave(group, 1), index)
-    if precision.qk != "16":
-        rk = rk - rk.mean(2, keepdim=True)
-        if precision.hadamard:
-            rotation = hadamard_matrix(q.shape[3], q.device, work)
-            rq, rk = rq @ rotation, rk @ rotation
-    bias_in_order = None
-    if key_bias is not None:
-        bias_in_order = (
-            key_bias.to(work)[:, None, :].expand(-1, heads, -1).gather(2, index[None].expand(q.shape[0], -1, -1))
-        )
-    pools = means = None
-    if mask is not None and pattern.tail_bias is not None:
-        grid = slice(0, g.grid_tokens)
-        means = mean_queries(rq[:, :, grid], g, pattern.expansions)
-        grid_bias = None if bias_in_order is None else bias_in_order[:, :, grid]
-        pools = expanded_pools(means, rk[:, :, grid], rv[:, :, grid], pattern.pool, scale=scale, key_bias=grid_bias)
-    if precision.qk != "16":
-        levels = LEVELS[precision.qk]
-        rq = fake_quantize(rq, levels, -1)
-        rk = torch.cat([fake_quantize_blocks(part, levels, g.block_k) for part in _parts(rk, g)], 2)
-        if pools is not None:
-            pools = pools.with_keys(fake_quantize(pools.keys, levels, -1), means, scale)
-    rv = _quantize_values(rv, precision.pv)
-
-    result = torch.empty_like(rq)
+    x = _prepared(q, k, v, pattern, precision, scale, key_bias, index)
+    result = torch.empty_like(x.q)
     step = max(1, CHUNK_ELEMENTS // max(1, q.shape[0] * heads * g.length))
     for start in range(0, g.length, step):
         rows = slice(start, min(start + step, g.length))
-        scores = (rq[:, :, rows] @ rk.transpose(2, 3)) * scale
-        keys_bias, pools_bias = _chunk_bias(pattern, mask, rows, work)
-        if keys_bias is not None:
-            scores += keys_bias
-        if bias_in_order is not None:
-            scores += bias_in_order[:, :, None, :]
+        scores = (x.q[:, :, rows] @ x.k.transpose(2, 3)) * scale
+        keys_bias, pools_bias = _chunk_bias(pattern, mask, rows, x.q.dtype)
+        for added in (keys_bias, None if x.bias is None else x.bias[:, :, None, :]):
+            if added is not None:
+                scores += added
         if pools_bias is not None:
             positions = torch.arange(rows.start, rows.stop).clamp_max(g.grid_tokens - 1)
             stretch = stretch_of_rows(g, stretches_of(g, pattern.expansions), positions)
-            scores = torch.cat([scores, pools.logits(rq[:, :, rows], stretch, scale) + pools_bias], 3)
+            scores = torch.cat([scores, x.pools.logits(x.q[:, :, rows], stretch, scale) + pools_bias], 3)
         weights = (scores - scores.amax(3, keepdim=True)).exp()
         total = weights.sum(3, keepdim=True)
-        chunk = _quantize_weights(weights[..., : g.length], precision.pv, g) @ rv
+        chunk = _quantize_weights(weights[..., : g.length], precision.pv, g) @ x.v
         # The tail's product is in 16 bits whatever pv is: it is small, its weights are large.
         if pools_bias is not None:
-            chunk += pools.weighted(weights[..., g.length :], stretch)
+            chunk += x.pools.weighted(weights[..., g.length :], stretch)
         result[:, :, rows] = chunk / total
     out = empty_output(q) if out is None else out
-    inverse = torch.argsort(index, 1)
-    return out.copy_(take_rows(result, inverse))
+    return out.copy_(take_rows(result, torch.argsort(index, 1)))
 
 
 def _parts(x: torch.Tensor, g: Geometry) -> list[torch.Tensor]:
