@@ -11,6 +11,7 @@ DEMO = f"{CATEGORY}/demo"
 # The words of tests/tiny_wan/data.py; repeated here because a node's schema must not import the test folder.
 SHAPES = ("circle", "square", "triangle", "cross")
 DIRECTIONS = ("right-down", "left-down", "left-up", "right-up")
+CHANNELS = 16
 BACKGROUNDS = ("flat", "horizontal", "vertical", "checker")
 
 
@@ -74,7 +75,9 @@ class DemoVAE:
     """What the host's nodes want of a VAE, for the tiny model: its latent is a rearrangement of pixels."""
 
     def decode(self, samples: torch.Tensor) -> torch.Tensor:
-        """Latent `[B, 16, F, h, w]` -> grey clips `[B, F, 4h, 4w, 3]` in 0..1."""
+        """Latent `[B, 16, F, h, w]` -> grey clips `[B, F, 4h, 4w, 3]` in 0..1. Raises ValueError for another's."""
+        if samples.dim() != 5 or samples.shape[1] != CHANNELS or not samples.numel():
+            raise ValueError(f"samples: a latent of shape {list(samples.shape)} is not one of the tiny demo model's")
         data = _data()
         grey = (data.decode(data.from_host_latent(samples.float())) + 1) / 2
         return grey[..., None].expand(-1, -1, -1, -1, 3).contiguous()

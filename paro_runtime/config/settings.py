@@ -101,22 +101,31 @@ class Settings:
 
 def parse_blocks(text: str, field: str = "dense_blocks") -> tuple[tuple[int, int], ...]:
     """Ranges of numbers (both ends included) from "0, 1, -1, 47-49". Raises SettingsError naming `field` otherwise."""
+    if not isinstance(text, str):
+        raise SettingsError(f"{field}: {_shown(text)} is no text; write numbers with commas between, such as 0, 1")
     ranges = []
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         first, dash, last = part[1:].partition("-")
+        named = f"{field}: {_shown(part)}"
         try:
             start = int(part[0] + first)
             end = int(last) if dash else start
         except ValueError:
             raise SettingsError(
-                f"{field}: {part!r} is not a number or a range; write numbers with commas between, such as 0, 1, 47-49"
+                f"{named} is not a number or a range; write numbers with commas between, such as 0, 1, 47-49"
             ) from None
         if dash and min(start, end) < 0:
-            raise SettingsError(f"{field}: {part!r} is a range from the end; write its numbers, such as -3, -2, -1")
+            raise SettingsError(f"{named} is a range from the end; write its numbers, such as -3, -2, -1")
         if dash and start > end:
-            raise SettingsError(f"{field}: the range {part!r} does not rise; write {end}-{start}")
+            raise SettingsError(f"{field}: the range {_shown(part)} does not rise; write {end}-{start}")
         ranges.append((start, end))
     return tuple(ranges)
+
+
+def _shown(value: object) -> str:
+    """A value within a sentence: the beginning of a long one."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def in_blocks(ranges: tuple[tuple[int, int], ...], index: int, total: int | None) -> bool:

@@ -1,8 +1,9 @@
-"""Allocations of PARO's own that fail: memory that is out at any moment of a run."""
+"""Faults that come at any moment of a run: memory that is out, and functions of PARO's own that raise."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 PACK = str(Path(__file__).resolve().parent.parent.parent)
+RUNTIME = (f"{PACK}/paro_runtime/", f"{PACK}/kernels/")
 TESTS = str(Path(__file__).resolve().parent.parent)
 MESSAGE = "CUDA out of memory. Tried to allocate 2.00 GiB (a test's)"
 
@@ -66,3 +68,35 @@ class OutOfMemory(TorchDispatchMode):
 
 def _tensors(values) -> list[torch.Tensor]:
     return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+
+
+class Raising:
+    """Raises in the place of a call of a function of PARO's, in this thread.
+
+    error    what is raised.
+    place    file and name of the function; None: calls are counted only.
+    number   of the call of that function, from 0.
+    calls    of every function, by place.
+    """
+
+    def __init__(self, error: Exception | None = None, place: tuple[str, str] | None = None, number: int = 0) -> None:
+        self._error, self._place, self._number = error, place, number
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.failed = False
+
+    def __enter__(self) -> Raising:
+        sys.settrace(self._called)
+        return self
+
+    def __exit__(self, *raised) -> None:
+        sys.settrace(None)
+
+    def _called(self, frame, event, argument) -> None:
+        name = frame.f_code.co_filename
+        if not name.startswith(RUNTIME):
+            return
+        place = (name.removeprefix(f"{PACK}/"), frame.f_code.co_qualname)
+        if place == self._place and self.calls[place] == self._number:
+            self.failed = True
+            raise self._error
+        self.calls[place] += 1

@@ -333,3 +333,19 @@ def test_a_model_that_was_compiled_without_paro_is_compiled_anew(comfy, wan):
     assert report.calls == {"sparse": 2 * comfy.LAYERS, "dense step": comfy.LAYERS} and not report.passed
     assert report.notes == ["the model had been compiled without PARO: it is compiled anew"]
     assert torch.equal(out, comfy.sample(model, GRID, steps=3)) and not comfy.report(model).notes
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 8, 8), (1, 4, 3, 8, 8), (2, 3, 4, 5, 6, 7), (0, 16, 3, 8, 8), ()])
+def test_the_demos_decoder_refuses_other_latents_in_one_sentence(comfy, shape):
+    from comfyui_paro.nodes.demo import PARODemoDecode
+
+    with pytest.raises(ValueError, match=r"^samples: a latent of shape .* is not one of the tiny demo model's$"):
+        PARODemoDecode.execute({"samples": torch.zeros(shape)})
+
+
+def test_a_result_that_cannot_be_told_from_others_for_want_of_memory_is_kept(monkeypatch):
+    def no_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(wrappers.torch, "linspace", no_memory)
+    assert wrappers.mark_of(torch.zeros(3)) is None

@@ -59,6 +59,14 @@ def test_blocks_count_from_both_ends():
     assert parse_blocks(" ") == ()
 
 
+@pytest.mark.parametrize("wrong", [["a", "b", "c"], 3, {"a": 1}, b"x", "9" * 5000, "x" * 70000])
+def test_blocks_that_are_no_text_or_too_long_are_refused_in_one_sentence(wrong):
+    """A workflow may hold anything."""
+    with pytest.raises(SettingsError, match=r"^dense_blocks: ") as refused:
+        Settings(dense_blocks=wrong).validated()
+    assert len(str(refused.value)) < 200 and "\n" not in str(refused.value)
+
+
 def test_dense_steps_follow_few_step_and_full_schedules():
     assert [default_dense_steps(n, 0.2) for n in (1, 4, 8, 20, 50)] == [1, 1, 2, 4, 10]
     schedule = Schedule.create(4, 9, "")

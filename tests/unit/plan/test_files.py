@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import struct
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -19,45 +18,11 @@ from comfyui_paro.paro_runtime.plan.file import LIMITS, file_digest, load_plan, 
 from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import PER_GROUP, ModelIdentity, Plan, PlanError, Site, SitePlan
 from comfyui_paro.paro_runtime.plan.store import PlanStore, automatic_name
+from comfyui_paro.tests.mutated_plans import IDENTITY, LAYOUT, OPTIONS, make_plan, mutate, same, without_masks
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
-LAYOUT = TokenLayout(3, (4, 8, 10), 2)
-OPTIONS = MaskOptions(0.3, "mass", "shared", 64)
-
-
-def make_plan(groups: int = 3) -> Plan:
-    generator = torch.Generator().manual_seed(0)
-    sites = {}
-    for index in range(3):
-        found = []
-        for _ in range(groups):
-            mask = torch.rand(4, 5, 5, generator=generator) < 0.3
-            mask[:, :, 0] = True
-            orders, bias = ("FHW", "HWF", "4x4x4", "WFH"), torch.randn(4, generator=generator)
-            kept = torch.rand(4, generator=generator)
-            found.append(SitePlan.create(orders, mask, bias, kept, index == 1))
-        sites[Site("double", index)] = SitePlan.joined(found)
-    return Plan(IDENTITY, LAYOUT, 64, sites, 64, OPTIONS.as_dict(), {"by": "test", "note": "x" * 40})
-
-
-def same(a: Plan, b: Plan) -> bool:
-    return (
-        (a.identity, a.layout, a.block_q, a.pool, a.settings, a.made)
-        == (b.identity, b.layout, b.block_q, b.pool, b.settings, b.made)
-        and a.sites.keys() == b.sites.keys()
-        and all(
-            (x.orders, x.rotate) == (y.orders, y.rotate)
-            and torch.equal(x.packed, y.packed)
-            and torch.equal(x.tail_bias, y.tail_bias)
-            and torch.equal(x.density, y.density)
-            and torch.equal(x.mass_kept, y.mass_kept)
-            for x, y in zip(a.sites.values(), b.sites.values(), strict=True)
-        )
-    )
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -86,43 +51,6 @@ def test_a_plan_from_before_rotations_rotates_nothing(tmp_path, monkeypatch):
     assert not any(entry.rotate for entry in load_plan(path).sites.values())
 
 
-HOSTILE = (None, True, -1, 0, 1 << 62, 1e308, "", "../../x", [], {}, [[]], "FHW", [1 << 40] * 3, "9" * 3000)
-
-
-def mutate(data: bytes, random: random.Random) -> bytes:
-    """Damage of one kind: cut, flipped, overwritten, moved, doubled, or a header that lies."""
-    kind = random.randrange(8)
-    at = random.randrange(len(data))
-    if kind == 0:
-        return data[:at]
-    if kind == 1:
-        return data[:at] + bytes([data[at] ^ (1 << random.randrange(8))]) + data[at + 1 :]
-    if kind == 2:
-        return data[:at] + random.randbytes(random.randrange(1, 64)) + data[at:]
-    if kind == 3:
-        return struct.pack("<Q", random.choice((0, 1, 1 << 20, 1 << 40, (1 << 64) - 1))) + data[8:]
-    if kind == 4:
-        return data[:at] + data
-    size = struct.unpack("<Q", data[:8])[0]
-    header = json.loads(data[8 : 8 + size])
-    if kind == 5:  # the file's own header
-        name = random.choice(sorted(header))
-        field = random.choice(("dtype", "shape", "data_offsets"))
-        header[name] = {**header[name], field: random.choice(HOSTILE)}
-    else:  # what the plan declares
-        declared = json.loads(header["__metadata__"]["paro"])
-        field = random.choice(sorted(declared))
-        if kind == 6 or not isinstance(declared[field], (list, dict)) or not declared[field]:
-            declared[field] = random.choice(HOSTILE)
-        elif isinstance(declared[field], list):
-            declared[field][random.randrange(len(declared[field]))] = random.choice(HOSTILE)
-        else:
-            declared[field][random.choice(sorted(declared[field]))] = random.choice(HOSTILE)
-        header["__metadata__"]["paro"] = json.dumps(declared)
-    text = json.dumps(header).encode()
-    return struct.pack("<Q", len(text)) + text + data[8 + size :]
-
-
 @pytest.mark.parametrize("masks", [True, False])
 @pytest.mark.parametrize("seed", [*range(4), None])
 def test_mutated_plans_are_refused_in_one_line(seed, masks, tmp_path):
@@ -141,12 +69,6 @@ def test_mutated_plans_are_refused_in_one_line(seed, masks, tmp_path):
         else:
             # White space in the file's own header may change without changing anything.
             assert same(loaded, plan), f"seed {seed}, mutation {number}"
-
-
-def without_masks(plan: Plan) -> Plan:
-    """As plans of large grids are: runs measure their masks themselves."""
-    bare = {site: replace(e, packed=torch.empty(e.groups, 0, dtype=torch.uint8)) for site, e in plan.sites.items()}
-    return replace(plan, sites=bare)
 
 
 def test_a_plan_without_masks_is_read_as_it_was_written(tmp_path):
