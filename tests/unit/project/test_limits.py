@@ -16,25 +16,15 @@ FILES = sorted(path for top in ("kernels", "paro_runtime", "nodes") for path in 
 LINES, FUNCTION_LINES, PARAMETERS = 400, 60, 10
 
 LONG_FILES = {
-    "kernels/attention/gluon_sm90/forward.py": "one kernel with the functions that Gluon inlines into it",
     "paro_runtime/run/session.py": "to be divided",
 }
 LONG_FUNCTIONS = {
-    "kernels/attention/launch_plan.py::call_of": "to be divided",
-    "kernels/attention/reference.py::sparse_attention_reference": "to be divided",
-    "kernels/tail_error/triton_block_costs.py::launch_block_costs": "to be divided",
-    "kernels/tail_error/triton_row_errors.py::launch_row_moments": "to be divided",
     "nodes/calibrate.py::define_schema": "a list of inputs, one after the other",
     "nodes/settings.py::define_schema": "a list of inputs, one after the other",
     "paro_runtime/run/evaluation.py::attend": "to be divided",
 }
 WIDE_SIGNATURES = {
     "kernels/attention/api.py::attention_operator": "torch's operators take tensors and numbers, no objects",
-    "kernels/pooling/triton_pools.py::launch_expanded_pools": "to be divided",
-    "kernels/tail_error/api.py::block_costs": "to be divided",
-    "kernels/tail_error/api.py::row_moments": "to be divided",
-    "kernels/tail_error/reference.py::row_moments_reference": "to be divided",
-    "kernels/tail_error/triton_row_errors.py::launch_row_moments": "to be divided",
     "nodes/calibrate.py::execute": "ComfyUI hands every input over as an argument",
     "nodes/compare/node.py::execute": "ComfyUI hands every input over as an argument",
     "paro_runtime/attention/backend.py::sparse_attention": "to be divided",
