@@ -14,7 +14,7 @@ PRECISIONS = ("fp8", "int8")
 SHARED_LIMIT = 227 * 1024
 SLOT_LIMIT = 10.0
 # Words that ptxas parks in local memory in a main loop. Triton 3.6.0: at most 2. With 3.7.1 one warpgroup's loop over
-# listed blocks in FP8 has 8, and 16 with a tail, which is not a chosen form (`gluon_launch.CHOICES`).
+# listed blocks in FP8 has 8, and 16 with a tail, which is not a chosen form (`gluon_sm90.launch.CHOICES`).
 SPILL_LIMIT = 16
 # Of one warpgroup in one step.
 WARPS, ELEMENTS = 4, 64 * 128

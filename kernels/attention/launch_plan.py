@@ -38,12 +38,17 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
 @dataclass(frozen=True)
 class CallKey:
-    """All that decides how a call is done. kv_heads may be fewer than the tensors have: see `parts_of`.
+    """All that decides how a call is done.
 
-    capability: of the GPU, None on AMD; see `capability_of`. pool, tail, expansions: of the pooled tail: tokens per
-    pool, whether there is a bias for it, mean queries at most (`pools`). biased: with a bias per key. listed: with a
-    mask. lists: its lists are made for this call. tile: another one of the Triton kernel than the table's. gluon: the
-    Gluon kernel may do it.
+    batch, kv_heads, group  batch entries, key heads (of this part of the call, see `parts_of`), query heads of each.
+    dim, dtype              head dimension and type of the inputs.
+    capability              of the GPU, None on AMD; see `support.capability_of`.
+    pool, tail, expansions  of the pooled tail: tokens per pooled key, whether there is one, mean queries per head at
+                            most around which its pools are expanded (`pooling.reference`).
+    biased                  whether there is a bias for each key.
+    listed, lists           whether there is a mask, and whether its lists of blocks are written for this call.
+    tile                    used in place of the table's for the Triton kernel; None: the table's.
+    gluon                   whether the Gluon kernel may do the call.
     """
 
     batch: int

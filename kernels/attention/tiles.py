@@ -136,7 +136,7 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
 
 
 def needs_separate_tail(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, qk: str, pv: str) -> bool:
-    """Whether the tail's product must not run into the accumulator (see `triton_steps.pooled_tail`).
+    """Whether the tail's product must not run into the accumulator (see `triton_softmax_steps.pooled_tail`).
 
     In 16 bits only where it would spill otherwise: D = 256 on Hopper, tall tiles on sm_120.
     """
@@ -154,7 +154,7 @@ def tail_stages(capability: tuple[int, int] | None, tile: Tile) -> int:
 
 
 def in_channel_halves(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, qk: str) -> bool:
-    """Whether P V is done in two square products, on GPUs with mma.sync (see `triton_steps.one_block`).
+    """Whether P V is done in two square products, on GPUs with mma.sync (see `triton_softmax_steps.one_block`).
 
     Not in 16 bits on sm_120, which would spill.
     """

@@ -2,7 +2,7 @@
 
 One program computes a tile of query rows of one head. It gathers and quantises its own rows of Q (each row is read
 once, so a separate pass over Q would only move bytes), walks the head's kept key blocks, adds the pooled tail, and
-scatters the result to the rows where the tokens came from. K and V come reordered from `triton_prepass`.
+scatters the result to the rows where the tokens came from. K and V come reordered from `triton_prepare`.
 """
 
 import triton

@@ -1,8 +1,8 @@
 """The pre-pass: channel statistics of K and V, then reorder, smooth, rotate and quantise them in one read each.
 
 K becomes `[B, Hkv, blocks, 64, D]`, one scale per block; V becomes the same in 16 bits, or `[B, Hkv, blocks, D, 64]`
-with shuffled rows in 8 bits (see `triton_steps._product`), one scale per channel. Padding is zero. PACKED: 4-bit
-keys are two values a byte, `[..., D / 2]`, in units of a sixteenth (see `triton_common.for_packed_keys`).
+with shuffled rows in 8 bits (see `triton_softmax_steps._product`), one scale per channel. Padding is zero. PACKED:
+4-bit keys are two values a byte, `[..., D / 2]`, in units of a sixteenth (see `triton_math.for_packed_keys`).
 """
 
 import triton

@@ -1,6 +1,6 @@
 """The steps of the block-sparse attention kernel: online softmax over one key block, two of them, or the pooled tail.
 
-Names as in `triton_attention`.
+Arguments are named as in `triton_forward.attention_forward`.
 """
 
 import triton
@@ -17,7 +17,7 @@ WRAP_MARGIN = tl.constexpr(4.0)
 
 @triton.jit
 def _products_with_keys(q, q_high, keys, PACKED: tl.constexpr):
-    """Q K^T `[rows, keys]` for loaded `keys`, int32 (16 bits: float32). PACKED: see `triton_common.for_packed_keys`."""
+    """Q K^T `[rows, keys]` for loaded `keys`, int32 (16 bits: float32). PACKED: see `triton_math.for_packed_keys`."""
     if PACKED:
         product = tl.dot(q_high, tl.trans(keys))
         return tl.dot(q, tl.trans(keys & 15), product, out_dtype=tl.int32)
@@ -144,7 +144,7 @@ def _accumulate(accumulator, rescale, share, p, v_block, columns, first_channel,
 
 @triton.jit
 def _whole(x0, x1):
-    """The inverse of `triton_common.halves`."""
+    """The inverse of `triton_math.halves`."""
     return tl.reshape(tl.permute(tl.join(x0, x1), [0, 2, 1]), [x0.shape[0], 2 * x0.shape[1]])
 
 

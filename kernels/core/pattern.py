@@ -25,11 +25,12 @@ class SparsePattern:
     tables        int32 [n_orders, grid_tokens]: tables[o, j] is the grid index (F slowest, W fastest) of the token
                   that stands at position j of order o.
     order_of_head int32 [kv_heads]: the order of each key/value head; the query heads of a group share it.
-    kept_words    int64 [q_heads, q_blocks, row_words(k_blocks)]: the kept blocks in bits (`kept_words`), at least one
+    kept_words    int64 [q_heads, q_blocks, row_words(k_blocks)]: the kept blocks in bits (`block_mask`), at least one
                   in every row; None keeps every block.
     tail_bias     float32 [q_heads]: adds the pooled tail with this bias per head; None drops what is not kept.
     pool          tokens per pooled key; divides block_k.
-    expansions    at most so many mean queries per head around which the pools are expanded (`pools`); 0: plain means.
+    expansions    mean queries per head at most around which the pools are expanded (`pooling.reference`); 0: the pools
+                  are plain means.
     """
 
     geometry: Geometry

@@ -1,6 +1,7 @@
 """Expanded pools as the attention kernels read them: smoothed, rotated and quantised like the keys they stand for.
 
-All of that but rounding is linear, and so done to the pools, which are few. The meaning is in `pools` and `reference`.
+Smoothing and rotation are linear, so they are done to the pools, which are few, rather than to the keys before. The
+PyTorch counterparts are `pooling.reference` and `attention.reference`.
 Import only where a launch is wanted: this module needs Triton.
 """
 

@@ -17,7 +17,7 @@ def row_logsumexp(
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """See `statistics_reference.row_logsumexp_reference`."""
+    """See `reference.row_logsumexp_reference`."""
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
         return row_logsumexp_reference(q, k, scale=scale, key_bias=key_bias)
     from .triton_statistics import launch_row_logsumexp
@@ -38,7 +38,7 @@ def block_statistics(
     rows_per_block: int | None = None,
     backend: str = "auto",
 ) -> BlockStatistics:
-    """See `statistics_reference.block_statistics_reference`."""
+    """See `reference.block_statistics_reference`."""
     if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
         run = block_statistics_reference
     else:
@@ -58,7 +58,7 @@ def query_sums(
     key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """See `statistics_reference.query_sums_reference`."""
+    """See `reference.query_sums_reference`."""
     if chosen_backend(backend, k.device, k.dtype, k.shape[3], STATISTICS_PRECISION) == "reference":
         run = query_sums_reference
     else:

@@ -38,9 +38,10 @@ def mean_query_masses(
     """Attention of the mean queries of each query block, `parts` of them (None: `means_per_block`), in each block of
     keys: float32 `[Hq, q_blocks, k_blocks]`, mean over the batch.
 
-    Arguments as in `observe`; tables int `[Hq, N]`. q_blocks int64 `[n]`: only of these query blocks, which must be
-    whole. What a block of queries looks at shows in few of its means; of single rows it takes more. Costs half of
-    their number / block_q of a dense attention.
+    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, tables int `[Hq, N]`: grid index at each position of the head's order;
+    key_bias: additive `[B, L]`. q_blocks int64 `[n]`: only of these query blocks, which must be whole. A few mean
+    queries of a block tell what it attends to; more single rows would be needed. Costs half of their number / block_q
+    of a dense attention.
     """
     g, heads, parts = geometry, q.shape[1], parts or means_per_block(geometry)
     group = heads // k.shape[1]

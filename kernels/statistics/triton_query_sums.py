@@ -1,7 +1,7 @@
 """Attention of given queries in every block of keys, under several orders in one launch.
 
-Import only where a launch is wanted: this module needs Triton. The meaning is in `statistics_reference`. Keys are taken
-straight from the model's tensors (`triton_rows`): a copy of all keys in each order would cost more than what few rows
+Import only where a launch is wanted: this module needs Triton. The meaning is in `reference`. Keys are taken
+straight from the model's tensors (`triton_gather`): a copy of all keys in each order would cost more than what few rows
 do with them. Each query meets each key once: the first kernel writes the logarithm of what a query gives a block, the
 second knows all of them and so the query's whole sum. Nothing waits for the device.
 """
@@ -124,7 +124,7 @@ def launch_query_sums(
     scale: float | None = None,
     key_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The Triton counterpart of `statistics_reference.query_sums_reference`."""
+    """The Triton counterpart of `reference.query_sums_reference`."""
     g, (batch, heads, count, dim) = geometry, queries.shape
     orders, group = tables.shape[0], heads // k.shape[1]
     rows = count // orders

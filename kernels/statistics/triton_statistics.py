@@ -1,6 +1,6 @@
 """Calibration statistics, streamed: row log-sum-exp, then block sums, maxima and small-value counts under an order.
 
-Import only where a launch is wanted: this module needs Triton. The meaning is in `statistics_reference`.
+Import only where a launch is wanted: this module needs Triton. The meaning is in `reference`.
 """
 
 from __future__ import annotations
@@ -188,7 +188,7 @@ def balanced(count: int, limit: int) -> int:
 def launch_row_logsumexp(
     q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, key_bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """The Triton counterpart of `statistics_reference.row_logsumexp_reference`."""
+    """The Triton counterpart of `reference.row_logsumexp_reference`."""
     batch, heads, length, dim = q.shape
     scale = dim**-0.5 if scale is None else scale
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
@@ -215,7 +215,7 @@ def launch_block_statistics(
     epsilon: float | None = None,
     rows_per_block: int | None = None,
 ) -> BlockStatistics:
-    """The Triton counterpart of `statistics_reference.block_statistics_reference`."""
+    """The Triton counterpart of `reference.block_statistics_reference`."""
     g = geometry
     batch, heads, _, dim = q.shape
     device, padded = q.device, _padded(dim)

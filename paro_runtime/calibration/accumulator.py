@@ -34,7 +34,7 @@ class SiteSums:
 
     With errors the mass is only told to people: it is that of up to MASS_BLOCKS query blocks, evenly spread.
     scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, error [H, q_blocks, k_blocks]; curves
-    [H, densities, biases] and energy [H] as in `tail.TailObservation`; logit_errors [H, 3] as in `rotation`. done:
+    [H, densities, biases] and energy [H] as in `tail_fit.TailObservation`; logit_errors [H, 3] as in `rotation`. done:
     (prompt, step) of what is summed.
     """
 

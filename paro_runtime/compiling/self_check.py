@@ -53,7 +53,7 @@ def self_check(
     as too little memory, is not.
 
     block_q, pool: of the run's masks and tail (None without one). special: check the kernel for this one GPU
-    generation (`gluon_launch`), which is left out otherwise; None where it serves no such call.
+    generation (`gluon_sm90.launch`), which is left out otherwise; None where it serves no such call.
     """
     chosen = PRECISIONS[precision] if isinstance(precision, str) else precision
     key = (device, dtype, head_dim, chosen, backend, block_q, pool, special)

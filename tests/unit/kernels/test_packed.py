@@ -44,7 +44,7 @@ def prepared(case: Case) -> dict[str, torch.Tensor]:
 
 
 def decoded(x: torch.Tensor) -> torch.Tensor:
-    """`[..., D / 2]` packed bytes as `[..., D]` values, by the words of `triton_common.packed` alone."""
+    """`[..., D / 2]` packed bytes as `[..., D]` values, by the words of `triton_math.packed` alone."""
     return torch.cat([(x.int() & 15) - 8, x.int() >> 4], -1)
 
 
