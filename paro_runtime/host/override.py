@@ -87,8 +87,8 @@ def _ours(args: tuple, kwargs: dict[str, Any]) -> tuple[HostEvaluation, Attentio
     evaluation = options_of(kwargs).get(OPTIONS_KEY)
     if not isinstance(evaluation, HostEvaluation):
         return None
-    call = read_call(*args, **kwargs)
     try:
+        call = read_call(*args, **kwargs)
         claim = None if call is None else evaluation.claim(call)
     except Exception as error:
         # What other nodes put into the options is theirs: a block's number may be anything.

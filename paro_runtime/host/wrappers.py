@@ -207,15 +207,25 @@ class Lifecycle:
             raise
         finally:
             options.pop(OPTIONS_KEY, None)
+        try:
+            self._conclude(run, result)
+        except Exception as error:
+            # The pictures are made.
+            if self.strict:
+                raise
+            self._no_report(error)
+        return result
+
+    def _conclude(self, run: HostRun, result: Any) -> None:
+        """The reports of a run that gave this result, and of those beside it."""
         for each in run.beside:
             its = each.lifecycle
             report = its._finish(each.session)
             if its is self:
-                session.absorb(each.session)
+                run.session.absorb(each.session)
             else:
                 its._keep(report, result)
-        self._keep(self._finish(session), result)
-        return result
+        self._keep(self._finish(run.session), result)
 
     def _keep(self, report: Report | None, result: Any) -> None:
         """The report is that of the run that gave this result."""
@@ -256,13 +266,23 @@ class Lifecycle:
             if evaluation is not None:
                 _stand_first(options)
                 _stand_last(options)
-            passed = {**bound, "control": _copied(bound["control"]), "transformer_options": options}
+            passed = {**bound, "control": self._control(run, bound["control"]), "transformer_options": options}
             result = executor(*passed.values(), *args[len(APPLY_MODEL) :], **extra)
             if evaluation is not None and can_redo and run.compiles_anew(evaluation, given):
                 continue
             if evaluation is None or not self._end(evaluation, number):
                 break
         return result
+
+    def _control(self, run: HostRun, control: Any) -> Any:
+        """A control net's results as a copy; what another node gives in their place as it is."""
+        try:
+            return _copied(control)
+        except Exception as error:
+            if self.strict:
+                raise
+            run.session.log_once("copying a control net's results", error)
+            return control
 
     def _run_of(self, run: HostRun, model: Any) -> HostRun | None:
         try:
@@ -319,9 +339,12 @@ class Lifecycle:
             # The pictures are made; nothing that goes wrong afterwards may cost them.
             if self.strict:
                 raise
-            log.warning("PARO: the run's report could not be made (%s: %s)", type(error).__name__, error)
-            self.why_no_report = f"The run's report could not be made ({type(error).__name__}: {error})"
+            self._no_report(error)
             return None
+
+    def _no_report(self, error: Exception) -> None:
+        self.why_no_report = f"The run's report could not be made ({type(error).__name__}: {error})"
+        log.warning("PARO: %s", self.why_no_report)
 
 
 def repeatable(model: Any, options: dict[str, Any]) -> bool:

@@ -349,3 +349,18 @@ def test_a_result_that_cannot_be_told_from_others_for_want_of_memory_is_kept(mon
 
     monkeypatch.setattr(wrappers.torch, "linspace", no_memory)
     assert wrappers.mark_of(torch.zeros(3)) is None
+
+
+def test_what_is_done_around_a_call_costs_no_generation(comfy, wan, monkeypatch):
+    """A control that is no dict, as another node may give; a call that cannot be read; the end of a run."""
+    around = [
+        (wrappers, "_copied", raising),
+        (calls_module, "_read", raising),
+        (HostRun, "beside", property(raising)),
+    ]
+    for where, what, fault in around:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, what, fault)
+            assert torch.isfinite(comfy.sample(comfy.patched(wan, strict=False, **SPARSE), GRID, steps=3)).all()
+            with pytest.raises(OwnBugError):
+                comfy.sample(comfy.patched(wan, strict=True, **SPARSE), GRID, steps=3)
