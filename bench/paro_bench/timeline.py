@@ -23,12 +23,12 @@ PACK = "comfyui_paro.paro_runtime"
 # Part -> what is timed for it, as module:attribute. What begins with "?" may be missing.
 HOOKS = {
     "observing": (f"{PACK}.calibration.calibrator:Calibrator.observe",),
-    "planning": (f"{PACK}.run.session:Session._close_calibration",),
+    "planning": (f"{PACK}.run.grid_run:GridPlans.close_calibration",),
     "bias": (f"{PACK}.run.tail_bias:BiasRefresh.measure", f"{PACK}.run.tail_bias:BiasRefresh.judge"),
     "masks": (f"{PACK}.run.evaluation:routed_bits",),
     "loading_plan": (
         f"{PACK}.plan.store:PlanStore.find",
-        f"{PACK}.run.session:Session._receive_plan",
+        f"{PACK}.run.grid_run:GridPlans.receive",
         f"{PACK}.attention.patterns:PatternCache.get",
     ),
     # With what is waited for and with the self-check, which loads what was compiled.

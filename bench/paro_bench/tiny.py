@@ -19,9 +19,9 @@ from ...paro_runtime.calibration.calibrator import Calibrator, Method
 from ...paro_runtime.config.recipes import mask_options, recipe_for
 from ...paro_runtime.config.settings import Settings
 from ...paro_runtime.plan.options import MaskOptions, query_block
-from ...paro_runtime.plan.plan import ModelIdentity, Plan, Site, SitePlan
+from ...paro_runtime.plan.plan import IN_PASSING, ModelIdentity, Plan, Site, SitePlan
 from ...paro_runtime.run.policy import Policy
-from ...paro_runtime.run.session import IN_PASSING, Session
+from ...paro_runtime.run.session import Session
 from ...tests.tiny_wan import data, sampler
 from ...tests.tiny_wan.model import TinyWan, load_tiny_wan
 from ..metrics import cosine, psnr, ssim

@@ -120,7 +120,7 @@ def check_kernels(
 def outlook(session: Session, size: Size, device: torch.device, sites: int | None) -> Outlook:
     """What a run with this session's settings and sigmas would do with calls of this size."""
     layout, recipe = size.layout, session.policy.recipe
-    session.begins_on(layout)
+    session.course.begins_on(layout)
     its, options = session.schedule, session.options_on(layout)
     q = torch.empty(1, size.heads, 1, size.head_dim, dtype=size.dtype, device=device)
     why_not = session.unsuitable_reason(layout.grid_tokens, q)
@@ -138,7 +138,7 @@ def outlook(session: Session, size: Size, device: torch.device, sites: int | Non
         title=recipe.title,
         evidence=recipe.evidence,
         density=density,
-        precision=session.precision,
+        precision=session.log.precision,
         dense=dense,
         densities=densities,
         dense_blocks=session.settings.dense_blocks or recipe.dense_blocks,
@@ -151,7 +151,7 @@ def outlook(session: Session, size: Size, device: torch.device, sites: int | Non
 
 def _by_reference(session: Session, q: torch.Tensor) -> str | None:
     """Why a run would be computed by the PyTorch reference, which is right but slow, or None."""
-    if session.backend != "reference":
+    if session.log.backend != "reference":
         return None
-    precision = PRECISIONS[session.precision]
+    precision = PRECISIONS[session.log.precision]
     return triton_reason(q.device, q.dtype, q.shape[3], precision) or "the settings ask for the PyTorch reference"

@@ -122,7 +122,7 @@ class HostEvaluation:
         session = self._attempt.session
         if session.settings.strict:
             raise error
-        session.log_once(where, error)
+        session.log.log_once(where, error)
         self._attempt.count("fallbacks", f"{where}: {one_line(error)}")
 
     def end(self, attempt: int = 0) -> bool:

@@ -14,8 +14,9 @@ from ..config.settings import Settings, SettingsError
 from ..plan.plan import Plan, PlanError
 from ..plan.store import PlanStore
 from ..report.reasons import NOT_ON_IT, not_used
+from ..report.report import Report
 from ..run.policy import Policy
-from ..run.session import Report, Session
+from ..run.session import Session
 from ..run.ulysses import several_ranks
 from .families import Family, family_of
 from .identity import identify
@@ -70,7 +71,7 @@ def patch_model(
         sampling = clone.get_model_object("model_sampling")
         scale = {"highest_noise": float(sampling.sigma_max), "time_gone": time_gone(sampling)}
         session = Session(policy, sigmas=sigmas, on_status=on_status, lasting=not_recorded(), **scale)
-        session.notes.extend(notes)
+        session.log.notes.extend(notes)
         return session
 
     notes = [note] if note else []

@@ -17,8 +17,9 @@ import torch
 
 from ...kernels.core.layout import TokenLayout
 from ..report.reasons import not_used, stopped
+from ..report.report import Report
 from ..run.attempt import Attempt
-from ..run.session import Report, Session
+from ..run.session import Session
 from ..run.ulysses import several_ranks
 from . import saved
 from .claims import OPTIONS_KEY, HostEvaluation
@@ -120,7 +121,7 @@ class HostRun:
         if self._compiled_anew or not evaluation.saw_nothing or not compiled:
             return False
         self._compiled_anew = True
-        self.session.note("the model had been compiled without PARO: it is compiled anew")
+        self.session.log.note("the model had been compiled without PARO: it is compiled anew")
         torch.compiler.reset()
         return True
 
@@ -290,7 +291,7 @@ class Lifecycle:
         except Exception as error:
             if self.strict:
                 raise
-            run.session.log_once("the beginning of a run beside another", error)
+            run.session.log.log_once("the beginning of a run beside another", error)
             return None
 
     def _end(self, evaluation: HostEvaluation, number: int) -> bool:
@@ -311,13 +312,13 @@ class Lifecycle:
             # A model that another node changed beyond recognition runs dense; it does not fail.
             if self.strict:
                 raise
-            run.session.log_once("the beginning of an evaluation", error)
+            run.session.log.log_once("the beginning of an evaluation", error)
             run.session.decline(f"the token layout could not be read ({type(error).__name__}: {error})")
             return None
 
     def _stop(self, session: Session) -> None:
         """The sampling was cancelled or failed: there is no report, and the node says so."""
-        self.why_no_report = stopped(session.clock.step, session.steps)
+        self.why_no_report = stopped(session.log.clock.step, session.steps)
         try:
             session.say(self.why_no_report)
         except Exception as error:  # what ended the sampling is what its user must see

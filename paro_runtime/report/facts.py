@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 from ..config.recipes import raised_density
 
 if TYPE_CHECKING:
-    from ..run.session import Grid, Session
+    from collections.abc import Sequence
+
+    from ..run.grid_run import GridRun
+    from ..run.policy import Policy
+    from ..run.run_log import RunLog
+    from ..run.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -41,22 +46,31 @@ class Facts:
     others: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, session: Session, grid: Grid | None) -> Facts:
-        """Of a session that is over, about its largest grid."""
-        clock, schedule = session.clock, session.schedule
-        scheduled = 0 < clock.happened == clock.dense <= schedule.dense_steps and clock.happened >= session.steps
+    def of(
+        cls,
+        policy: Policy,
+        schedule: Schedule,
+        log: RunLog,
+        grids: Sequence[GridRun],
+        grid: GridRun | None,
+        *,
+        calibrating: bool,
+    ) -> Facts:
+        """Of a run that is over, about one of the grids; the others are only named."""
+        clock = log.clock
+        scheduled = 0 < clock.happened == clock.dense <= schedule.dense_steps and clock.happened >= schedule.steps
         about = "about " * (schedule.whole > schedule.steps)
         part = f"the first {schedule.dense_whole} of {about}{schedule.whole} are" if about else ""
-        others = sorted((one for one in session.grids() if one is not grid), key=lambda one: one.layout.grid)
+        others = sorted((one for one in grids if one is not grid), key=lambda one: one.layout.grid)
         return cls(
             steps=clock.happened,
             sparse_steps=len(clock.sparse),
             scheduled=scheduled,
             part=part,
-            calibrating=session.calibrator is not None,
+            calibrating=calibrating,
             timing={kind: _timing(kind, found) for kind, found in clock.compared.items()},
-            groups=_groups(session, grid),
-            raised_from=_raised_from(session, grid),
+            groups=_groups(schedule, clock.sparse, grid),
+            raised_from=_raised_from(policy, grid),
             others=tuple(one.layout.describe() for one in others),
         )
 
@@ -81,18 +95,18 @@ def _timing(kind: str, found: list[tuple[int, float]]) -> Timing:
     return Timing(statistics.median(seconds), len(seconds), first=not later)
 
 
-def _raised_from(session: Session, grid: Grid | None) -> float | None:
+def _raised_from(policy: Policy, grid: GridRun | None) -> float | None:
     """None where the user gave the plan or the density."""
-    if grid is None or session.policy.plan is not None:
+    if grid is None or policy.plan is not None:
         return None
-    raised = raised_density(session.settings, session.policy.recipe, grid.layout.grid_tokens)
-    return None if raised is None else session.options.density
+    raised = raised_density(policy.settings, policy.recipe, grid.layout.grid_tokens)
+    return None if raised is None else policy.recipe.densities[policy.settings.preset]
 
 
-def _groups(session: Session, grid: Grid | None) -> tuple[tuple[float, int], ...]:
+def _groups(schedule: Schedule, sparse: list[int], grid: GridRun | None) -> tuple[tuple[float, int], ...]:
     plan = grid.plan if grid is not None else None
     if plan is None:
         return ()
     densities = plan.densities
-    steps = Counter(session.schedule.group(step, plan.groups) for step in session.clock.sparse)
+    steps = Counter(schedule.group(step, plan.groups) for step in sparse)
     return tuple((densities[group], count) for group, count in sorted(steps.items()))

@@ -14,8 +14,13 @@ from .text import report_text
 from .verdict import status, verdict
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from ...kernels.core.layout import TokenLayout
-    from ..run.session import Grid, Session
+    from ..run.grid_run import GridRun
+    from ..run.policy import Policy
+    from ..run.run_log import RunLog
+    from ..run.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -64,44 +69,54 @@ class Report:
     facts: Facts = field(default_factory=Facts, repr=False, compare=False)
 
     @classmethod
-    def of(cls, session: Session, grid: Grid | None) -> Report:
-        """The session's report about its largest grid (None if no evaluation came)."""
+    def of(
+        cls,
+        policy: Policy,
+        schedule: Schedule,
+        log: RunLog,
+        grids: Sequence[GridRun],
+        *,
+        calibrating: bool,
+        attention_error: tuple[float, float] | None,
+    ) -> Report:
+        """Of a run that is over, about the largest of the grids, if there is one; calibrating: PARO Calibrate's run."""
+        grid = max(grids, key=lambda one: one.layout.grid_tokens, default=None)
         plan = grid.plan if grid else None
         layout = grid.layout if grid else None
-        counts = session.counts
+        counts = log.counts
         return cls(
-            family=session.policy.identity.family,
+            family=policy.identity.family,
             tokens=layout.length if layout else 0,
             grid=layout.grid if layout else (0, 0, 0),
             prefix=layout.prefix if layout else 0,
             suffix=layout.suffix if layout else 0,
-            steps=max(session.steps, session.clock.happened),
-            dense_steps=session.clock.dense,
-            sites=len(session.sites),
-            sites_sparse=len(session.sparse_sites),
-            sites_dense_blocks=len(session.dense_block_sites),
+            steps=max(schedule.steps, log.clock.happened),
+            dense_steps=log.clock.dense,
+            sites=len(log.sites),
+            sites_sparse=len(log.sparse_sites),
+            sites_dense_blocks=len(log.dense_block_sites),
             sites_rotated=sum(entry.rotate for entry in plan.sites.values()) if plan else 0,
-            sites_routed=len(session.routed_sites),
-            attention_error=session.refresh.error if session.refresh is not None else None,
+            sites_routed=len(log.routed_sites),
+            attention_error=attention_error,
             density=plan.density if plan else 1.0,
             densities=plan.densities if plan else [],
             mass_kept=plan.mass_kept if plan else 1.0,
-            precision=session.precision,
-            backend=session.backend or "none",
-            device=session.device or "none",
+            precision=log.precision,
+            backend=log.backend or "none",
+            device=log.device or "none",
             plan_source=grid.source if grid else "none",
             orders_histogram=plan.orders_histogram() if plan else {},
-            calibration_seconds=session.calibration_seconds,
-            tail_seconds=session.tail_seconds,
-            step_seconds=session.step_seconds,
+            calibration_seconds=log.seconds.calibration,
+            tail_seconds=log.seconds.tail,
+            step_seconds=log.clock.medians(),
             calls={"sparse": counts.sparse, **counts.dense},
             fallbacks=counts.fallbacks.most_common(),
             passed=counts.passed.most_common(),
-            notes=list(session.notes),
-            why_dense=_why_dense(session, grid),
-            expected_gain=_expected_gain(session, layout, plan),
+            notes=list(log.notes),
+            why_dense="" if calibrating or grid is None else _why_dense(schedule, log),
+            expected_gain=_expected_gain(policy, log, layout, plan),
             plan=plan,
-            facts=Facts.of(session, grid),
+            facts=Facts.of(policy, schedule, log, grids, grid, calibrating=calibrating),
         )
 
     def as_dict(self) -> dict:
@@ -131,19 +146,20 @@ class Report:
         return plan_picture(self.plan) if self.plan is not None else None
 
 
-def _why_dense(session: Session, grid: Grid | None) -> str:
-    its, happened = session.schedule, session.clock.dense
-    if grid is None or session.calibrator is not None:
-        return ""
-    if happened > its.dense_steps:
-        reasons = [(count, reason) for reason, count in session.counts.dense.items() if reason != "dense step"]
+def _why_dense(schedule: Schedule, log: RunLog) -> str:
+    happened = log.clock.dense
+    if happened > schedule.dense_steps:
+        reasons = [(count, reason) for reason, count in log.counts.dense.items() if reason != "dense step"]
         return max(reasons)[1] if reasons else ""
-    if happened == its.dense_steps == its.steps:
-        return f"the first {its.dense_whole} of {'about ' * (its.whole > its.steps)}{its.whole} are"
+    if happened == schedule.dense_steps == schedule.steps:
+        about = "about " * (schedule.whole > schedule.steps)
+        return f"the first {schedule.dense_whole} of {about}{schedule.whole} are"
     return ""
 
 
-def _expected_gain(session: Session, layout: TokenLayout | None, plan: Plan | None) -> tuple[float, float] | None:
-    if plan is None or session.backend != "triton":
+def _expected_gain(
+    policy: Policy, log: RunLog, layout: TokenLayout | None, plan: Plan | None
+) -> tuple[float, float] | None:
+    if plan is None or log.backend != "triton":
         return None
-    return session.policy.recipe.expected_gain(layout, plan.density)
+    return policy.recipe.expected_gain(layout, plan.density)

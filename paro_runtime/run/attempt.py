@@ -11,48 +11,20 @@ have been looked at; that waits for the attention before this one, not for what 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
 from ..attention.patterns import pinned_like
 from ..plan.plan import Site
+from .run_log import Counts
 
 if TYPE_CHECKING:
     from .session import Session
 
 FLAGS_AT_ONCE = 64
-
-
-@dataclass
-class Counts:
-    """What happened to attention calls, by reason."""
-
-    sparse: int = 0
-    dense: Counter = field(default_factory=Counter)
-    passed: Counter = field(default_factory=Counter)
-    fallbacks: Counter = field(default_factory=Counter)
-
-    def add(self, kind: str, reason: str) -> None:
-        """One more call; kind is the name of a field."""
-        getattr(self, kind)[reason] += 1
-
-    def take_over(self, others: Counts) -> None:
-        """As if these had been counted here."""
-        self.sparse += others.sparse
-        self.dense += others.dense
-        self.passed += others.passed
-        self.fallbacks += others.fallbacks
-
-    def take_back(self, others: Counts) -> None:
-        """As if these had not been counted."""
-        self.sparse -= others.sparse
-        self.dense -= others.dense
-        self.passed -= others.passed
-        self.fallbacks -= others.fallbacks
 
 
 class Flag(NamedTuple):
@@ -89,9 +61,9 @@ class Attempt:
         self._restore: Callable[[], None] | None = None
 
     def count(self, kind: str, reason: str) -> None:
-        """As `Session.count`; taken back if the attempt fails."""
+        """As `RunLog.count`; taken back if the attempt fails."""
         self.counts.add(kind, reason)
-        self.session.count(kind, reason)
+        self.session.log.count(kind, reason)
 
     def decline(self, reason: str) -> None:
         """Count a call that is not PARO's."""
@@ -99,13 +71,13 @@ class Attempt:
 
     def count_sparse(self, site: Site) -> None:
         """A call of the site was sparse."""
-        session = self.session
-        with session.lock:
+        log = self.session.log
+        with log.lock:
             self.counts.sparse += 1
-            session.counts.sparse += 1
-            if site not in session.sparse_sites:
+            log.counts.sparse += 1
+            if site not in log.sparse_sites:
                 self._new_sparse_sites.add(site)
-                session.sparse_sites.add(site)
+                log.sparse_sites.add(site)
 
     def flag(self, device: torch.device) -> Flag:
         """A flag for one result. Many are made at once."""
@@ -159,13 +131,13 @@ class Attempt:
         if self._restore is not None:
             self._restore()
         with session.lock:
-            session.counts.take_back(self.counts)
-            session.sparse_sites -= self._new_sparse_sites
+            session.log.counts.take_back(self.counts)
+            session.log.sparse_sites -= self._new_sparse_sites
         for site, reason in reasons.items():
             if site is None:
                 # Dense steps then run on the host's attention.
                 session.dense_off = True
-                session.count("fallbacks", reason)
+                session.log.count("fallbacks", reason)
             else:
                 session.off_sites[site] = reason
         return True

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -16,29 +15,58 @@ from ...kernels.core.scratch import ScratchOutOfMemory, release_scratch
 from ..attention.backend import run_kernel
 from ..attention.dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
 from ..attention.patterns import with_bias
+from ..calibration.calibrator import Calibrator
 from ..calibration.tail_fit import BiasObservation
 from ..compiling.readiness import COMPILING
 from ..compiling.self_check import site_precision
 from ..plan.options import GROUPS
-from ..plan.plan import Plan, PlanError, Site
+from ..plan.plan import PlanError, Site
 from ..report.reasons import hint_of, words_of
 from .attempt import Attempt, not_finite
+from .grid_run import GridRun
 from .masks import routed_bits
 from .tail_bias import is_short
 
 if TYPE_CHECKING:
-    from .session import Grid, Session
+    from .session import Session
+
+
+@dataclass(frozen=True)
+class SiteCall:
+    """One attention call: q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias additive `[B, L]` or None; dense runs
+    the host's own attention of the same."""
+
+    site: Site
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    scale: float | None
+    key_bias: torch.Tensor | None
+    dense: Callable[[], torch.Tensor]
+
+
+Run = Callable[[SiteCall, torch.Tensor], torch.Tensor | None]
+"""Computes a call into the tensor it is given; None if the result is not finite."""
+
+
+class WhyDense(NamedTuple):
+    """Why a call keeps every block; kind is the name of a field of `Counts`. by_paro: whether PARO's kernel is to do
+    it, None: where that is the faster or the user says so."""
+
+    kind: str
+    reason: str
+    by_paro: bool | None = False
 
 
 class Evaluation:
     """One evaluation of the model: a step, a layout, and the plan for its grid.
 
     All of PARO's own work in a call runs in `session.lasting()`, since much of what it allocates outlives the call:
-    sums, patterns, lists, biases, tables and scratch memory. Only the result is the host's, and allocated
+    observations, patterns, lists, biases, tables and scratch memory. Only the result is the host's, and allocated
     outside, like what `dense` allocates.
     """
 
-    def __init__(self, session: Session, layout: TokenLayout, grid: Grid, step: int, attempt: Attempt) -> None:
+    def __init__(self, session: Session, layout: TokenLayout, grid: GridRun, step: int, attempt: Attempt) -> None:
         self.session = session
         self.layout = layout
         self.step = step
@@ -65,63 +93,67 @@ class Evaluation:
         transformer blocks there are, for negative block numbers.
         Trouble of PARO's own never ends the run (unless `strict`): the call is answered by `dense()`.
         """
-        session, grid, attempt = self.session, self._grid, self._attempt
+        session = self.session
         reason = session.unsuitable_reason(self.layout.grid_tokens, q)
         if reason is not None:
-            attempt.count("passed", reason)
+            self._attempt.count("passed", reason)
             return dense()
-        session.device = str(q.device)
+        session.log.device = str(q.device)
         if plain and key_bias is None and session.settings.dense_attention == "auto":
             dense = partial(in_16_bits, q, k, v, scale, dense)
-        watched = session.calibrator is not None
-        too_short = None if watched else session.too_short_to_drop(self.layout.grid_tokens, q.device)
-        if too_short is not None and not self._wants_dense(q, too_short):
-            self._meet(site)
-            attempt.count("dense", too_short)
-            return dense()
-        with session.lasting():
-            reason = session.not_ready_reason(q, k, self.layout, self.step, key_bias is not None)
-        if reason is not None and reason != COMPILING:
-            attempt.count("passed", reason)
-            return dense()
-        self._meet(site)
-        if reason is not None:
-            attempt.count("dense", reason)
-            return dense()
-        if session.calibrator is not None:
-            self._observe(session.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
-            attempt.count("dense", "calibrating")
-            return dense()
-        if too_short is not None:
-            attempt.count("dense", too_short)
-            return self._dense(q, k, v, scale, key_bias, dense, wanted=True)
-        if session.schedule.is_dense_block(site.block_index, blocks):
-            session.dense_block_sites.add(site)
-            attempt.count("dense", "dense block")
-            return self._dense(q, k, v, scale, key_bias, dense)
-        seen = grid.plan is None and self._observe(grid.calibrator, site, q, k, v, scale, key_bias, self._calibrates())
-        if grid.plan is None and grid.calibrator is None:
-            attempt.count("fallbacks", lost := grid.lost or "no plan and calibration is off")
-            if session.settings.strict:
-                raise RuntimeError(f"strict: {words_of(lost)}; {hint_of(lost)}")
-            return self._dense(q, k, v, scale, key_bias, dense)
-        if session.schedule.is_dense_step(self.step):
-            attempt.count("dense", "dense step")
-            return self._dense(q, k, v, scale, key_bias, dense)
-        if grid.plan is None and not (seen and self._plan_alone(site)):
-            attempt.count("dense", "no plan yet")
-            return self._dense(q, k, v, scale, key_bias, dense)
-        why_not = session.off_sites.get(site)
-        if why_not is None and site not in self._plan.sites:
-            why_not = f"{site.name} is not in the plan"
-        if why_not is None:
-            attempt.save_once()
-            out = self._sparse(site, q, k, v, scale, key_bias)
+        call = SiteCall(site, q, k, v, scale, key_bias, dense)
+        why = self._why_no_claim(call, blocks) or self._why_no_plan(call)
+        if why is None:
+            out = self._sparse(call)
             if out is not None:
                 return out
-            why_not = session.off_sites[site]
-        attempt.count("fallbacks", why_not)
-        return dense()
+            why = WhyDense("fallbacks", session.off_sites[site])
+        self._attempt.count(why.kind, why.reason)
+        return self._dense(call, why.by_paro)
+
+    def _why_no_claim(self, call: SiteCall, blocks: int | None) -> WhyDense | None:
+        """Why the call keeps every block whatever the grid's plan says, or None. Observes it for PARO Calibrate."""
+        session, q, tokens = self.session, call.q, self.layout.grid_tokens
+        too_short = None if session.calibrator is not None else session.too_short_to_drop(tokens, q.device)
+        if too_short is not None and not self._wants_dense(q, too_short):
+            self._meet(call.site)
+            return WhyDense("dense", too_short)
+        with session.lasting():
+            reason = session.not_ready_reason(q, call.k, self.layout, self.step, call.key_bias is not None)
+        if reason is not None and reason != COMPILING:
+            return WhyDense("passed", reason)
+        self._meet(call.site)
+        if reason is not None:
+            return WhyDense("dense", reason)
+        if session.calibrator is not None:
+            self._observe(session.calibrator, call)
+            return WhyDense("dense", "calibrating")
+        if too_short is not None:
+            return WhyDense("dense", too_short, by_paro=True)
+        if session.schedule.is_dense_block(call.site.block_index, blocks):
+            session.log.dense_block_sites.add(call.site)
+            return WhyDense("dense", "dense block", by_paro=None)
+        return None
+
+    def _why_no_plan(self, call: SiteCall) -> WhyDense | None:
+        """Why the grid's plan does not serve this call, or None. Observes it where there is no plan yet."""
+        session, grid, site = self.session, self._grid, call.site
+        seen = grid.plan is None and self._observe(grid.calibrator, call)
+        if grid.plan is None and grid.calibrator is None:
+            why = WhyDense("fallbacks", grid.lost or "no plan and calibration is off", by_paro=None)
+            if session.settings.strict:
+                self._attempt.count(why.kind, why.reason)
+                raise RuntimeError(f"strict: {words_of(why.reason)}; {hint_of(why.reason)}")
+            return why
+        if session.schedule.is_dense_step(self.step):
+            return WhyDense("dense", "dense step", by_paro=None)
+        if grid.plan is None and not (seen and self._plan_alone(site)):
+            return WhyDense("dense", "no plan yet", by_paro=None)
+        if site in session.off_sites:
+            return WhyDense("fallbacks", session.off_sites[site])
+        if site not in grid.present_plan.sites:
+            return WhyDense("fallbacks", f"{site.name} is not in the plan")
+        return None
 
     def abandon(self, reason: str) -> None:
         """The evaluation's sites were not what they seemed: its grid's plan and observations are dropped, and the rest
@@ -129,29 +161,22 @@ class Evaluation:
         if self.session.settings.strict:
             raise RuntimeError(reason)
         with self.session.lock:
-            self._grid.plan = self._grid.begun = self._grid.calibrator = self._grid.seen_step = None
-            self._grid.source = "none"
-            self._grid.lost = f"no plan: it was dropped, {reason}"
+            self._grid.drop(f"no plan: it was dropped, {reason}")
             self.session.patterns.clear()
-            self.session.note(reason)
+            self.session.log.note(reason)
 
     def end(self, attempt: int = 0) -> bool:
         """See `Attempt.end`."""
         return self._attempt.end(attempt)
 
     def _meet(self, site: Site) -> None:
-        self.session.sites.add(site)
+        self.session.log.sites.add(site)
         self._grid.sites.add(site)
-
-    @property
-    def _plan(self) -> Plan | None:
-        """The grid's, or what there is of it in the step that makes it."""
-        return self._grid.begun if self._grid.plan is None else self._grid.plan
 
     @property
     def _group(self) -> int:
         """The group of sparse steps, of those its grid's plan has, that this step belongs to."""
-        return self.session.schedule.group(self.step, self._plan.groups)
+        return self.session.schedule.group(self.step, self._grid.present_plan.groups)
 
     def _calibrates(self) -> bool:
         session, grid = self.session, self._grid
@@ -159,25 +184,27 @@ class Evaluation:
             return session.calibrate_steps is None or self.step in session.calibrate_steps
         return grid.calibrator is not None and self.step >= session.schedule.dense_steps - 1
 
-    def _observe(self, calibrator, site, q, k, v, scale, key_bias, wanted: bool) -> bool:
+    def _options(self, call: SiteCall) -> dict:
+        """What every kernel is told of a call beside q, k and v."""
+        return {"scale": call.scale, "key_bias": call.key_bias, "backend": self.session.log.backend}
+
+    def _observe(self, calibrator: Calibrator | None, call: SiteCall) -> bool:
         """Whether the call was observed."""
-        if not wanted or not self._attempt.sound():
+        if not self._calibrates() or not self._attempt.sound():
             return False
         session = self.session
-        rest = {"step": self.step, "scale": scale, "key_bias": key_bias, "backend": session.backend}
-        began = time.perf_counter()
         try:
-            with session.lasting():
-                calibrator.observe(site, self.layout, q, k, v, **rest)
+            with session.lasting(), session.log.timed("calibration"):
+                inputs = (call.site, self.layout, call.q, call.k, call.v)
+                calibrator.observe(*inputs, step=self.step, **self._options(call))
         except Exception as error:
             if session.settings.strict or session.calibrator is not None:
                 raise
-            self._attempt.count("fallbacks", f"calibration of {site.name}: {one_line(error)}")
+            self._attempt.count("fallbacks", f"calibration of {call.site.name}: {one_line(error)}")
             return False
         with session.lock:
             if calibrator is self._grid.calibrator:
                 self._grid.seen_step = self.step
-            session.calibration_seconds += time.perf_counter() - began
         return True
 
     def _plan_alone(self, site: Site) -> bool:
@@ -186,19 +213,17 @@ class Evaluation:
         session, grid = self.session, self._grid
         if grid.begun is not None and site in grid.begun.sites:
             return True
-        began = time.perf_counter()
         try:
-            with session.lasting():
+            with session.lasting(), session.log.timed("calibration"):
                 alone = grid.calibrator.plan_of(site, session.schedule.group(self.step, GROUPS))
         except Exception as error:
             if session.settings.strict:
                 raise
-            session.note(f"{site.name} has no plan of its own: {one_line(error)}")
+            session.log.note(f"{site.name} has no plan of its own: {one_line(error)}")
             return False
         with session.lock:
             sites = {} if grid.begun is None else grid.begun.sites
             grid.begun = replace(alone, sites={**sites, **alone.sites})
-            session.calibration_seconds += time.perf_counter() - began
         return True
 
     def _wants_dense(self, q: torch.Tensor, too_short: str | None = None) -> bool:
@@ -209,68 +234,35 @@ class Evaluation:
         if too_short is not None:
             return paro_pays_when_short(q.device)
         # 8-bit products cost nothing in a first step of pure noise, and fidelity in later ones (docs/method.md).
-        cheap = self.step == 0 and self.session.from_noise and self.session.settings.preset != "quality"
-        return cheap and paro_is_faster(q, self.session.precision)
+        cheap = self.step == 0 and self.session.course.from_noise and self.session.settings.preset != "quality"
+        return cheap and paro_is_faster(q, self.session.log.precision)
 
-    def _dense(self, q, k, v, scale, key_bias, dense, wanted: bool | None = None) -> torch.Tensor:
+    def _dense(self, call: SiteCall, by_paro: bool | None) -> torch.Tensor:
         """A call that keeps every block, by PARO's kernel at density 1 or the host's attention."""
-        if not (self._wants_dense(q) if wanted is None else wanted) or self.session.dense_off:
-            return dense()
-        out = self._guarded(None, q, k, v, scale, key_bias)
-        return dense() if out is None else out
+        if by_paro is None:
+            by_paro = self._wants_dense(call.q)
+        if not by_paro or self.session.dense_off:
+            return call.dense()
+        out = self._guarded(None, call, self._run_dense)
+        return call.dense() if out is None else out
 
-    def _sparse(self, site, q, k, v, scale, key_bias) -> torch.Tensor | None:
-        out = self._guarded(site, q, k, v, scale, key_bias)
+    def _sparse(self, call: SiteCall) -> torch.Tensor | None:
+        """A call by the plan; None after noting why it could not be, and never again for this site."""
+        self._attempt.save_once()
+        out = self._guarded(call.site, call, self._run_sparse)
         if out is not None:
-            self._attempt.count_sparse(site)
+            self._attempt.count_sparse(call.site)
         return out
 
-    def _measures(self, site: Site, q: torch.Tensor) -> bool:
-        """Whether the tail of this site is due to be measured anew in this step. Asked at least once in every call."""
-        session, key = self.session, (site, self.layout.grid)
-        # Masks that each site has by itself hold for this step only, with what calibration tells.
-        if session.refresh is None or self._grid.plan is None or self._plan.sites[site].tail_bias is None:
-            return False
-        return session.refresh.due(key, self.step, self._group, is_short(q))
-
-    def _pattern(self, site: Site, q, k, scale, key_bias) -> SparsePattern:
-        """The site's pattern in this step; where its plan has no masks, with one that is measured on this call, if none
-        of this group of steps is at hand."""
-        session, plan, group = self.session, self._plan, self._group
-        heads = len(plan.sites[site].orders)
-        if heads != q.shape[1]:
-            raise PlanError(f"plan: made for {heads} heads, the call has {q.shape[1]}")
-
-        def measure(pattern: SparsePattern) -> torch.Tensor:
-            began = time.perf_counter()
-            rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
-            bits = routed_bits(plan.sites[site], group, q, k, pattern, **rest)
-            with session.lock:
-                session.routed_sites.add(site)
-                session.tail_seconds += time.perf_counter() - began
-            return bits
-
-        return session.patterns.get(site, plan, group, self.layout, k.shape[1], q.device, measure)
-
-    def _observe_bias(self, site: Site, q, k, v, pattern, scale, key_bias) -> BiasObservation | None:
-        """Measure the bias of the site's tail where it is due."""
-        session = self.session
-        if not self._measures(site, q):
-            return None
-        began = time.perf_counter()
-        rest = {"scale": scale, "key_bias": key_bias, "backend": session.backend}
-        seen = session.refresh.measure((site, self.layout.grid), self.step, q, k, v, pattern, **rest)
-        session.tail_seconds += time.perf_counter() - began
-        return seen
-
-    def _guarded(self, site: Site | None, q, k, v, scale, key_bias) -> torch.Tensor | None:
-        """Run PARO's kernel for a planned site, or dense for None. Returns None after noting why it could not."""
+    def _guarded(self, site: Site | None, call: SiteCall, run: Run) -> torch.Tensor | None:
+        """The result of `run`; None after noting why there is none. site: whose fault that would be, None: of dense
+        attention."""
         session = self.session
         try:
             # The result is the host's: see the class.
-            out = empty_output(q)
+            out = empty_output(call.q)
             with session.lasting():
-                out = self._run(site, q, k, v, scale, key_bias, out)
+                out = run(call, out)
             if out is not None:
                 return out
             reason = not_finite(site)
@@ -291,27 +283,62 @@ class Evaluation:
             session.off_sites[site] = reason
         return None
 
-    def _run(self, site: Site | None, q, k, v, scale, key_bias, out: torch.Tensor) -> torch.Tensor | None:
-        """What `_guarded` guards: the result, in `out`; None if it is not finite."""
-        session = self.session
-        if site is None:
-            pattern = dense_pattern(self.layout, q.shape[1], k.shape[1], q.device)
-        else:
-            pattern = self._pattern(site, q, k, scale, key_bias)
-            key, refresh = (site, self.layout.grid), session.refresh
-            seen = self._observe_bias(site, q, k, v, pattern, scale, key_bias)
-            pattern = with_bias(pattern, None if refresh is None else refresh.bias(key))
-        rotate = site is not None and self._plan.sites[site].rotate and session.readiness.late_ready
-        sizes = (pattern.geometry.block_q, None if pattern.tail_bias is None else pattern.pool)
-        precision = site_precision(session.precision, rotate, q, session.backend, *sizes)
-        flag = self._attempt.flag(q.device)
-        rest = {"scale": scale, "key_bias": key_bias, "nonfinite": flag.on_device, "backend": session.backend}
-        out = run_kernel(q, k, v, pattern, precision, out=out, **rest)
-        if not self._attempt.finite(site, flag):
-            return None
-        if site is not None and seen is not None:
-            refresh.judge(key, self.step, seen, out)
+    def _run_dense(self, call: SiteCall, out: torch.Tensor) -> torch.Tensor | None:
+        pattern = dense_pattern(self.layout, call.q.shape[1], call.k.shape[1], call.q.device)
+        return self._launch(None, call, pattern, out)
+
+    def _run_sparse(self, call: SiteCall, out: torch.Tensor) -> torch.Tensor | None:
+        update, key = self.session.refresh, (call.site, self.layout.grid)
+        pattern = self._pattern(call)
+        seen = self._observe_bias(call, pattern)
+        pattern = with_bias(pattern, None if update is None else update.bias(key))
+        out = self._launch(call.site, call, pattern, out)
+        if out is not None and seen is not None:
+            update.judge(key, self.step, seen, out)
         return out
+
+    def _pattern(self, call: SiteCall) -> SparsePattern:
+        """The site's pattern in this step; where its plan has no masks, with one that is measured on this call, if none
+        of this group of steps is at hand."""
+        session, plan, group, site = self.session, self._grid.present_plan, self._group, call.site
+        heads = len(plan.sites[site].orders)
+        if heads != call.q.shape[1]:
+            raise PlanError(f"plan: made for {heads} heads, the call has {call.q.shape[1]}")
+
+        def measure(pattern: SparsePattern) -> torch.Tensor:
+            with session.log.timed("tail"):
+                bits = routed_bits(plan.sites[site], group, call.q, call.k, pattern, **self._options(call))
+            with session.lock:
+                session.log.routed_sites.add(site)
+            return bits
+
+        return session.patterns.get(site, plan, group, self.layout, call.k.shape[1], call.q.device, measure)
+
+    def _observe_bias(self, call: SiteCall, pattern: SparsePattern) -> BiasObservation | None:
+        """Measure the bias of the site's tail where it is due. Asked in every sparse call."""
+        session, key = self.session, (call.site, self.layout.grid)
+        # Masks that each site has by itself hold for this step only, with what calibration tells.
+        if session.refresh is None or self._grid.plan is None or self._grid.plan.sites[call.site].tail_bias is None:
+            return None
+        if not session.refresh.due(key, self.step, self._group, is_short(call.q)):
+            return None
+        with session.log.timed("tail"):
+            inputs = (call.q, call.k, call.v, pattern)
+            return session.refresh.measure(key, self.step, *inputs, **self._options(call))
+
+    def _launch(
+        self, site: Site | None, call: SiteCall, pattern: SparsePattern, out: torch.Tensor
+    ) -> torch.Tensor | None:
+        """The result, in `out`; None if it is known not to be finite. site: None for dense attention."""
+        session, q = self.session, call.q
+        rotate = site is not None and self._grid.present_plan.sites[site].rotate and session.readiness.late_ready
+        pool = None if pattern.tail_bias is None else pattern.pool
+        log = session.log
+        precision = site_precision(log.precision, rotate, q, log.backend, pattern.geometry.block_q, pool)
+        flag = self._attempt.flag(q.device)
+        options = {**self._options(call), "nonfinite": flag.on_device, "out": out}
+        out = run_kernel(q, call.k, call.v, pattern, precision, **options)
+        return out if self._attempt.finite(site, flag) else None
 
 
 def one_line(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The state of one run: which steps and sites are sparse, calibration on the way, reasons, and the report.
+"""One run: from the beginning of a sampling to the report.
 
 A session is created when a sampling begins and dropped when it ends. Each model evaluation is an `Evaluation`; each
 self-attention call asks it one question: may this call be PARO's, and if not, why?
@@ -6,12 +6,9 @@ self-attention call asks it one question: may this call be PARO's, and if not, w
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 
@@ -21,50 +18,26 @@ from ...kernels.core.precision import PRECISIONS
 from ...kernels.core.scratch import release_scratch
 from ..attention.backend import resolve_backend, resolve_precision
 from ..attention.patterns import PatternCache
-from ..calibration.calibrator import Calibrator, Method
+from ..calibration.calibrator import Calibrator
+from ..calibration.options import Method
 from ..compiling.readiness import Readiness
-from ..config.recipes import is_small, mask_options, raised_density
+from ..config.recipes import mask_options, raised_density
 from ..plan.options import MaskOptions, query_block
-from ..plan.plan import IN_PASSING, Plan, PlanError, Site
-from ..plan.store import FoundPlan
+from ..plan.plan import Site
 from ..report.report import Report
-from .attempt import Attempt, Counts
+from .attempt import Attempt
+from .course import Course
 from .evaluation import Evaluation
+from .grid_run import GridPlans, GridRun
 from .policy import Policy
-from .schedule import Schedule, StepClock, StepFinder
+from .run_log import RunLog
+from .schedule import Schedule
 from .tail_bias import BiasRefresh
 
-log = logging.getLogger("paro")
-# A step that begins at this share of the model's highest noise begins with nothing else.
-PURE_NOISE = 0.99
-# What is observed on a small grid in a step that begins at this share or more is told by attention rather than by
-# errors of blocks: the tiny model gains nothing by errors at 0.955, and up to 3 dB at 0.9 (docs/method_history.md).
-MUCH_NOISE = 0.94
 # Grid tokens below which a data-centre GPU (its generation) is done with a dense call before choosing blocks has paid.
 # Eight steps on an H200: Z-Image at 9,216 tokens takes 2.4 s dense by cuDNN and 2.7 s sparse, Qwen-Image at 6,889
 # 2.6 and 4.3 s, Flux 1 at 16,384 6.4 and 6.1 s (bench/results/whole_run_h200.json, af143df).
 SPARSE_FROM = {9: 12_288, 10: 12_288}
-
-
-@dataclass
-class Grid:
-    """One token grid within a run. `source`: where its plan comes from; `seen_step`: what its calibrator saw.
-
-    coming: what `plan` is the beginning of, as long as its orders and masks are still being read; no sparse call may
-    come before that. lost: why there is no plan, where one was dropped or could not be made. begun: what each site has
-    by itself in a sparse step that finds no plan; the sites of that step are observed, and share a plan from the next
-    one on. sites: those that were met on this grid.
-    """
-
-    layout: TokenLayout
-    plan: Plan | None = None
-    source: str = ""
-    calibrator: Calibrator | None = None
-    seen_step: int | None = None
-    coming: FoundPlan | None = None
-    begun: Plan | None = None
-    lost: str = ""
-    sites: set[Site] = field(default_factory=set)
 
 
 class Session:
@@ -96,63 +69,53 @@ class Session:
         self.policy = policy
         self.settings = policy.settings.validated()
         self.options = mask_options(self.settings, policy.recipe)
-        self.precision = self.settings.precision  # `auto` until the device is known
         self.calibrator = calibrator
         self.calibrate_steps = calibrate_steps
-        self.method = method or Method()
-        self.highest_noise = highest_noise
-        self.counts = Counts()
-        self.notes: list[str] = []
-        self.sites: set[Site] = set()
-        self.sparse_sites: set[Site] = set()
-        self.dense_block_sites: set[Site] = set()
-        self.off_sites: dict[Site, str] = {}
-        self.routed_sites: set[Site] = set()  # whose masks the run measured itself
-        self.dense_off = False
         self.lasting = lasting
-        self.calibration_seconds = 0.0
-        self.loading_seconds = 0.0  # waited for a plan that was found
-        self.tail_seconds = 0.0
-        self.backend = ""
-        self.device = ""
+        self.log = RunLog(self.settings.precision, self.settings.verbose)
+        self.lock = self.log.lock
+        self.course = Course(policy, sigmas, highest_noise, time_gone)
+        self.off_sites: dict[Site, str] = {}
+        self.dense_off = False
         self.quiet = False  # shows nothing and keeps no plan: another session of the same model does
         self._on_status = on_status
-        self._grids: dict[tuple[int, int, int], Grid] = {}
         self.patterns = PatternCache()
         # Who wants every fallback as an error wants no step that waits for a compiler on the host's attention.
         self.readiness = Readiness(self.options, compile_ahead=not self.settings.strict)
         self._unsuitable: dict[tuple, str | None] = {}
-        self._logged: set[str] = set()
-        self.clock = StepClock()
-        self._saving: list[threading.Thread] = []
         self.refresh = BiasRefresh() if refresh else None
-        self.lock = threading.RLock()
-        self._time_gone = time_gone
-        self._small = False  # the grid that the run began with, see `is_small`
-        self.follow(sigmas)
+        self._grids: dict[tuple[int, int, int], GridRun] = {}
+        self._plans = GridPlans(
+            policy,
+            self.course,
+            self.log,
+            self.patterns,
+            self.options_on,
+            method=method or Method(),
+            updates_bias=refresh,
+            watched=calibrator is not None,
+        )
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The run's noise levels, last one included."""
+        return self.course.sigmas
+
+    @property
+    def schedule(self) -> Schedule:
+        """Which steps and blocks keep everything."""
+        return self.course.schedule
+
+    @property
+    def steps(self) -> int:
+        """How many the run has."""
+        return self.course.schedule.steps
 
     def follow(self, sigmas: Sequence[float]) -> None:
         """From here on these are the run's noise levels: some samplers bring their own."""
         with self.lock:
-            self.sigmas = [float(s) for s in sigmas]
-            self._make_schedule()
-            self.steps = self.schedule.steps
-            self._finder = StepFinder(self.sigmas)
-            self.clock.step = -1
-
-    def begins_on(self, layout: TokenLayout) -> None:
-        """The run begins with this grid, which decides how many of its steps are dense."""
-        self._small = is_small(self.settings, layout.grid_tokens)
-        self._make_schedule()
-
-    def _make_schedule(self) -> None:
-        chosen, recipe = self.settings.dense_steps, self.policy.recipe
-
-        def dense_steps(whole: int) -> int:
-            return recipe.dense_steps(whole, self._small) if chosen is None else chosen
-
-        blocks = self.settings.dense_blocks or recipe.dense_blocks
-        self.schedule = Schedule.of_run(self.sigmas, dense_steps, blocks, self._time_gone)
+            self.course.follow(sigmas)
+            self.log.clock.step = -1
 
     def begin(
         self,
@@ -167,48 +130,55 @@ class Session:
         result.
         """
         with self.lock:
-            step = self._finder.find(sigma, self.clock.step)
+            clock = self.log.clock
+            step = self.course.step(sigma, clock.step)
             if not self._grids:
-                self.begins_on(layout)
+                self.course.begins_on(layout)
             grid = self._grids.get(layout.grid)
             if grid is None:
-                grid = self._grids[layout.grid] = self._open_grid(layout, step)
+                grid = self._grids[layout.grid] = self._plans.open(layout, step)
             if grid.coming is not None and not self.schedule.is_dense_step(step):
-                self._receive_plan(grid, step)
+                self._plans.receive(grid, step)
             if grid.plan is None and grid.seen_step is not None and step != grid.seen_step:
-                self._close_calibration(grid)
-            if grid.calibrator is not None and grid.seen_step is None and step != self.clock.step:
+                self._plans.close_calibration(grid, keep=not self.quiet)
+            if grid.calibrator is not None and grid.seen_step is None and step != clock.step:
                 # What it sees depends on when it first may: kernels can come late.
-                grid.calibrator = self._calibrator(step, layout)
-            if step != self.clock.step:
+                self._plans.renew_calibrator(grid, step)
+            if step != clock.step:
                 kind = self._step_kind(step, grid)
-                self.clock.next(step, kind, self.counts.sparse)
+                clock.next(step, kind, self.log.counts.sparse)
                 self.say(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
             return Evaluation(self, layout, grid, step, attempt or Attempt(self))
 
-    def grids(self) -> list[Grid]:
+    def grids(self) -> list[GridRun]:
         """Those that were met, in the order they came."""
         return list(self._grids.values())
 
     def decline(self, reason: str) -> None:
         """Count an evaluation that is not ours, with the reason."""
-        self.count("passed", reason)
+        self.log.count("passed", reason)
 
     def finish(self) -> Report:
         """End of the run: close what calibration is still open, and report."""
         with self.lock:
             for grid in self._grids.values():
                 if grid.coming is not None:
-                    self._receive_plan(grid, self.steps)
+                    self._plans.receive(grid, self.steps)
                 if grid.plan is None and grid.seen_step is not None:
-                    self._close_calibration(grid)
-            for saving in self._saving:
-                saving.join()
-            if self.settings.dense_blocks and self.sites and not self.dense_block_sites:
+                    self._plans.close_calibration(grid, keep=not self.quiet)
+            self._plans.wait()
+            if self.settings.dense_blocks and self.log.sites and not self.log.dense_block_sites:
                 named = f"dense_blocks: the model has none of the blocks {self.settings.dense_blocks}"
-                self.note(f"{named}, all are treated alike; name blocks that it has, or leave it empty")
-            self.clock.next(self.steps, "", self.counts.sparse)
-            report = Report.of(self, max(self._grids.values(), key=lambda g: g.layout.grid_tokens, default=None))
+                self.log.note(f"{named}, all are treated alike; name blocks that it has, or leave it empty")
+            self.log.clock.next(self.steps, "", self.log.counts.sparse)
+            report = Report.of(
+                self.policy,
+                self.schedule,
+                self.log,
+                self.grids(),
+                calibrating=self.calibrator is not None,
+                attention_error=None if self.refresh is None else self.refresh.error,
+            )
             self.patterns.clear()
         release_scratch()
         self.say(report.status())
@@ -216,21 +186,7 @@ class Session:
 
     def absorb(self, other: Session) -> None:
         """Count what a session of the same model, on another device and over by now, did as this one's."""
-        with self.lock:
-            self.counts.take_over(other.counts)
-            for mine, its in (
-                (self.sites, other.sites),
-                (self.sparse_sites, other.sparse_sites),
-                (self.dense_block_sites, other.dense_block_sites),
-                (self.routed_sites, other.routed_sites),
-            ):
-                mine |= its
-            self.notes += [note for note in other.notes if note not in self.notes]
-
-    @property
-    def step_seconds(self) -> dict[str, float]:
-        """Median seconds of a dense, calibrating and sparse step, of those there were."""
-        return self.clock.medians()
+        self.log.absorb(other.log)
 
     def saved(self) -> Callable[[], None]:
         """What puts back everything that sparse calls measure for later ones to how it is now."""
@@ -250,120 +206,6 @@ class Session:
 
     # Below: used by Evaluation.
 
-    def _open_grid(self, layout: TokenLayout, step: int) -> Grid:
-        grid = Grid(layout)
-        if self.calibrator is not None:
-            grid.source = "calibrating"
-            return grid
-        given = self.policy.plan
-        if given is not None:
-            reason = given.foreign(self.policy.identity)
-            if reason is None:
-                if given.identity.weights != self.policy.identity.weights:
-                    others = "plan: made for other weights of this model, of a fine-tune or LoRA say"
-                    self.note(f"{others}; make one for these if the picture suffers")
-                grid.plan, grid.source = given.moved(layout), "given plan"
-                if given.layout.grid != layout.grid:
-                    grid.source = "given plan, moved to this grid"
-                    self.note(f"plan: moved from the grid {grid.plan.made['moved_from']}, the run measures its masks")
-                return grid
-            self.note(f"{reason}; calibrating anew")
-        elif self.policy.store is not None:
-            found, note = self.policy.store.find(
-                self.policy.identity, layout, query_block(layout.grid_tokens), self.options_on(layout)
-            )
-            if found is not None and self._wanted(found.header):
-                grid.plan, grid.source, grid.coming = found.header, "plan found", found.begin_reading()
-                return grid
-            if note:
-                self.note(f"{note}; calibrating anew")
-        if self.settings.calibrate:
-            grid.calibrator, grid.source = self._calibrator(step, layout), IN_PASSING
-        return grid
-
-    def _receive_plan(self, grid: Grid, step: int) -> None:
-        """The plan that was found is needed from this step on: wait for it, or calibrate if it turns out damaged."""
-        coming, grid.coming = grid.coming, None
-        began = time.perf_counter()
-        try:
-            grid.plan = coming.plan()
-        except Exception as error:
-            damaged = isinstance(error, PlanError)
-            if self.settings.strict and not damaged:
-                raise
-            reason = str(error) if damaged else f"plan: could not be read ({type(error).__name__}: {str(error)[:200]})"
-            self.note(f"{reason}; calibrating anew")
-            grid.plan, grid.source = None, "none"
-            if self.settings.calibrate:
-                grid.calibrator, grid.source = self._calibrator(step, grid.layout), IN_PASSING
-        finally:
-            self.loading_seconds += time.perf_counter() - began
-
-    def _wanted(self, found: Plan) -> bool:
-        """Whether to use a plan that was found. What another run made on the way serves only where that was asked for
-        or nothing else can be had, and, made of noise alone, only where this run sees no more in a dense step."""
-        if found.made.get("by") != IN_PASSING or not self.settings.calibrate:
-            return True
-        its = self.schedule
-        sees_more = its.dense_steps > 0 and its.before + its.dense_steps > 1
-        return self.policy.remember and not (self.of_pure_noise(found) and sees_more)
-
-    def of_pure_noise(self, plan: Plan) -> bool:
-        """Whether a run made this plan of a first step of pure noise, where this one would choose blocks by error."""
-        made = plan.made
-        from_noise = made.get("by") == IN_PASSING and made.get("criterion") == "mass" and made.get("step") == 0
-        return from_noise and self.options.pool is not None and self.method.criterion == "auto"
-
-    @property
-    def from_noise(self) -> bool:
-        """Whether the run begins with nothing but noise; one from a picture (denoise below 1) has something to see in
-        its first step."""
-        return self.highest_noise is None or self.sigmas[0] >= PURE_NOISE * self.highest_noise
-
-    def _calibrator(self, step: int, layout: TokenLayout) -> Calibrator:
-        """For a grid that has no plan at this step: it sees the last dense step, or this one if that is over."""
-        seen = max(step, self.schedule.dense_steps - 1)
-        method = self.method.in_passing(self._noisy(seen))
-        # A sparse step that sees its masks itself goes by what it saw.
-        own = not self.policy.remember and self.refresh is not None
-        later = own and self.schedule.is_dense_step(seen)
-        return Calibrator(self.policy.identity, self.options_on(layout), method=method, bias_later=later)
-
-    def _noisy(self, step: int) -> bool:
-        """Whether a step begins with hardly anything but noise."""
-        if step == 0 and self.from_noise:
-            return True
-        return self.highest_noise is not None and self.sigmas[step] >= MUCH_NOISE * self.highest_noise
-
-    def _close_calibration(self, grid: Grid) -> None:
-        began = time.perf_counter()
-        made = {"by": IN_PASSING, "step": grid.seen_step, "steps": self.steps}
-        try:
-            grid.plan = grid.calibrator.plan(made)
-        except Exception as error:
-            if self.settings.strict:
-                raise
-            # Out of memory, say: the run goes on dense, and does not try again at every evaluation.
-            said = f"{type(error).__name__}: {str(error)[:200]}"
-            self.note(f"calibration: no plan could be made ({said})")
-            grid.lost = f"no plan: it could not be made ({said})"
-            grid.seen_step = grid.calibrator = grid.begun = None
-            self.patterns.clear()
-            return
-        finally:
-            self.calibration_seconds += time.perf_counter() - began
-        grid.calibrator = None
-        if grid.begun is not None:
-            grid.begun = None
-            self.patterns.clear()
-        if self.policy.store is not None and self.policy.remember and not self.quiet:
-            # Later runs would find no masks for what this one could not observe, and never look again.
-            missing = [site.name for site in sorted(grid.sites - set(grid.plan.sites) - self.dense_block_sites)]
-            if missing:
-                self.note(f"plan: not kept, {', '.join(missing[:3])}{' …' * (len(missing) > 3)} could not be observed")
-            else:
-                self._saving.append(self.policy.store.save_beside(grid.plan, self.note))
-
     def unsuitable_reason(self, tokens: int, q: torch.Tensor) -> str | None:
         """Why no call on a grid of `tokens` with such a q `[B, H, L, D]` can be PARO's, or None; asked once each."""
         key = (tokens, q.device, q.dtype, q.shape[3])
@@ -376,12 +218,12 @@ class Session:
             return f"dtype {dtype} is not supported"
         if tokens < 2 * query_block(tokens):
             return f"{tokens} grid tokens do not fill two blocks of {query_block(tokens)}"
-        self.precision = resolve_precision(self.settings.precision, self.policy.recipe.precision, device)
-        precision = PRECISIONS[self.precision]
+        self.log.precision = resolve_precision(self.settings.precision, self.policy.recipe.precision, device)
+        precision = PRECISIONS[self.log.precision]
         backend, reason = resolve_backend(self.settings.backend, device, dtype, head_dim, precision)
         if reason is not None:
             return reason
-        self.backend = backend
+        self.log.backend = backend
         least = self.settings.min_tokens
         if least is None:
             # The reference exists for checking, not for speed; a floor would only hide it.
@@ -392,32 +234,8 @@ class Session:
 
     def not_ready_reason(self, q, k, layout: TokenLayout, step: int, biased: bool) -> str | None:
         """Why the kernels cannot serve calls like this in this step, or None; see `Readiness.reason`."""
-        call = {"precision": self.precision, "backend": self.backend}
+        call = {"precision": self.log.precision, "backend": self.log.backend}
         return self.readiness.reason(q, k, layout, step, biased=biased, **call)
-
-    def count(self, kind: str, reason: str) -> None:
-        with self.lock:
-            self.counts.add(kind, reason)
-            first = reason not in self._logged
-            self._logged.add(reason)
-        if kind == "fallbacks" and (first or self.settings.verbose):
-            log.warning("%s", reason)
-        elif kind == "passed" and (first or self.settings.verbose):
-            log.debug("%s", reason)
-
-    def log_once(self, where: str, error: Exception) -> None:
-        """The traceback of an error that nobody foresaw, once in a run for each kind."""
-        with self.lock:
-            kind = f"{where} {type(error).__name__}"
-            first = kind not in self._logged
-            self._logged.add(kind)
-        if first:
-            log.error("%s went wrong; the host's attention goes on", where, exc_info=error)
-
-    def note(self, text: str) -> None:
-        if text not in self.notes:
-            self.notes.append(text)
-            log.warning("%s", text)
 
     def say(self, text: str) -> None:
         """Show one line on the node."""
@@ -429,11 +247,11 @@ class Session:
         or nothing is to be gained (the reference), it is not asked."""
         capability = capability_of_gpu(device)
         least = max(self.policy.recipe.sparse_tokens, SPARSE_FROM.get(capability and capability[0], 0))
-        if tokens >= least or self.settings.density is not None or self.backend != "triton":
+        if tokens >= least or self.settings.density is not None or self.log.backend != "triton":
             return None
         return f"every block kept: {tokens} grid tokens, sparse from {least} on"
 
-    def _step_kind(self, step: int, grid: Grid) -> str:
+    def _step_kind(self, step: int, grid: GridRun) -> str:
         if grid.plan is not None:
             return "dense" if self.schedule.is_dense_step(step) else "sparse"
         watching = grid.calibrator is not None and step >= self.schedule.dense_steps - 1

@@ -48,7 +48,7 @@ def run(monkeypatch, ready_after: int, **settings):
     monkeypatch.setattr(Session, "too_short_to_drop", lambda self, tokens, device: None)
     chosen = Settings(**{"preset": "custom", "density": 0.4, "dense_steps": 2, **settings})
     session = Session(Policy(ModelIdentity("wan", "a", "w"), recipe_for("wan"), chosen), sigmas=SIGMAS)
-    session.backend, session.precision = "reference", "int8"
+    session.log.backend, session.log.precision = "reference", "int8"
     # Only the question whether the kernels are ready is asked as on a GPU: the interpreter would take its time.
     asked = session.readiness.reason
     session.readiness.reason = lambda *call, **rest: asked(*call, **{**rest, "backend": "triton"})
@@ -75,7 +75,7 @@ def test_sparse_steps_begin_when_kernels_are_there(monkeypatch, ready_after, spa
     assert answered == ["host"] * (5 - sparse) + ["ours"] * sparse
     report = session.finish()
     assert report.calls["sparse"] if sparse else report.sites_sparse == 0
-    assert session.counts.dense[COMPILING] == 2 * min(ready_after, 5)
+    assert session.log.counts.dense[COMPILING] == 2 * min(ready_after, 5)
     assert not report.fallbacks and not report.passed
 
 
@@ -131,4 +131,4 @@ def test_wrong_kernels_are_a_reason_for_the_whole_run(monkeypatch):
         evaluation = session.begin(layout=LAYOUT, sigma=sigma)
         out = evaluation.attend(Site("double", 0), q, q, q, dense=lambda: dense(q, q, q))
         assert torch.equal(out, dense(q, q, q))
-    assert session.counts.passed == {"wrong": 5}
+    assert session.log.counts.passed == {"wrong": 5}

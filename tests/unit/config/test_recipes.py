@@ -58,7 +58,7 @@ def test_gains_of_images_are_small_at_1024_pixels():
 def test_short_grids_keep_every_block(monkeypatch, settings, backend, capability, tokens, least):
     monkeypatch.setattr("comfyui_paro.paro_runtime.run.session.capability_of_gpu", lambda device: capability)
     session = Session(Policy(ModelIdentity("sdxl", "a", "w"), recipe_for("sdxl"), settings), sigmas=[1.0, 0.5, 0.0])
-    session.backend = backend
+    session.log.backend = backend
     reason = session.too_short_to_drop(tokens, torch.device("cpu"))
     assert reason == (least and f"every block kept: {tokens} grid tokens, sparse from {least} on")
 
@@ -73,7 +73,7 @@ def test_a_short_grid_runs_in_paros_own_attention():
     out = evaluation.attend(Site("block", 0), q, k, v, dense=lambda: pytest.fail("the host's attention ran"))
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     assert ((out - expected).norm() / expected.norm()).item() < 0.05
-    assert session.counts.dense == {"every block kept": 1}
+    assert session.log.counts.dense == {"every block kept": 1}
 
 
 @pytest.mark.parametrize("family", all_recipes())
@@ -105,7 +105,7 @@ def test_short_sequences_stay_with_the_host_where_its_dense_attention_is_faster(
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 
     session.begin(layout=layout, sigma=1.0).attend(Site("double", 0), q, k, v, dense=dense)
-    assert bool(asked) is not ours and session.counts.dense == {"every block kept": 1}
+    assert bool(asked) is not ours and session.log.counts.dense == {"every block kept": 1}
 
 
 def test_hopper_is_where_the_hosts_is_faster(monkeypatch):

@@ -24,12 +24,13 @@ def _strings(node: ast.AST | None) -> set[str]:
 
 
 def _counted() -> set[str]:
-    """Arguments of `count` and `decline`."""
+    """Arguments of `count`, `decline` and `WhyDense`."""
     found = {"calibrating"}
     for path in (path for folder in ("paro_runtime", "nodes") for path in (PACK / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            name = getattr(getattr(node, "func", None), "attr", None)
-            if isinstance(node, ast.Call) and name in ("count", "decline"):
+            function = getattr(node, "func", None)
+            name = getattr(function, "attr", getattr(function, "id", None))
+            if isinstance(node, ast.Call) and name in ("count", "decline", "WhyDense"):
                 found = found.union(*map(_strings, node.args))
     return found
 

@@ -269,7 +269,7 @@ def test_steps_that_were_left_out_are_not_counted(sparse):
     evaluation = session.begin(layout=LAYOUT, sigma=1.0)
     q = torch.randn(1, 4, LAYOUT.length, 32)
     evaluation.attend(SITES[0], q, q, q, dense=lambda: q, blocks=2)
-    session.note("double.0.0 has no plan of its own")
+    session.log.note("double.0.0 has no plan of its own")
     for _ in range(9):
         session.decline("LTX: spatio-temporal guidance skips blocks in this evaluation")
     found = session.finish()

@@ -414,7 +414,7 @@ def test_a_plan_is_read_beside_the_dense_steps(tmp_path, monkeypatch, ends_early
     else:
         sample(session)
         assert session.finish().calls["sparse"] == 9
-    assert session.finish().plan_source == "plan found" and not session.notes
+    assert session.finish().plan_source == "plan found" and not session.log.notes
 
 
 @pytest.mark.parametrize("strict", [False, True])

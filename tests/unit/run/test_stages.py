@@ -194,4 +194,4 @@ def test_a_run_follows_other_sigmas(tmp_path):
     assert session.begin(layout=LAYOUT, sigma=0.5).step == 2
     session.follow([0.9, 0.7, 0.5, 0.0])
     assert session.begin(layout=LAYOUT, sigma=0.5).step == 2
-    assert session.finish().steps == 3 == session.clock.happened
+    assert session.finish().steps == 3 == session.log.clock.happened
