@@ -14,8 +14,8 @@ from comfyui_paro.paro_runtime.host.claims import OPTIONS_KEY, HostEvaluation
 from comfyui_paro.paro_runtime.host.families import ModelCall, family_of, flux, wan
 from comfyui_paro.paro_runtime.host.override import is_override, make_override, without_paro
 from comfyui_paro.paro_runtime.host.wrappers import HostRun, Lifecycle
-from comfyui_paro.paro_runtime.run.run_log import RunLog
 from comfyui_paro.paro_runtime.plan.plan import Site
+from comfyui_paro.paro_runtime.run.run_log import RunLog
 
 B, H, L, D = 2, 3, 24, 16
 LAYOUT = TokenLayout(0, (2, 3, 4))
