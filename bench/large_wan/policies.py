@@ -12,7 +12,7 @@ from ...paro_runtime.calibration.calibrator import Method
 from ...paro_runtime.config.settings import Settings
 from ...paro_runtime.plan.plan import Plan, SitePlan
 from ...paro_runtime.run.session import Session
-from ...paro_runtime.run.tail_bias import BiasRefresh
+from ...paro_runtime.run.tail_bias import TailBiasUpdate
 from ..paro_bench.tiny import TinyBench, Variant, _side_by_side
 from . import routing
 from .routing import Router
@@ -62,21 +62,21 @@ class Row:
         return HostDense(self.name, density, dense_steps, **(common | self.changes))
 
 
-class _Kept(BiasRefresh):
+class _Kept(TailBiasUpdate):
     """The plan's bias stays."""
 
     def due(self, key, step, group, once) -> bool:
         return False
 
 
-class _EveryGroup(BiasRefresh):
+class _EveryGroup(TailBiasUpdate):
     """Short calls, too, are measured in the first step of each group."""
 
     def due(self, key, step, group, once) -> bool:
         return super().due(key, step, group, False)
 
 
-def refreshing(kind: type[BiasRefresh]) -> Callable[[Session], None]:
+def refreshing(kind: type[TailBiasUpdate]) -> Callable[[Session], None]:
     """Has the tail's bias measured by another object."""
 
     def prepare(session: Session) -> None:

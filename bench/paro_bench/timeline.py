@@ -24,7 +24,7 @@ PACK = "comfyui_paro.paro_runtime"
 HOOKS = {
     "observing": (f"{PACK}.calibration.calibrator:Calibrator.observe",),
     "planning": (f"{PACK}.run.grid_run:GridPlans.close_calibration",),
-    "bias": (f"{PACK}.run.tail_bias:BiasRefresh.measure", f"{PACK}.run.tail_bias:BiasRefresh.judge"),
+    "bias": (f"{PACK}.run.tail_bias:TailBiasUpdate.measure", f"{PACK}.run.tail_bias:TailBiasUpdate.judge"),
     "masks": (f"{PACK}.run.evaluation:routed_bits",),
     "loading_plan": (
         f"{PACK}.plan.store:PlanStore.find",

@@ -9,6 +9,12 @@ from dataclasses import dataclass
 WIDE_QUERY_TOKENS = 8192
 # Where the density follows from a target, orders are compared at this one or at the most allowed, if that is less.
 COMPARED_DENSITY = 0.2
+# A run's sparse steps fall into so many groups, and the first keeps FALL times as many blocks as the last: what early
+# steps get wrong every later one builds on.
+GROUPS = 3
+FALL = 2.0
+# Where no step is dense there is more to be got right early.
+STEEP_FALL = 4.0
 
 
 @dataclass(frozen=True)
@@ -50,19 +56,6 @@ class MaskOptions:
         }
 
 
-def query_block(grid_tokens: int) -> int:
-    """Query rows per mask block for a grid of this size."""
-    return 128 if grid_tokens > WIDE_QUERY_TOKENS else 64
-
-
-# A run's sparse steps fall into so many groups, and the first keeps FALL times as many blocks as the last: what early
-# steps get wrong every later one builds on.
-GROUPS = 3
-FALL = 2.0
-# Where no step is dense there is more to be got right early.
-STEEP_FALL = 4.0
-
-
 def falling_densities(density: float, fall: float = FALL) -> tuple[float, ...]:
     """Densities of the GROUPS groups of sparse steps: they fall by equal factors, and their mean is `density`.
 
@@ -75,3 +68,8 @@ def falling_densities(density: float, fall: float = FALL) -> tuple[float, ...]:
         if unit * rest[0] <= 1:
             return (1.0,) * full + tuple(unit * weight for weight in rest)
     return (1.0,) * GROUPS
+
+
+def query_block(grid_tokens: int) -> int:
+    """Query rows per mask block for a grid of this size."""
+    return 128 if grid_tokens > WIDE_QUERY_TOKENS else 64

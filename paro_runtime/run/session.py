@@ -32,7 +32,7 @@ from .grid_run import GridPlans, GridRun
 from .policy import Policy
 from .run_log import RunLog
 from .schedule import Schedule
-from .tail_bias import BiasRefresh
+from .tail_bias import TailBiasUpdate
 
 # Grid tokens below which a data-centre GPU (its generation) is done with a dense call before choosing blocks has paid.
 # Eight steps on an H200: Z-Image at 9,216 tokens takes 2.4 s dense by cuDNN and 2.7 s sparse, Qwen-Image at 6,889
@@ -83,7 +83,7 @@ class Session:
         # Who wants every fallback as an error wants no step that waits for a compiler on the host's attention.
         self.readiness = Readiness(self.options, compile_ahead=not self.settings.strict)
         self._unsuitable: dict[tuple, str | None] = {}
-        self.refresh = BiasRefresh() if refresh else None
+        self.refresh = TailBiasUpdate() if refresh else None
         self._grids: dict[tuple[int, int, int], GridRun] = {}
         self._plans = GridPlans(
             policy,

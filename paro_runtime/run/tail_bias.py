@@ -43,7 +43,7 @@ def restoring(lock: AbstractContextManager, known: Sequence[dict]) -> Callable[[
     return restore
 
 
-class BiasRefresh:
+class TailBiasUpdate:
     """Biases of one run by site. Safe to call from several threads."""
 
     def __init__(self) -> None:

@@ -19,7 +19,7 @@ from comfyui_paro.paro_runtime.report.verdict import exact
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
-from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
+from comfyui_paro.paro_runtime.run.tail_bias import TailBiasUpdate
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 IDENTITY = ModelIdentity("wan", "a" * 16, "b" * 16)
@@ -152,13 +152,13 @@ def test_a_sampler_may_go_back_to_an_earlier_group(planted, seen):
 
 
 def test_the_bias_is_measured_under_the_mask_it_is_used_with(planted, seen, monkeypatch):
-    measured, measure = [], BiasRefresh.measure
+    measured, measure = [], TailBiasUpdate.measure
 
     def watch(self, key, step, q, k, v, pattern, **options):
         measured.append((step, pattern.kept_words))
         return measure(self, key, step, q, k, v, pattern, **options)
 
-    monkeypatch.setattr(BiasRefresh, "measure", watch)
+    monkeypatch.setattr(TailBiasUpdate, "measure", watch)
     session = session_with()
     for step in range(8):
         begin(session, step, planted)

@@ -31,7 +31,7 @@ from comfyui_paro.paro_runtime.calibration.tail_fit import (
 from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.orders import order_table
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
+from comfyui_paro.paro_runtime.run.tail_bias import TailBiasUpdate
 
 IDENTITY = ModelIdentity("bench", "planted", "planted")
 GRID = (7, 9, 8)
@@ -178,12 +178,12 @@ def test_sampled_errors_stand_for_all_rows(planted, masked):
 
 def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, masked):
     entry, _ = masked
-    refresh = BiasRefresh()
+    refresh = TailBiasUpdate()
     # A group of steps has a mask of its own: its first step measures, in every one of its evaluations.
     assert [step for step in range(3, 20) if refresh.due("site", step, step // 7, False)] == [3, 7, 14]
     assert refresh.due("site", 14, 2, False) and refresh.due("site", 14, 2, False)
     assert [step for step in range(3, 20) if refresh.due("short", step, step // 7, True)] == [3]
-    refresh = BiasRefresh()
+    refresh = TailBiasUpdate()
     assert refresh.due("site", 19, 0, False)
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
@@ -199,7 +199,7 @@ def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch)
     monkeypatch.setattr("comfyui_paro.paro_runtime.run.tail_bias.measured_rows", lambda tokens: tokens)
     entry, _ = masked
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias[0])
-    refresh, wrong, whole, worst = BiasRefresh(), 0.0, 0.0, 0.0
+    refresh, wrong, whole, worst = TailBiasUpdate(), 0.0, 0.0, 0.0
     for site, number in (("a", 0), ("b", 1)):
         call = [x[number : number + 1] for x in (planted.q, planted.k, planted.v)]
         seen = refresh.measure(site, 3, *call, pattern, scale=None, key_bias=None)

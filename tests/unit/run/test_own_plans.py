@@ -13,7 +13,7 @@ from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.options import GROUPS
 from comfyui_paro.paro_runtime.plan.store import PlanStore
 from comfyui_paro.paro_runtime.run.session import Session
-from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
+from comfyui_paro.paro_runtime.run.tail_bias import TailBiasUpdate
 from comfyui_paro.tests.unit.run.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
 
 
@@ -21,7 +21,7 @@ def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
     """Each site has masks of its own in that step, under which nothing is measured for later; from the next step on
     they share a plan, and everything is measured under that."""
     budgets, measured = [], []
-    entries, measure = Planner.entries, BiasRefresh.measure
+    entries, measure = Planner.entries, TailBiasUpdate.measure
 
     def planned(self, *rest):
         budgets.append(len(self.sites))
@@ -32,7 +32,7 @@ def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
         return measure(self, key, step, q, k, v, pattern, **more)
 
     monkeypatch.setattr(Planner, "entries", planned)
-    monkeypatch.setattr(BiasRefresh, "measure", measuring)
+    monkeypatch.setattr(TailBiasUpdate, "measure", measuring)
     session = Session(
         policy(Settings(density=0.3, dense_steps=0, density_schedule="constant")), sigmas=SIGMAS, highest_noise=9.0
     )

@@ -24,7 +24,7 @@ from comfyui_paro.paro_runtime.run.attempt import Attempt
 from comfyui_paro.paro_runtime.run.masks import routed_bits
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
-from comfyui_paro.paro_runtime.run.tail_bias import BiasRefresh
+from comfyui_paro.paro_runtime.run.tail_bias import TailBiasUpdate
 
 LAYOUT = TokenLayout(3, (5, 8, 9), 2)
 SIGMAS = [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
@@ -274,7 +274,7 @@ def test_all_that_is_measured_knows_of_the_calls_scale_and_mask(monkeypatch):
         monkeypatch.setattr(where, name, watched)
 
     watch(Calibrator, "observe")
-    watch(BiasRefresh, "measure")
+    watch(TailBiasUpdate, "measure")
     watch(evaluation_module, "routed_bits")
     watch(evaluation_module, "run_kernel")
     session = Session(
@@ -293,13 +293,13 @@ def test_all_that_is_measured_knows_of_the_calls_scale_and_mask(monkeypatch):
 def test_what_goes_by_the_masks_is_measured_with_them(monkeypatch, short, measured):
     """In the step that measures the masks of a group; of calls that are short on a GPU only in the first."""
     monkeypatch.setattr(evaluation_module, "is_short", lambda q: short)
-    biases, measure = [], BiasRefresh.measure
+    biases, measure = [], TailBiasUpdate.measure
 
     def watched_measure(self, key, step, q, k, v, pattern, **rest):
         biases.append((step, pattern.mask))
         return measure(self, key, step, q, k, v, pattern, **rest)
 
-    monkeypatch.setattr(BiasRefresh, "measure", watched_measure)
+    monkeypatch.setattr(TailBiasUpdate, "measure", watched_measure)
     session = run(sigmas=LONG)
     assert [step for step, _ in biases] == measured
     assert all(torch.equal(mask, session.masks[step][0]) for step, mask in biases)
