@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from ....kernels.core.layout import TokenLayout
@@ -60,7 +61,7 @@ def _with_guides(call: ModelCall, grid: tuple[int, int, int]) -> TokenLayout | s
 
 def _audio_tokens(call: ModelCall) -> int:
     """Tokens of the audio stream: one per audio latent frame, after reference audio if there is any."""
-    packed = call.extra.get("latent_shapes") or ()
+    packed: Sequence[Sequence[int]] = call.extra.get("latent_shapes") or ()
     if len(packed) < 2:
         return 0
     reference = call.extra.get("ref_audio")
