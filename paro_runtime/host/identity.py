@@ -1,8 +1,9 @@
-"""Which model is this? Signatures of a host model that stay equal however it is stored, patched or loaded."""
+"""Which model is this, and which result? Signatures that stay equal however a model is stored, patched or loaded."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -58,3 +59,19 @@ def _values(weights: dict[str, torch.Tensor]) -> str:
         except Exception:  # third parties bring storage of their own, each with errors of its own
             continue
     return digest.hexdigest()[:16]
+
+
+MARKED_VALUES = 64
+"""Of a result, evenly spread: they tell it from others."""
+
+
+def mark_of(samples: Any) -> Hashable | None:
+    """What a result is known again by: its shape and some of its values. None for what is no plain tensor, or cannot be
+    read: a result that is not known again is no reason to lose it."""
+    if type(samples) is not torch.Tensor or not samples.numel():
+        return None
+    try:
+        places = torch.linspace(0, samples.numel() - 1, min(samples.numel(), MARKED_VALUES)).long()
+        return tuple(samples.shape), tuple(samples.flatten()[places.to(samples.device)].tolist())
+    except RuntimeError:  # no memory, no values
+        return None

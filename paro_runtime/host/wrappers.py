@@ -24,6 +24,7 @@ from ..run.ulysses import several_ranks
 from . import saved
 from .claims import OPTIONS_KEY, HostEvaluation
 from .families import Family, ModelCall
+from .identity import mark_of
 from .override import SLOT, is_override, make_override
 
 log = logging.getLogger("paro")
@@ -44,21 +45,6 @@ NOT_RUN = "PARO has not run yet: sample with this model first"
 
 KEPT_REPORTS = 16
 """Runs of one patched model whose reports are kept: a workflow may sample with it several times."""
-
-MARKED_VALUES = 64
-"""Of a result, evenly spread: they tell it from others."""
-
-
-def mark_of(samples: Any) -> Hashable | None:
-    """What a result is known again by: its shape and some of its values. None for what is no plain tensor, or cannot be
-    read: a result that is not known again is no reason to lose it."""
-    if type(samples) is not torch.Tensor or not samples.numel():
-        return None
-    try:
-        places = torch.linspace(0, samples.numel() - 1, min(samples.numel(), MARKED_VALUES)).long()
-        return tuple(samples.shape), tuple(samples.flatten()[places.to(samples.device)].tolist())
-    except RuntimeError:  # no memory, no values
-        return None
 
 
 class HostRun:
@@ -282,7 +268,7 @@ class Lifecycle:
         except Exception as error:
             if self.strict:
                 raise
-            run.session.log_once("copying a control net's results", error)
+            run.session.log.log_once("copying a control net's results", error)
             return control
 
     def _run_of(self, run: HostRun, model: Any) -> HostRun | None:
