@@ -239,7 +239,7 @@ class Lifecycle:
         run = its
         extra = {name: value for name, value in kwargs.items() if name not in APPLY_MODEL}
         model, given = executor.class_obj.diffusion_model, bound["transformer_options"]
-        can_redo = repeatable(model, given)
+        can_redo = self._or(False, run, "looking at what stands around the model", repeatable, model, given)
         # Results that are not finite are found at the end, for all calls at once: the sites at fault are dense the next
         # time, and the last time PARO stays out of it.
         for number in range(ATTEMPTS):
@@ -253,23 +253,26 @@ class Lifecycle:
             if evaluation is not None:
                 _stand_first(options)
                 _stand_last(options)
-            passed = {**bound, "control": self._control(run, bound["control"]), "transformer_options": options}
+            control = bound["control"]  # what another node gives in place of a dict goes on as it is
+            control = self._or(control, run, "copying a control net's results", _copied, control)
+            passed = {**bound, "control": control, "transformer_options": options}
             result = executor(*passed.values(), *args[len(APPLY_MODEL) :], **extra)
-            if evaluation is not None and can_redo and run.compiles_anew(evaluation, given):
+            anew = evaluation is not None and can_redo
+            if anew and self._or(False, run, "looking for a graph without PARO", run.compiles_anew, evaluation, given):
                 continue
             if evaluation is None or not self._end(evaluation, number):
                 break
         return result
 
-    def _control(self, run: HostRun, control: Any) -> Any:
-        """A control net's results as a copy; what another node gives in their place as it is."""
+    def _or(self, otherwise: Any, run: HostRun, where: str, ask: Callable[..., Any], *given: Any) -> Any:
+        """What `ask` returns of what is given; `otherwise` if it raises, which is logged. Raises it with `strict`."""
         try:
-            return _copied(control)
+            return ask(*given)
         except Exception as error:
             if self.strict:
                 raise
-            run.session.log.log_once("copying a control net's results", error)
-            return control
+            run.session.log.log_once(where, error)
+            return otherwise
 
     def _run_of(self, run: HostRun, model: Any) -> HostRun | None:
         try:

@@ -108,7 +108,7 @@ def test_a_launch_that_raises(run, monkeypatch, number, lost):
 
 
 @pytest.mark.parametrize("streams", [False, pytest.param(True, marks=pytest.mark.host_on_gpu)])
-def test_two_threads_at_once(comfy, wan, wan_file, streams):
+def test_two_threads_at_once(comfy, wan, wan_file, monkeypatch, streams):
     """Each sampling of two patched models, with settings of their own, is what it is alone; on one stream, and on two.
     Loaded twice: of two clones of one loaded model the host takes the patcher away from under the one that ends last.
     """
@@ -116,7 +116,16 @@ def test_two_threads_at_once(comfy, wan, wan_file, streams):
     noise = comfy.comfy.sample.prepare_noise(empty, 0)  # the host draws it from one generator of the process
     both = zip((wan, comfy.load(wan_file)), (0.3, 0.6), strict=True)
     models = [comfy.patched(model, **{**SPARSE, "density": density}) for model, density in both]
-    begin = threading.Barrier(2, timeout=60)
+    begin, loading = threading.Barrier(2, timeout=60), threading.Lock()
+    management = comfy.comfy.model_management
+    load = management.load_models_gpu
+
+    def one_at_a_time(*args, **kwargs):
+        with loading:
+            return load(*args, **kwargs)
+
+    # The host goes through its list of loaded models without a lock, and another thread may shorten it meanwhile.
+    monkeypatch.setattr(management, "load_models_gpu", one_at_a_time)
 
     @torch.inference_mode()
     def sample(number):

@@ -355,6 +355,8 @@ def test_what_is_done_around_a_call_costs_no_generation(comfy, wan, monkeypatch)
     """A control that is no dict, as another node may give; a call that cannot be read; the end of a run."""
     around = [
         (wrappers, "_copied", raising),
+        (wrappers, "repeatable", raising),
+        (HostRun, "compiles_anew", raising),
         (calls_module, "_read", raising),
         (HostRun, "beside", property(raising)),
     ]
