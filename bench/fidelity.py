@@ -17,6 +17,7 @@ import argparse
 import datetime
 import importlib.util
 import json
+import os
 import platform
 import re
 import sys
@@ -55,7 +56,9 @@ def merged_machines(paths: list[Path]) -> dict:
 def save(args: argparse.Namespace, records: list[dict], seconds: float | None = None) -> None:
     """Write what there is to the JSON file, if one was asked for: a long suite may be stopped."""
     if args.json:
-        content = {"suite": args.suite, "command": " ".join(sys.argv[1:])}
+        # Of paths only the names: where files lay says nothing to anybody else.
+        words = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+        content = {"suite": args.suite, "command": " ".join(words)}
         content |= merged_machines(args.merge) if args.merge else machine(args.device)
         content |= {"seconds": seconds, "records": records}
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.attention.api import sparse_attention as run_kernel
 from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import MOST_EXPANSIONS
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.statistics.reference import BlockStatistics
-from ...paro_runtime.attention.backend import run_kernel
 from ...paro_runtime.attention.patterns import build_pattern
 from ...paro_runtime.calibration.mask_choice import per_head_masks, shared_masks
 from ...paro_runtime.calibration.observe import observe
