@@ -30,8 +30,8 @@ class Entry:
     dense: Tile | None = None
 
 
-# Keys: (generation or exact architecture, padded head dimension, products). Products: `16` both in 16 bits, `8+16`
-# INT8 QK and 16-bit PV, `8+8` both in 8 bits. Head dimension 32 uses the entry of 64.
+# Keys: (generation, or architecture with its minor version left open, padded head dimension, products). Products: `16`
+# both in 16 bits, `8+16` INT8 QK and 16-bit PV, `8+8` both in 8 bits. Head dimension 32 uses the entry of 64.
 TILES = {
     ("hopper", 128, "8+16"): Entry(
         Tile(128, True, 8, 3),
@@ -72,13 +72,13 @@ TILES = {
         Tile(64, False, 4, 2),
         "not measured; two stages fit 99 KB; 128 rows spill on sm_86 and sm_89, dense and in the tail",
     ),
-    ("sm_120", 128, "16"): Entry(
+    ("sm_12x", 128, "16"): Entry(
         Tile(64, False, 8, 2),
         Tile(64, False, 4, 2),
         "not measured; 128 rows spill in the tail",
         dense=Tile(128, False, 8, 2),
     ),
-    ("sm_120", 128, "8+8"): Entry(
+    ("sm_12x", 128, "8+8"): Entry(
         Tile(64, False, 4, 3),
         Tile(64, False, 4, 3),
         "not measured; 128 rows would spill in the tail (Triton 3.7), 64 rows without a list do",
@@ -128,7 +128,7 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
     if capability is None:
         return AMD_TILE
     rest = (max(64, padded_dim), products(qk, pv))
-    exact = (f"sm_{capability[0]}{capability[1]}", *rest)
+    exact = (f"sm_{capability[0]}x", *rest)
     entry = TILES[exact] if exact in TILES else TILES[(generation(capability), *rest)]
     if not listed:
         return entry.dense or entry.wide

@@ -117,6 +117,14 @@ def test_every_call_has_a_tile_that_divides_its_blocks(capability, block_q: int,
             assert not listed or block_q % tile.rows == 0
 
 
+@pytest.mark.parametrize("precision", PRECISIONS.values())
+def test_a_later_gpu_of_an_architecture_has_its_tiles(precision):
+    """12.1 is compiled and switched like 12.0 everywhere else, too: with the tiles of `mma` its tails would spill."""
+    for padded, block_q, listed in ((64, 128, True), (128, 128, True), (128, 64, True), (128, 64, False)):
+        call = (padded, precision.qk, precision.pv, block_q, listed)
+        assert tile_for((12, 1), *call) == tile_for((12, 0), *call)
+
+
 def test_every_tile_says_why():
     assert all(entry.reason for entry in TILES.values())
 
