@@ -21,7 +21,6 @@ if "comfyui_paro" not in sys.modules:  # in a rank; in pytest the conftest did i
     _checkout.register()
 
 from comfyui_paro.kernels.core.layout import TokenLayout
-from comfyui_paro.paro_runtime.attention.backend import sparse_attention
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
@@ -30,6 +29,7 @@ from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Plan, Site, SiteP
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.ulysses import Ulysses, plan_of_all
+from comfyui_paro.tests.sparse_call import sparse_attention
 from comfyui_paro.tests.tiny_wan import sampler
 from comfyui_paro.tests.tiny_wan.data import context_for
 from comfyui_paro.tests.tiny_wan.model import load_tiny_wan

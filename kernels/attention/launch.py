@@ -63,7 +63,7 @@ def pieces_of(
     tile: Tile | None = None,
     most: int | None = None,
 ) -> list[Piece]:
-    """The call in groups of at most `most` key heads that respect the scratch budget (see `call.parts_of`)."""
+    """The call in groups of at most `most` key heads that respect the scratch budget (see `launch_plan.parts_of`)."""
     batch, kv_heads, _, dim = k.shape
     words = pattern.kept_words
     lists = None if words is None else block_list(pattern)

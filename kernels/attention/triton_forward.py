@@ -41,7 +41,7 @@ def attention_forward(
     PACKED: tl.constexpr, SEPARATE_TAIL: tl.constexpr, HALVES: tl.constexpr,
     STAGES: tl.constexpr, TAIL_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of ROWS query rows of one (batch, head). See `attention.forward` for every argument.
+    """One tile of ROWS query rows of one (batch, head). See `attention.launch.forward` for every argument.
 
     Grid: (batch * heads * q_blocks * (BLOCK_Q / ROWS),). The programs of a head run together, so that its K and V
     stay in the L2 cache: densest heads first, and in a head the longest rows first.

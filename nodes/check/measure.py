@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from ...kernels.attention.api import sparse_attention as run_kernel
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.core.scratch import ScratchOutOfMemory, release_scratch
-from ...paro_runtime.attention.backend import run_kernel
 from ...paro_runtime.attention.dense import dense_pattern
 from ...paro_runtime.attention.patterns import build_pattern
 from ...paro_runtime.plan.options import MaskOptions, query_block

@@ -34,8 +34,8 @@ class SiteSums:
 
     With errors the mass is only told to people: it is that of up to MASS_BLOCKS query blocks, evenly spread.
     scores [H, candidates]; choice int64 [H]; weight int64 [H]; mass, error [H, q_blocks, k_blocks]; curves
-    [H, densities, biases] and energy [H] as in `tail_fit.TailObservation`; logit_errors [H, 3] as in `rotation`. done:
-    (prompt, step) of what is summed.
+    [H, densities, biases] and energy [H] as in `tail_fit.TailObservation`; logit_errors [H, 3] as in
+    `observe.Observation`. done: (prompt, step) of what is summed.
     """
 
     candidates: tuple[str, ...]

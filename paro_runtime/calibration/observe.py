@@ -41,7 +41,7 @@ class Observation:
     mass    float32 [H, q_blocks, k_blocks]: attention in each block, of all rows or estimated from the tail's or from
             mean queries; of those of `budget_blocks` only where the options say so.
     tail    errors of the tail, or None without a tail or without values.
-    logit_errors float32 [H, 3]: what quantising does to the logits, see `rotation.logit_errors`.
+    logit_errors float32 [H, 3]: what quantising does to the logits, see `kernels/statistics/logit_errors.py`.
     """
 
     candidates: tuple[str, ...]

@@ -23,7 +23,7 @@ class StatisticsOptions:
     """How sites are observed.
 
     density: at which orders are compared. order: `mass`, `paper` or `original`. tiles: offer tiled orders to `mass`.
-    pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels.pools`).
+    pool: tokens per pooled key, None without a tail. expansions: of the pools (`kernels/pooling/reference.py`).
     curves: try biases on sampled rows, for a plan whose first run does not measure them under its masks anyway.
     by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
     tail's sampled rows would tell them; on large grids no errors of single blocks then. sampled: on large grids, block

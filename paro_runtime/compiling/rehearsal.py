@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
+from ...kernels.attention.api import sparse_attention as run_kernel
 from ...kernels.attention.gluon_sm90 import launch as gluon_launch
 from ...kernels.core.compile_only import Launches
 from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.statistics.mean_queries import mean_query_masses
-from ..attention.backend import run_kernel
 from ..attention.dense import dense_pattern
 from ..calibration.observe import observe
 from ..calibration.options import StatisticsOptions, is_large

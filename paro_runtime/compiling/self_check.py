@@ -15,11 +15,11 @@ from functools import lru_cache
 
 import torch
 
+from ...kernels.attention.api import sparse_attention as run_kernel
 from ...kernels.attention.gluon_sm90 import launch as gluon_launch
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS, Precision
-from ..attention.backend import run_kernel
 from ..attention.patterns import build_pattern
 
 log = logging.getLogger("paro")

@@ -132,7 +132,7 @@ class Plan:
 
     settings  what shapes the masks (density asked for, order, budget, tail), as a flat dict.
     made      how it was made: steps, prompts, pack version, free text; never interpreted.
-    expansions  of the tail's pools, as the biases were measured with (`kernels.pools`).
+    expansions  of the tail's pools, as the biases were measured with (`kernels/pooling/reference.py`).
     """
 
     identity: ModelIdentity

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from ...kernels.attention.api import sparse_attention as run_kernel
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import SparsePattern, empty_output
 from ...kernels.core.scratch import ScratchOutOfMemory, release_scratch
-from ..attention.backend import run_kernel
 from ..attention.dense import dense_pattern, in_16_bits, paro_is_faster, paro_pays_when_short
 from ..attention.patterns import with_bias
 from ..calibration.calibrator import Calibrator

@@ -182,7 +182,7 @@ def _sources_of(s: dict[str, torch.Tensor], dim: int, tail: bool) -> tuple:
 
 
 def launch(piece, s: dict[str, torch.Tensor], pattern, scale_log2: float, nonfinite: torch.Tensor | None) -> bool:
-    """`attention.forward` for a piece that is planned for Gluon. False, and never again, if it cannot be launched."""
+    """`launch.forward` of attention for a piece planned for Gluon. False, and never again, if it cannot be launched."""
     try:
         _launch(piece, s, pattern, scale_log2, nonfinite)
         return True

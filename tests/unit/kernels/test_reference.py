@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from comfyui_paro.kernels.core.layout import TokenLayout
-from comfyui_paro.paro_runtime.attention.backend import sparse_attention
 from comfyui_paro.paro_runtime.attention.patterns import build_pattern
 from comfyui_paro.paro_runtime.plan.orders import AXIS_ORDERS, order_table
+from comfyui_paro.tests.sparse_call import sparse_attention
 
 # prefix, grid, suffix, block_q: what each guards
 LAYOUTS = [

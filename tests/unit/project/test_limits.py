@@ -24,7 +24,6 @@ WIDE_SIGNATURES = {
     "kernels/attention/api.py::attention_operator": "torch's operators take tensors and numbers, no objects",
     "nodes/calibrate.py::execute": "ComfyUI hands every input over as an argument",
     "nodes/compare/node.py::execute": "ComfyUI hands every input over as an argument",
-    "paro_runtime/attention/backend.py::sparse_attention": "to be divided",
     "paro_runtime/calibration/observe.py::observe": "to be divided",
     "paro_runtime/calibration/tail_fit.py::bias_curves": "to be divided",
     "paro_runtime/calibration/tail_fit.py::observe_bias": "to be divided",
