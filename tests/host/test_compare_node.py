@@ -58,6 +58,23 @@ def footprint(model):
     return {kind: {key: list(its) for key, its in keys.items()} for kind, keys in model.wrappers.items() if keys}
 
 
+@pytest.mark.host_on_gpu
+def test_on_a_gpu(comfy, wan_file, compare):
+    """As the CPU's tests, but for the bits: the kernels ran, and a run is the same beside another one's leftovers."""
+    latent = {"samples": comfy.latent((9, 32, 32))}
+    model = sparse(comfy, comfy.load(wan_file, torch.bfloat16))
+    made, again = compare(model, latent), compare(model, latent)
+    for one in (made, again):
+        assert one.first["samples"].isfinite().all() and one.second["samples"].isfinite().all()
+        assert not torch.equal(one.first["samples"], one.second["samples"])
+    assert torch.equal(made.first["samples"], again.first["samples"])
+    report = report_of(model)
+    assert report.sites_sparse and not report.passed and not report.fallbacks, report.text()
+    lines = again.text.splitlines()
+    print(again.text)
+    assert "as fast: " in lines[0] and any("PSNR" in line for line in lines)
+
+
 @pytest.mark.host_on_cpu
 @pytest.mark.parametrize("batch", [1, 2])
 def test_both_runs_are_the_samplers_own(comfy, wan, compare, batch):
