@@ -68,7 +68,7 @@ def _compile(dim: int, precision: str, form: str):
     """Every argument typed as the launch passes it; descriptors carry their block and its shared-memory layout."""
     from comfyui_paro.kernels.attention.gluon_sm90.forward import gluon_forward
     from comfyui_paro.kernels.attention.gluon_sm90.launch import options
-    from comfyui_paro.kernels.attention.launch_plan import P_LOG2
+    from comfyui_paro.kernels.core import precision as precisions
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -97,8 +97,7 @@ def _compile(dim: int, precision: str, form: str):
         "pooled_v": descriptor("fp16" if fp8 else "bf16", 64, dim),
         **dict.fromkeys(("pool_scales", "pool_bias", "tail_bias"), "*fp32"),
     }
-    pv = "fp8" if fp8 else "16"
-    chosen = options(dim, pv, P_LOG2[pv], form != "dense", form == "tail")
+    chosen = options(dim, precisions.PRECISIONS[precision], form != "dense", form == "tail")
     launch = {name: chosen.pop(name) for name in ("num_warps", "maxnreg", "enable_fp_fusion")}
     absent = [] if fp8 else ["v_scales"]
     present.update({"v_scales": "*fp32"} if fp8 else {})

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass, replace
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
-LOWEST_FP8 = 89
 # What the two products must compile to. On sm_100 INT8 is mma.sync before Triton 3.9 and tcgen05 after.
 EXPECTED_QK = {90: {"IGMMA"}, 100: {"IMMA", "UTCIMMA"}}
 EXPECTED_PV = {
@@ -53,19 +52,17 @@ class Row:
 
 def precisions() -> dict:
     """What a user may choose, and 8-bit Q K^T with rotation, which the runtime may."""
-    from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
+    from comfyui_paro.kernels.core.precision import PRECISIONS
 
-    rotated = {
-        f"{name}+rot": Precision(p.qk, p.pv, True) for name, p in PRECISIONS.items() if p.qk == "int8"
-    }  # fmt: skip
-    return {**PRECISIONS, **rotated}
+    return {**PRECISIONS, **{f"{name}+rot": p.rotated for name, p in PRECISIONS.items() if p.rotated is not None}}
 
 
 def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
     """Every distinct tile of the table, the pre-pass, what makes the tail's pools; quick: for D = 128, attention with a
     list and the tail, pools in INT4 only."""
+    import torch
     from comfyui_paro.kernels.attention.tiles import tile_for
-    from comfyui_paro.kernels.core.support import ROOMY_CAPABILITIES, WIDEST_ROTATION
+    from comfyui_paro.kernels.core.support import Request, nvidia, triton_reason
 
     result, seen = [], set()
     for capability in capabilities:
@@ -74,11 +71,9 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
         for dim in (128,) if quick else (128, 64, 256):
             result += [] if quick else [Row(capability, dim, "16bit", MEANS)]
             for name, precision in precisions().items():
-                qk, pv = precision.qk, precision.pv
-                rotated = precision.hadamard and qk == "int8"
-                if (pv == "fp8" and capability < LOWEST_FP8) or (quick and (name == "16bit" or rotated)):
-                    continue
-                if precision.hadamard and dim > WIDEST_ROTATION and pair not in ROOMY_CAPABILITIES:
+                rotated = precision.hadamard and precision.keys.bits == 8
+                served = triton_reason(Request(nvidia(pair), torch.bfloat16, dim, precision)) is None
+                if not served or (quick and (name == "16bit" or rotated)):
                     continue
                 if not quick and dim == 128:
                     result.append(Row(capability, dim, name, PREPARE))
@@ -87,7 +82,7 @@ def rows_to_check(quick: bool, capabilities: list[int]) -> list[Row]:
                 if rotated and dim != 128:
                     continue
                 for block_q in (128,) if dim == 256 or rotated else (64, 128) if quick else (64, 128, 0):
-                    tile = tile_for(pair, dim, qk, pv, block_q, block_q > 0)
+                    tile = tile_for(pair, dim, precision, block_q, block_q > 0)
                     # Wide masks over narrow tiles compile to the same loop as narrow masks.
                     key = (capability, dim, name, tile, block_q > 0)
                     if key not in seen:
@@ -220,7 +215,7 @@ def compile_attention(row: Row) -> dict:
 
     call, types = call_for(row)
     options, tile = call.attention_options, call.tile
-    qk, pv, listed = options["QK"], options["PV"], options["LISTED"]
+    keys, pv, listed = call.key.precision.keys, options["PV"], options["LISTED"]
     pointers, constants = arguments_of(options, types)
     pointers |= {"Q": "*bf16", "OUT": "*bf16", "K": types[0], "V": types[1], "scale_log2": "fp32"}
     pointers |= {"q_scales": "*fp32", "key_bias": "*fp32", "q_excess": "*i32", "nonfinite": "*i32"}
@@ -233,7 +228,7 @@ def compile_attention(row: Row) -> dict:
     )
     found = _compile.inspect(kernel, tile.warps, tile.rows * (128 if tile.pairs else 64))
     expected = [DEFAULT_MMA[pv] if row.capability not in EXPECTED_PV[pv] else EXPECTED_PV[pv][row.capability]]
-    expected.append(expected[0] if qk == "16" else EXPECTED_QK.get(row.capability, {"IMMA"}))
+    expected.append(EXPECTED_QK.get(row.capability, {"IMMA"}) if keys.rounds else expected[0])
     names = {name.split(".")[0] for name in found.mma}
     problems = [f"no {' or '.join(sorted(wanted))}" for wanted in expected if not names & wanted]
     parked = 0 if row.block_q else PARKED.get((row.precision, row.capability, row.dim), 0)
@@ -241,7 +236,7 @@ def compile_attention(row: Row) -> dict:
         problems.append(f"{found.loop_spills} spills in a loop")
     if found.shared > SHARED_LIMIT[row.capability] * 1024:
         problems.append(f"shared memory over {SHARED_LIMIT[row.capability]} KiB")
-    limit = SLOT_LIMITS.get(row.capability, {}).get(pv) if qk != "16" and row.dim == 128 else None
+    limit = SLOT_LIMITS.get(row.capability, {}).get(pv) if keys.rounds and row.dim == 128 else None
     if limit and found.slots > limit:
         problems.append(f"more than {limit:g} issue slots")
     if found.serialized:

@@ -149,7 +149,7 @@ def mechanism_rows(dense_steps: int, backend: str, precision: str) -> list[Row]:
         made.append(Row("steep schedule", prepare=scheduled("steep")))
     else:
         made.append(Row("falling schedule", prepare=scheduled("falling")))
-    if PRECISIONS[precision].qk == "int8" and not PRECISIONS[precision].hadamard and backend == "triton":
+    if PRECISIONS[precision].rotated is not None and backend == "triton":
         made.append(Row("rotation off", edit=never_rotated))
     if backend == "triton" and precision != "int8":
         made.append(Row("INT8", {"precision": "int8"}))

@@ -10,7 +10,7 @@ import torch
 from ..core.pattern import SparsePattern, empty_output
 from ..core.precision import Precision
 from ..core.scratch import ScratchOutOfMemory, allocate, release_scratch
-from ..core.support import capability_of
+from ..core.support import capability_of, form_of
 from ..core.triton_gather import LOG2E
 from ..pooling.triton_pools import launch_mean_queries
 from ..pooling.triton_quantized_pools import store_pools
@@ -68,7 +68,8 @@ def pieces_of(
     words = pattern.kept_words
     lists = None if words is None else block_list(pattern)
     bias = None if lists is None else pattern.tail_bias
-    gluon = q.stride(3) == 1 and gluon_launch.wanted(dim, precision, lists is not None, bias is not None)
+    form = form_of(lists is not None, bias is not None)
+    gluon = q.stride(3) == 1 and gluon_launch.why_unwanted(dim, precision, form) is None
     key = CallKey(
         batch, kv_heads, q.shape[1] // kv_heads, dim, q.dtype, capability_of(q.device), pattern.geometry, precision,
         pattern.pool, bias is not None, biased, lists is not None, lists is not None and lists.blocks is None, tile,

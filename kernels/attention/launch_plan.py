@@ -6,7 +6,6 @@ than the GPU. So a call costs a look-up here, the launches, and nothing else. Im
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -18,6 +17,7 @@ from ..core.layout import Geometry, padded_dim
 from ..core.precision import Precision
 from ..core.quantization import hadamard_matrix
 from ..core.scratch import ScratchLayout
+from ..core.support import TRITON, Request, Target, form_of, nvidia
 from ..pooling.reference import stretches_of
 from .block_list_layout import context_blocks, list_shape
 from .gluon_sm90 import launch as gluon_launch
@@ -30,10 +30,9 @@ FEW_CHUNKS = 16
 KEY_SAMPLE = 4
 KEY_SAMPLE_FROM = 16384
 LARGEST_TILE = 128
-# Largest value of 8-bit V; 2**P_LOG2 is the same for P at its row's maximum.
-VALUE_LEVELS = {"fp8": 448.0, "int8": 127.0, "int4": 7.0}
-P_LOG2 = {"16": 0.0, "fp8": math.log2(448), "int8": math.log2(127), "int4": math.log2(15)}
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
+# Of attention, the fastest first: what `dispatch.served` chooses from.
+KERNELS = (gluon_launch.KERNEL, TRITON)
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class CallKey:
     biased                  whether there is a bias for each key.
     listed, lists           whether there is a mask, and whether its lists of blocks are written for this call.
     tile                    used in place of the table's for the Triton kernel; None: the table's.
-    gluon                   whether the Gluon kernel may do the call.
+    gluon                   whether the Gluon kernel is to do the call where it can.
     """
 
     batch: int
@@ -67,6 +66,15 @@ class CallKey:
     tile: Tile | None = None
     gluon: bool = False
     expansions: int = 0
+
+    @property
+    def request(self) -> Request:
+        """What kernels are asked for."""
+        target = Target("amd") if self.capability is None else nvidia(self.capability)
+        form = form_of(self.listed, self.tail)
+        return Request(
+            target, self.dtype, self.dim, self.precision, form, self.geometry.block_q, self.pool, self.biased
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,14 +125,13 @@ def rotation_matrix(head_dim: int, device: torch.device, dtype: torch.dtype) -> 
 def storage_types(key: CallKey) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
     """Of K (and staged Q), V and pooled V. bf16 keeps bf16's range; float32 becomes scaled fp16, which is finer."""
     wide = torch.bfloat16 if key.dtype == torch.bfloat16 else torch.float16
-    k_type = wide if key.precision.qk == "16" else torch.int8
-    v_type = {"16": wide, "fp8": torch.float8_e4m3fn}.get(key.precision.pv, torch.int8)
-    return k_type, v_type, wide if key.precision.pv == "16" else torch.float16
+    keys, values = key.precision.keys.storage, key.precision.values.storage
+    return keys or wide, values or wide, torch.float16 if values else wide
 
 
 def packs(precision: Precision, padded: int) -> bool:
     """Whether K is stored two 4-bit values a byte: half a key must fill a tensor product's 32 bytes; D = 256 spills."""
-    return precision.qk == "int4" and padded in (64, 128)
+    return precision.keys.bits == 4 and padded in (64, 128)
 
 
 def _scratch_layout(
@@ -167,11 +174,6 @@ def _sampled_rows(length: int, every: int) -> int:
     return last * 64 + min(64, length - last * 64 * every)
 
 
-def kernel_pv(precision: Precision) -> str:
-    """INT4 values are computed on the INT8 path: 4-bit accuracy, 8-bit speed."""
-    return "int8" if precision.pv == "int4" else precision.pv
-
-
 @dataclass(frozen=True)
 class _Preparation:
     """What the pre-pass does to K and V: see `Call`. packed: K is stored two values a byte. every: the mean key is
@@ -187,14 +189,12 @@ class _Preparation:
 
 def _preparation(key: CallKey, padded: int, chunks: int) -> _Preparation:
     precision = key.precision
-    smooth = precision.qk != "16"
-    rotate = smooth and precision.hadamard
     return _Preparation(
-        smooth=smooth,
-        rotate=rotate,
-        values_scaled=precision.pv != "16" or key.dtype == torch.float32,
+        smooth=precision.keys.rounds,
+        rotate=precision.rotates,
+        values_scaled=precision.values.rounds or key.dtype == torch.float32,
         # Rotating the mean takes a whole matrix: not for every program.
-        few_chunks=chunks <= FEW_CHUNKS and not rotate,
+        few_chunks=chunks <= FEW_CHUNKS and not precision.rotates,
         packed=packs(precision, padded),
         # Any constant vector may be taken from all keys, so a long sequence's mean need not see every key.
         every=KEY_SAMPLE if key.geometry.length >= KEY_SAMPLE_FROM else 1,
@@ -205,7 +205,7 @@ def _prepass_options(key: CallKey, padded: int, preparation: _Preparation) -> di
     """Of the kernels before attention, as `Call` names them."""
     precision, p = key.precision, preparation
     shared = {"PADDED_D": padded, "SMOOTH": p.smooth, "ROTATE": p.rotate, "VALUES_SCALED": p.values_scaled, **LAUNCH}
-    finish = {**shared, "PV": kernel_pv(precision), "V_LEVELS": VALUE_LEVELS.get(precision.pv, 0.0)}
+    finish = {**shared, "PV": precision.multiplied_values, "V_LEVELS": precision.values.largest}
     stored = {"D": key.dim, "QK": precision.qk, "BIASED": key.biased, "PACKED": p.packed}
     statistics = {
         "D": key.dim, "PADDED_D": padded, "CHUNK": STATISTICS_CHUNK, "SUM_EVERY": p.every if p.smooth else 0,
@@ -229,21 +229,14 @@ def _attention_options(key: CallKey, padded: int, preparation: _Preparation, til
     precision, capability = key.precision, key.capability
     return {
         "D": key.dim, "PADDED_D": padded, "ROWS": tile.rows, "BLOCK_Q": _block_q(key, tile), "PAIRS": tile.pairs,
-        "QK": precision.qk, "PV": kernel_pv(precision), "P_LOG2": P_LOG2[precision.pv], "LISTED": key.listed,
-        "TAIL": key.tail, "POOL": key.pool, "BIASED": key.biased, "ROTATE": preparation.rotate,
+        "QK": precision.qk, "PV": precision.multiplied_values, "P_LOG2": precision.weights_log2,
+        "LISTED": key.listed, "TAIL": key.tail, "POOL": key.pool, "BIASED": key.biased, "ROTATE": preparation.rotate,
         "VALUES_SCALED": preparation.values_scaled, "PACKED": preparation.packed,
-        "SEPARATE_TAIL": needs_separate_tail(capability, tile, padded, precision.qk, precision.pv),
-        "HALVES": in_channel_halves(capability, tile, padded, precision.qk), "STAGES": tile.stages,
+        "SEPARATE_TAIL": needs_separate_tail(capability, tile, padded, precision),
+        "HALVES": in_channel_halves(capability, tile, padded, precision), "STAGES": tile.stages,
         "TAIL_STAGES": tail_stages(capability, tile),
         "num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True,
     }  # fmt: skip
-
-
-def _served_by_gluon(key: CallKey) -> bool:
-    return key.gluon and key.tile is None and gluon_launch.serves(
-        key.capability, key.dim, key.dtype, key.precision, key.geometry.block_q, key.listed, key.biased,
-        key.pool if key.tail else None,
-    )  # fmt: skip
 
 
 @lru_cache(maxsize=256)
@@ -251,12 +244,13 @@ def call_of(key: CallKey) -> Call:
     """The plan of a call."""
     g, precision, padded = key.geometry, key.precision, padded_dim(key.dim)
     chunks = -(-g.length // STATISTICS_CHUNK)
-    preparation, gluon = _preparation(key, padded, chunks), _served_by_gluon(key)
+    preparation = _preparation(key, padded, chunks)
+    gluon = key.gluon and key.tile is None and gluon_launch.KERNEL.why_not(key.request) is None
     if gluon:
         tile = gluon_launch.TILE
-        attention = gluon_launch.options(key.dim, precision.pv, P_LOG2[precision.pv], key.listed, key.tail)
+        attention = gluon_launch.options(key.dim, precision, key.listed, key.tail)
     else:
-        tile = key.tile or tile_for(key.capability, padded, precision.qk, precision.pv, g.block_q, key.listed)
+        tile = key.tile or tile_for(key.capability, padded, precision, g.block_q, key.listed)
         attention = _attention_options(key, padded, preparation, tile)
     block_q = _block_q(key, tile)
     blocks = g.k_blocks + context_blocks(g.context_tokens, g.block_k)

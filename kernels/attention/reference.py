@@ -14,35 +14,25 @@ import torch
 from ..core.gather import CHUNK_ELEMENTS, reordered_index, take_rows
 from ..core.layout import Geometry
 from ..core.pattern import SparsePattern, empty_output, problem_with
-from ..core.precision import Precision
-from ..core.quantization import LEVELS, fake_quantize, fake_quantize_blocks, hadamard_matrix
+from ..core.precision import Format, Precision
+from ..core.quantization import fake_quantize, fake_quantize_blocks, hadamard_matrix, rounded_
 from ..pooling.reference import Pools, expanded_pools, mean_queries, stretch_of_rows, stretches_of
 
 
-def _quantize_values(v: torch.Tensor, pv: str) -> torch.Tensor:
-    if pv == "16":
-        return v
-    if pv == "fp8":
-        scale = v.abs().amax(2, keepdim=True).clamp_min(1e-12) / 448
-        return (v / scale).to(torch.float8_e4m3fn).to(v.dtype) * scale
-    return fake_quantize(v, LEVELS[pv], 2)
-
-
-def _quantize_weights(p: torch.Tensor, pv: str, g: Geometry) -> torch.Tensor:
+def _quantize_weights(p: torch.Tensor, to: Format, g: Geometry) -> torch.Tensor:
     """Unnormalised probabilities `[..., L]` in 0..1 as the PV product sees them.
 
     Integers count from the largest weight of their row and key block (the kernel: of one or two blocks).
     """
-    if pv == "16":
+    if not to.rounds:
         return p
-    if pv == "fp8":
-        return (p * 448).to(torch.float8_e4m3fn).to(p.dtype) / 448
-    levels = {"int8": 127, "int4": 15}[pv]
+    if not to.is_integer:
+        return rounded_(p * to.largest_weight, to) / to.largest_weight
     parts = []
     for part in (p[..., : g.grid_tokens], p[..., g.grid_tokens :]):
         blocks = torch.nn.functional.pad(part, (0, -part.shape[-1] % g.block_k)).unflatten(-1, (-1, g.block_k))
-        step = blocks.amax(-1, keepdim=True).clamp_min(1e-30) / levels
-        parts.append(((blocks / step).round() * step).flatten(-2)[..., : part.shape[-1]])
+        step = blocks.amax(-1, keepdim=True).clamp_min(1e-30) / to.largest_weight
+        parts.append((rounded_(blocks / step, to) * step).flatten(-2)[..., : part.shape[-1]])
     return torch.cat(parts, -1)
 
 
@@ -93,24 +83,23 @@ def _prepared(q, k, v, pattern: SparsePattern, precision: Precision, scale: floa
     bias = None
     if key_bias is not None:
         bias = key_bias.to(work)[:, None, :].expand(-1, heads, -1).gather(2, index[None].expand(batch, -1, -1))
-    if precision.qk != "16":
+    if precision.keys.rounds:
         k = k - k.mean(2, keepdim=True)
-        if precision.hadamard:
-            rotation = hadamard_matrix(dim, q.device, work)
-            q, k = q @ rotation, k @ rotation
+    if precision.rotates:
+        rotation = hadamard_matrix(dim, q.device, work)
+        q, k = q @ rotation, k @ rotation
     pools = means = None
     if pattern.kept_words is not None and pattern.tail_bias is not None:
         grid = slice(0, g.grid_tokens)
         means = mean_queries(q[:, :, grid], g, pattern.expansions)
         grid_bias = None if bias is None else bias[:, :, grid]
         pools = expanded_pools(means, k[:, :, grid], v[:, :, grid], pattern.pool, scale=scale, key_bias=grid_bias)
-    if precision.qk != "16":
-        levels = LEVELS[precision.qk]
-        q = fake_quantize(q, levels, -1)
-        k = torch.cat([fake_quantize_blocks(part, levels, g.block_k) for part in _parts(k, g)], 2)
+    if precision.keys.rounds:
+        q = fake_quantize(q, precision.keys, -1)
+        k = torch.cat([fake_quantize_blocks(part, precision.keys, g.block_k) for part in _parts(k, g)], 2)
         if pools is not None:
-            pools = pools.with_keys(fake_quantize(pools.keys, levels, -1), means, scale)
-    return _Prepared(q, k, _quantize_values(v, precision.pv), bias, pools)
+            pools = pools.with_keys(fake_quantize(pools.keys, precision.keys, -1), means, scale)
+    return _Prepared(q, k, fake_quantize(v, precision.values, 2), bias, pools)
 
 
 def sparse_attention_reference(
@@ -152,7 +141,7 @@ def sparse_attention_reference(
             scores = torch.cat([scores, x.pools.logits(x.q[:, :, rows], stretch, scale) + pools_bias], 3)
         weights = (scores - scores.amax(3, keepdim=True)).exp()
         total = weights.sum(3, keepdim=True)
-        chunk = _quantize_weights(weights[..., : g.length], precision.pv, g) @ x.v
+        chunk = _quantize_weights(weights[..., : g.length], precision.values, g) @ x.v
         # The tail's product is in 16 bits whatever pv is: it is small, its weights are large.
         if pools_bias is not None:
             chunk += x.pools.weighted(weights[..., g.length :], stretch)

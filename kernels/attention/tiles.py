@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.precision import Precision
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -118,16 +120,20 @@ def generation(capability: tuple[int, int]) -> str:
     return {9: "hopper", 10: "blackwell"}.get(capability[0], "mma")
 
 
-def products(qk: str, pv: str) -> str:
+def products(precision: Precision) -> str:
     """The precision as the table names it; 4-bit values are multiplied in 8 bits."""
-    return "16" if qk == "16" else "8+16" if pv == "16" else "8+8"
+    if not precision.keys.rounds:
+        return "16"
+    return "8+8" if precision.values.rounds else "8+16"
 
 
-def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: str, block_q: int, listed: bool) -> Tile:
+def tile_for(
+    capability: tuple[int, int] | None, padded_dim: int, precision: Precision, block_q: int, listed: bool
+) -> Tile:
     """The tile of a call: query blocks of `block_q` rows with a list of kept blocks, or dense. None: an AMD GPU."""
     if capability is None:
         return AMD_TILE
-    rest = (max(64, padded_dim), products(qk, pv))
+    rest = (max(64, padded_dim), products(precision))
     exact = (f"sm_{capability[0]}x", *rest)
     entry = TILES[exact] if exact in TILES else TILES[(generation(capability), *rest)]
     if not listed:
@@ -135,7 +141,7 @@ def tile_for(capability: tuple[int, int] | None, padded_dim: int, qk: str, pv: s
     return entry.narrow if block_q == 64 else entry.wide
 
 
-def needs_separate_tail(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, qk: str, pv: str) -> bool:
+def needs_separate_tail(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, precision: Precision) -> bool:
     """Whether the tail's product must not run into the accumulator (see `triton_softmax_steps.pooled_tail`).
 
     In 16 bits only where it would spill otherwise: D = 256 on Hopper, tall tiles on sm_120.
@@ -143,8 +149,8 @@ def needs_separate_tail(capability: tuple[int, int] | None, tile: Tile, padded_d
     if capability is None:
         return False
     if generation(capability) == "hopper":
-        return pv != "16" or padded_dim > 128
-    return capability[0] == 12 and qk == "16" and padded_dim == tile.rows == 128
+        return precision.values.rounds or padded_dim > 128
+    return capability[0] == 12 and not precision.keys.rounds and padded_dim == tile.rows == 128
 
 
 def tail_stages(capability: tuple[int, int] | None, tile: Tile) -> int:
@@ -153,11 +159,13 @@ def tail_stages(capability: tuple[int, int] | None, tile: Tile) -> int:
     return min(tile.stages, 2) if mma else tile.stages
 
 
-def in_channel_halves(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, qk: str) -> bool:
+def in_channel_halves(capability: tuple[int, int] | None, tile: Tile, padded_dim: int, precision: Precision) -> bool:
     """Whether P V is done in two square products, on GPUs with mma.sync (see `triton_softmax_steps.one_block`).
 
     Not in 16 bits on sm_120, which would spill.
     """
-    if capability is None or generation(capability) != "mma" or (capability[0] == 12 and qk == "16"):
+    if capability is None or generation(capability) != "mma":
+        return False
+    if capability[0] == 12 and not precision.keys.rounds:
         return False
     return not tile.pairs and padded_dim == 2 * tile.rows

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from .precision import Format
+
 
 def hadamard_matrix(size: int, device=None, dtype=torch.float32) -> torch.Tensor:
     """Orthonormal Hadamard matrix `[size, size]`: blocks of the largest power of two that divides size (Sylvester)."""
@@ -19,19 +21,23 @@ def hadamard_matrix(size: int, device=None, dtype=torch.float32) -> torch.Tensor
     return h if power == size else torch.block_diag(*[h] * (size // power))
 
 
-def fake_quantize(x: torch.Tensor, levels: int, dim: int | tuple[int, ...]) -> torch.Tensor:
-    """Round x to `2*levels+1` symmetric steps with one scale per slice along `dim` (amax / levels)."""
-    scale = x.abs().amax(dim=dim, keepdim=True).clamp_min(1e-12) / levels
-    # The largest value is `levels` to within a rounding error, so nothing is beyond it after rounding.
-    return (x / scale).round_().mul_(scale)
+def rounded_(x: torch.Tensor, to: Format) -> torch.Tensor:
+    """The values that the format has nearest to x, which is scaled already and is overwritten."""
+    return x.round_() if to.is_integer else x.to(to.storage).to(x.dtype)
 
 
-def fake_quantize_blocks(x: torch.Tensor, levels: int, block: int) -> torch.Tensor:
+def fake_quantize(x: torch.Tensor, to: Format, dim: int | tuple[int, ...]) -> torch.Tensor:
+    """x rounded with one scale per slice along `dim` (largest magnitude / `to.largest`); as it is in 16 bits."""
+    if not to.rounds:
+        return x
+    scale = x.abs().amax(dim=dim, keepdim=True).clamp_min(1e-12) / to.largest
+    # The largest value is `to.largest` to within a rounding error, so nothing is beyond it after rounding.
+    return rounded_(x / scale, to).mul_(scale)
+
+
+def fake_quantize_blocks(x: torch.Tensor, to: Format, block: int) -> torch.Tensor:
     """As `fake_quantize` with one scale per `block` rows of `x [..., L, D]` (the last block may be short)."""
     length = x.shape[-2]
     padded = torch.nn.functional.pad(x, (0, 0, 0, -length % block))
     blocks = padded.unflatten(-2, (-1, block))
-    return fake_quantize(blocks, levels, (-2, -1)).flatten(-3, -2)[..., :length, :]
-
-
-LEVELS = {"int8": 127, "int4": 7}
+    return fake_quantize(blocks, to, (-2, -1)).flatten(-3, -2)[..., :length, :]

@@ -7,7 +7,8 @@ from functools import lru_cache
 import torch
 
 from ..core.layout import Geometry
-from ..core.quantization import LEVELS, fake_quantize, fake_quantize_blocks, hadamard_matrix
+from ..core.precision import FORMATS
+from ..core.quantization import fake_quantize, fake_quantize_blocks, hadamard_matrix
 
 # Query rows and key blocks of each head that are looked at.
 ROWS = 16
@@ -33,7 +34,7 @@ def logit_errors(
     source = tables.long() + g.prefix
     head = torch.arange(heads, device=device)[:, None]
     result = torch.zeros(heads, len(CASES), device=device)
-    levels = LEVELS["int8"]
+    int8 = FORMATS["int8"]
     for b in range(batch):
         queries = q[b][head, source[:, rows]].float()
         keys = k[b][head // group, source[:, places]].float()
@@ -43,7 +44,7 @@ def logit_errors(
         # The cases of `CASES`, all at once: launches take the time.
         a = torch.stack([queries, queries @ rotation, queries])
         c = torch.stack([keys - mean, (keys - mean) @ rotation, keys])
-        product = fake_quantize(a, levels, -1) @ fake_quantize_blocks(c, levels, g.block_k).transpose(2, 3) * scale
+        product = fake_quantize(a, int8, -1) @ fake_quantize_blocks(c, int8, g.block_k).transpose(2, 3) * scale
         wrong = product - exact
         constant = (weights * wrong).sum(3, keepdim=True)
         result += (weights * (wrong - constant).square()).sum(3).mean(2).T / batch

@@ -11,8 +11,9 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 
+from ...kernels.core.dispatch import resolve
 from ...kernels.core.precision import PRECISIONS
-from ...kernels.core.support import interpreted, triton_reason
+from ...kernels.core.support import interpreted
 from ...paro_runtime.compiling.readiness import COMPILING, Readiness
 from ...paro_runtime.plan.options import MaskOptions
 from ...paro_runtime.run.session import Session
@@ -96,7 +97,7 @@ def check_kernels(
     began = time.perf_counter()
     if device.type != "cuda" and not interpreted():  # whether Triton is there does not matter then
         return Kernels(False, f"triton does not run on {device.type}")
-    reason = triton_reason(device, size.dtype, size.head_dim, PRECISIONS[precision])
+    reason = resolve("triton", device, size.dtype, size.head_dim, PRECISIONS[precision]).reason
     if reason is not None:
         return Kernels(False, reason)
     readiness, step = Readiness(options, compile_ahead=True), 0
@@ -153,5 +154,5 @@ def _by_reference(session: Session, q: torch.Tensor) -> str | None:
     """Why a run would be computed by the PyTorch reference, which is right but slow, or None."""
     if session.log.backend != "reference":
         return None
-    precision = PRECISIONS[session.log.precision]
-    return triton_reason(q.device, q.dtype, q.shape[3], precision) or "the settings ask for the PyTorch reference"
+    found = resolve("triton", q.device, q.dtype, q.shape[3], PRECISIONS[session.log.precision])
+    return found.reason or "the settings ask for the PyTorch reference"

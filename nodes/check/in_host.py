@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch.nn.attention import SDPBackend
 
+from ...kernels.core.dispatch import resolve_precision
 from ...kernels.core.layout import TokenLayout
-from ...paro_runtime.attention.backend import resolve_precision
 from ...paro_runtime.config.recipes import mask_options, recipe_for
 from ...paro_runtime.config.settings import Settings
 from ...paro_runtime.host.override import SLOT, without_paro

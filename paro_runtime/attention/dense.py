@@ -49,7 +49,8 @@ def paro_pays_when_short(device: torch.device) -> bool:
     Not on Hopper: one step of Flux 1 at 1024 took 197 ms with it and 183 with cuDNN (H100, `docs/benchmarks.md`). Other
     GPUs are not measured; there 8-bit products have a larger lead over the host's 16-bit attention.
     """
-    return device.type != "cuda" or torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] != 9
+    capability = capability_of_gpu(device)
+    return capability is None or capability[0] != 9
 
 
 def in_16_bits(

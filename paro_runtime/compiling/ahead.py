@@ -187,17 +187,15 @@ def usual_job() -> Job | None:
     """What a video model with 128 channels a head needs in bfloat16 on this machine's GPU; None without a fit one."""
     import torch
 
-    from ...kernels.core.dispatch import capability_of_gpu
+    from ...kernels.core.dispatch import capability_of_gpu, resolve, resolve_precision
     from ...kernels.core.layout import BLOCK_K
     from ...kernels.core.precision import PRECISIONS
-    from ...kernels.core.support import triton_reason
-    from ..attention.backend import resolve_precision
 
     device = torch.device("cuda")
     if not torch.cuda.is_available() or os.environ.get(SWITCH) == "0":
         return None
     capability, precision = capability_of_gpu(device), resolve_precision("auto", "auto", device)
-    if capability is None or triton_reason(device, torch.bfloat16, 128, PRECISIONS[precision]) is not None:
+    if capability is None or resolve("triton", device, torch.bfloat16, 128, PRECISIONS[precision]).reason is not None:
         return None
     return Job(capability, "bfloat16", 128, 1, 1, 0, LARGE[0], 0, False, precision, "mass", BLOCK_K)
 

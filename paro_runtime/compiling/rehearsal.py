@@ -6,7 +6,7 @@ held. What is called is what `evaluation` calls, with sizes in the same classes,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 
 import torch
 
@@ -112,7 +112,7 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
     run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
     run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
     errors_of(q.device, dtype, job.head_dim, precision, "triton", **check, special=True)
-    if precision.qk == "int8" and not precision.hadamard:
-        rotated = replace(precision, hadamard=True)
+    rotated = precision.rotated
+    if rotated is not None:
         run_kernel(q, k, v, pattern, rotated, nonfinite=flag, **rest)
         errors_of(q.device, dtype, job.head_dim, rotated, "triton", **check)

@@ -17,17 +17,16 @@ import torch
 
 from ...kernels.attention.api import sparse_attention as run_kernel
 from ...kernels.attention.gluon_sm90 import launch as gluon_launch
+from ...kernels.attention.launch_plan import KERNELS
+from ...kernels.core.dispatch import served
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS, Precision
+from ...kernels.core.support import Request, form_of, target_of
 from ..attention.patterns import build_pattern
 
 log = logging.getLogger("paro")
 
-# Largest relative L2 error that a healthy kernel may show, by products. Measured on the data below: 16 bits 3e-3, INT8
-# 9e-3 (PV in 8 bits 1.4e-2), FP8 3.3e-2, INT4 0.18 (PV in 4 bits 0.23).
-QK_BOUNDS = {"16": 1e-2, "int8": 4e-2, "int4": 0.35}
-PV_BOUNDS = {"16": 0.0, "int8": 4e-2, "fp8": 8e-2, "int4": 0.35}
 LAYOUT = TokenLayout(5, (3, 11, 17), 3)
 ORDERS = ("HWF", "WFH")
 DENSITY = 0.4
@@ -71,7 +70,7 @@ def self_check(
 
 
 def _check(device, dtype, head_dim, precision: Precision, backend, block_q, pool, special) -> str | None:
-    bound = max(QK_BOUNDS[precision.qk], PV_BOUNDS[precision.pv])
+    bound = precision.error_bound
     errors = errors_of(device, dtype, head_dim, precision, backend, block_q=block_q, pool=pool, special=special)
     wrong = [error for error in errors if not error <= bound]  # NaN is wrong too
     if wrong:
@@ -96,9 +95,11 @@ def errors_of(
     errors = []
     for masked, exact in zip((True, False), known.exact, strict=True):
         pattern = _pattern(known, masked, block_q, pool, device)
-        if special and not gluon_launch.takes(q, pattern, precision):
-            continue
         with gluon_launch.set_aside(not special):
+            form = form_of(masked, masked and pool is not None)
+            request = Request(target_of(device), dtype, head_dim, precision, form, block_q, pattern.pool)
+            if special and served(request, KERNELS).by != gluon_launch.KERNEL.name:
+                continue
             flag = torch.zeros(4, dtype=torch.int32, device=device)
             out = run_kernel(q, k, v, pattern, precision, nonfinite=flag, backend=backend).cpu().float()
         errors.append(((out - exact).norm() / exact.norm()).item())
@@ -147,7 +148,7 @@ def _pattern(known: Problem, masked: bool, block_q: int, pool: int | None, devic
 def site_precision(name: str, rotate: bool, q: torch.Tensor, backend: str, block_q: int, pool: int | None) -> Precision:
     """Precision of a site: INT8 is rotated where the plan says so and the rotated kernel passes its self-check."""
     plain = PRECISIONS[name]
-    if not rotate or plain.qk != "int8" or plain.hadamard:
+    rotated = plain.rotated if rotate else None
+    if rotated is None:
         return plain
-    rotated = replace(plain, hadamard=True)
     return plain if self_check(q.device, q.dtype, q.shape[3], rotated, backend, block_q=block_q, pool=pool) else rotated

@@ -92,8 +92,8 @@ def _exact(report: Report) -> Iterable[str]:
             f"{report.sites_routed} of {report.sites_sparse} attention layers "
             "choose their blocks from this run's own picture"
         )
-    rounded = report.precision in PRECISIONS and PRECISIONS[report.precision].qk == "int8"
-    if report.sites_rotated and rounded:
+    rotatable = report.precision in PRECISIONS and PRECISIONS[report.precision].rotated is not None
+    if report.sites_rotated and rotatable:
         yield (
             f"{report.sites_rotated} of {report.sites} attention layers "
             "marked for spreading large values before they are rounded to INT8"

@@ -12,11 +12,10 @@ from dataclasses import replace
 
 import torch
 
-from ...kernels.core.dispatch import capability_of_gpu
+from ...kernels.core.dispatch import capability_of_gpu, resolve, resolve_precision
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.core.scratch import release_scratch
-from ..attention.backend import resolve_backend, resolve_precision
 from ..attention.patterns import PatternCache
 from ..calibration.calibrator import Calibrator
 from ..calibration.options import Method
@@ -220,10 +219,10 @@ class Session:
             return f"{tokens} grid tokens do not fill two blocks of {query_block(tokens)}"
         self.log.precision = resolve_precision(self.settings.precision, self.policy.recipe.precision, device)
         precision = PRECISIONS[self.log.precision]
-        backend, reason = resolve_backend(self.settings.backend, device, dtype, head_dim, precision)
-        if reason is not None:
-            return reason
-        self.log.backend = backend
+        found = resolve(self.settings.backend, device, dtype, head_dim, precision)
+        if found.reason is not None:
+            return found.reason
+        self.log.backend = backend = found.by
         least = self.settings.min_tokens
         if least is None:
             # The reference exists for checking, not for speed; a floor would only hide it.

@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from comfyui_paro.kernels.attention import cudnn
+from comfyui_paro.kernels.core.dispatch import resolve
 from comfyui_paro.kernels.core.precision import PRECISIONS
-from comfyui_paro.kernels.core.support import triton_reason
 from comfyui_paro.paro_runtime.attention import dense
 from comfyui_paro.tests.host.cases import BACKEND, DEVICE, relative_error
 from comfyui_paro.tests.tiny_wan import data
@@ -149,7 +149,7 @@ def test_grids_within_one_run(comfy, model, dtype, sample, store):
 )
 def test_precisions(comfy, model, dtype, sample, store, precision):
     if BACKEND == "triton":
-        reason = triton_reason(torch.device(DEVICE), dtype, 128, PRECISIONS[precision])
+        reason = resolve("triton", torch.device(DEVICE), dtype, 128, PRECISIONS[precision]).reason
         if reason is not None:
             pytest.skip(f"{precision}: {reason}")
     outs = []

@@ -11,17 +11,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...core.layout import BLOCK_K
-from ...core.precision import Precision
+from ...core.precision import PRECISIONS, Precision
+from ...core.support import Kernel, Request
 from ..tiles import Tile
-
-if TYPE_CHECKING:
-    from ...core.pattern import SparsePattern
 
 log = logging.getLogger("paro")
 
@@ -41,20 +39,21 @@ class Choice(NamedTuple):
     reason: str
 
 
-# Which kernel is faster. Keys: head dimension, `Precision.pv`, form of the call (`form_of`).
+FP8, INT8 = PRECISIONS["fp8"], PRECISIONS["int8"]
+# What the kernel can do, and which kernel is faster at it. Keys: head dimension, precision, `Request.form`.
 CHOICES = {
-    (128, "fp8", "dense"): Choice(False, "27.9, 28.9"),
-    (128, "fp8", "list"): Choice(True, "9.69, 8.69 at density 0.3; 3.28, 3.04 at 0.1"),
-    (128, "fp8", "tail"): Choice(True, "10.07, 9.40 at density 0.3; 7.05, 6.71 at 0.2; 4.09, 4.06 at 0.1"),
-    (128, "16", "dense"): Choice(True, "41.0, 31.2"),
-    (128, "16", "list"): Choice(True, "12.85, 10.09 at density 0.3"),
-    (128, "16", "tail"): Choice(True, "13.62, 10.76 at density 0.3; 5.55, 4.49 at 0.1"),
-    (64, "fp8", "dense"): Choice(False, "22.1, 22.8"),
-    (64, "fp8", "list"): Choice(False, "6.60, 7.11 at density 0.3"),
-    (64, "fp8", "tail"): Choice(False, "not measured; as without a tail"),
-    (64, "16", "dense"): Choice(True, "32.3, 23.1"),
-    (64, "16", "list"): Choice(True, "10.04, 7.75 at density 0.3"),
-    (64, "16", "tail"): Choice(True, "not measured; as without a tail"),
+    (128, FP8, "dense"): Choice(False, "27.9, 28.9"),
+    (128, FP8, "list"): Choice(True, "9.69, 8.69 at density 0.3; 3.28, 3.04 at 0.1"),
+    (128, FP8, "tail"): Choice(True, "10.07, 9.40 at density 0.3; 7.05, 6.71 at 0.2; 4.09, 4.06 at 0.1"),
+    (128, INT8, "dense"): Choice(True, "41.0, 31.2"),
+    (128, INT8, "list"): Choice(True, "12.85, 10.09 at density 0.3"),
+    (128, INT8, "tail"): Choice(True, "13.62, 10.76 at density 0.3; 5.55, 4.49 at 0.1"),
+    (64, FP8, "dense"): Choice(False, "22.1, 22.8"),
+    (64, FP8, "list"): Choice(False, "6.60, 7.11 at density 0.3"),
+    (64, FP8, "tail"): Choice(False, "not measured; as without a tail"),
+    (64, INT8, "dense"): Choice(True, "32.3, 23.1"),
+    (64, INT8, "list"): Choice(True, "10.04, 7.75 at density 0.3"),
+    (64, INT8, "tail"): Choice(True, "not measured; as without a tail"),
 }
 _forbidden: str | None = None
 _all = False
@@ -91,55 +90,38 @@ def set_aside(aside: bool = True) -> Iterator[None]:
         _of_thread.aside = before
 
 
-def allowed() -> bool:
-    """Whether a call may be planned for the Gluon kernel at all."""
+def why_unwanted(head_dim: int, precision: Precision, form: str) -> str | None:
+    """Why a call is not to be planned for Gluon even where Gluon serves it, or None. It depends on the state of the
+    process and of this thread."""
+    if _forbidden is not None:
+        return _forbidden
     aside = getattr(_of_thread, "aside", None)
-    return _forbidden is None and not (_held if aside is None else aside)
+    if _held if aside is None else aside:
+        return "set aside"
+    choice = CHOICES.get((head_dim, precision, form))
+    if choice is None:
+        return "no such form"
+    return None if choice.gluon or _all else f"Triton's is faster (ms of Triton, of Gluon: {choice.reason})"
 
 
-def takes(q: torch.Tensor, pattern: SparsePattern, precision: Precision) -> bool:
-    """Whether the Gluon kernel is meant for a call on q `[B, H, L, D]`, if it may be used at all."""
-    from ...core.support import capability_of
-
-    listed = pattern.kept_words is not None
-    tail = listed and pattern.tail_bias is not None
-    choice = CHOICES.get((q.shape[3], precision.pv, form_of(listed, tail)))
-    block_q, pool = pattern.geometry.block_q, pattern.pool if tail else None
-    return (
-        choice is not None
-        and choice.gluon
-        and _forbidden is None
-        and serves(capability_of(q.device), q.shape[3], q.dtype, precision, block_q, listed, False, pool)
-    )
-
-
-def form_of(listed: bool, tail: bool) -> str:
-    """`dense`, `list` or `tail` (a list and a pooled tail)."""
-    return ("tail" if tail else "list") if listed else "dense"
+def why_not(request: Request) -> str | None:
+    """Why the Gluon kernel cannot do this call, or None."""
+    if request.target.capability != CAPABILITY:
+        return "it is for sm_90"
+    if (request.head_dim, request.precision, request.form) not in CHOICES:
+        return f"no {request.form} form at head dimension {request.head_dim} in this precision"
+    if request.dtype not in (torch.float16, torch.bfloat16):
+        return f"dtype {request.dtype} is not supported, only fp16 and bf16"
+    if request.form != "dense" and request.block_q != TILE.rows:
+        return f"query blocks of {request.block_q} rows, not {TILE.rows}"
+    if request.biased:
+        return "a bias per key"
+    if request.form == "tail" and request.pool != BLOCK_K:
+        return f"pools of {request.pool} keys, not {BLOCK_K}"
+    return None if _importable() else "not verified with this Triton"
 
 
-def wanted(dim: int, precision: Precision, listed: bool, tail: bool) -> bool:
-    """Whether a call is to be planned for Gluon where Gluon serves it."""
-    choice = CHOICES.get((dim, precision.pv, form_of(listed, tail)))
-    return choice is not None and allowed() and (_all or choice.gluon)
-
-
-def serves(
-    capability: tuple[int, int] | None, dim: int, dtype: torch.dtype, precision: Precision, block_q: int, listed: bool,
-    biased: bool, pool: int | None,
-) -> bool:  # fmt: skip
-    """Whether the Gluon kernel can do this call. pool: tokens per pooled key, None without a tail."""
-    return (
-        capability == CAPABILITY
-        and (dim, precision.pv, form_of(listed, pool is not None)) in CHOICES
-        and dtype != torch.float32
-        and precision.qk == "int8"
-        and not precision.hadamard
-        and (block_q == TILE.rows or not listed)
-        and not biased
-        and pool in (None, BLOCK_K)
-        and _importable()
-    )
+KERNEL = Kernel("gluon_sm90", why_not, lambda asked: why_unwanted(asked.head_dim, asked.precision, asked.form))
 
 
 @cache
@@ -211,17 +193,18 @@ def _launch(piece, s, pattern, scale_log2, nonfinite) -> None:
     )  # fmt: skip
 
 
-def schedule_of(dim: int, pv: str, listed: bool) -> int:
+def schedule_of(dim: int, precision: Precision, listed: bool) -> int:
     """How firmly a step is held in order (`key_steps.key_steps`): as far as registers allow without many spills."""
     plain, marked, ahead = range(3)
-    if (dim, pv) != (128, "fp8"):
+    if (dim, precision) != (128, FP8):
         return ahead
     return plain if listed else marked
 
 
-def options(dim: int, pv: str, p_log2: float, listed: bool, tail: bool) -> dict:
+def options(dim: int, precision: Precision, listed: bool, tail: bool) -> dict:
     """Constants and launch options of the kernel."""
     return {
-        "D": dim, "P_LOG2": p_log2, "LISTED": listed, "TAIL": tail, "STAGES": STAGES,
-        "SCHEDULE": schedule_of(dim, pv, listed), "num_warps": 4, "maxnreg": REGISTERS, "enable_fp_fusion": True,
+        "D": dim, "P_LOG2": precision.weights_log2, "LISTED": listed, "TAIL": tail, "STAGES": STAGES,
+        "SCHEDULE": schedule_of(dim, precision, listed),
+        "num_warps": 4, "maxnreg": REGISTERS, "enable_fp_fusion": True,
     }  # fmt: skip

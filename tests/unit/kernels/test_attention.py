@@ -103,7 +103,7 @@ def test_rotation_tames_channels_that_differ_from_token_to_token(dim: int, pv: s
 @pytest.mark.parametrize("precision", ["16bit", "int8", "int8_pv8", "fp8"])
 def test_fewer_rows_than_channels_are_done_in_halves_of_channels(precision: str):
     out, expected = run(Case("", grid=(2, 8, 13), suffix=5, tail=True, dim=128, heads=1, kv_heads=1), precision, SINGLE)
-    assert in_channel_halves((8, 0), SINGLE, 128, PRECISIONS[precision].qk)
+    assert in_channel_halves((8, 0), SINGLE, 128, PRECISIONS[precision])
     assert relative_error(out, expected) < BOUNDS[precision]
 
 

@@ -14,11 +14,11 @@ from comfyui_paro.kernels.attention.api import sparse_attention
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference
 from comfyui_paro.kernels.attention.tiles import TILES, tile_for
 from comfyui_paro.kernels.core import scratch
-from comfyui_paro.kernels.core.dispatch import chosen_backend
+from comfyui_paro.kernels.core.dispatch import _on_gpu, chosen_backend, resolve, resolve_precision
 from comfyui_paro.kernels.core.pattern import SparsePattern
 from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
-from comfyui_paro.kernels.core.support import int4_is_native, interpreted, triton_reason
+from comfyui_paro.kernels.core.support import interpreted
 
 from .cases import Case, make, oracle, relative_error
 
@@ -82,20 +82,28 @@ def test_importing_the_package_does_not_import_triton():
 
 
 def test_reasons_why_triton_does_not_serve(monkeypatch):
-    cpu = torch.device("cpu")
-    assert "head dimension" in triton_reason(cpu, torch.float16, 512, INT8)
-    assert "float64" in triton_reason(cpu, torch.float64, 64, INT8)
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+
+    def reason(device, dtype, head_dim, precision="int8"):
+        return resolve("triton", device, dtype, head_dim, PRECISIONS[precision]).reason
+
+    assert "head dimension" in reason(cpu, torch.float16, 512)
+    assert "float64" in reason(cpu, torch.float64, 64)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert "does not run on cpu" in triton_reason(cpu, torch.float16, 64, INT8)
+    assert "does not run on cpu" in reason(cpu, torch.float16, 64)
     with pytest.raises(ValueError, match="does not run on cpu"):
         chosen_backend("triton", cpu, torch.float16, 64, INT8)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert "7.5" in triton_reason(torch.device("cuda"), torch.float16, 64, INT8)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
-    assert triton_reason(torch.device("cuda"), torch.float16, 64, INT8) is None
-    assert "fp8" in triton_reason(torch.device("cuda"), torch.float16, 64, PRECISIONS["fp8"])
-    assert "rotation" in triton_reason(torch.device("cuda"), torch.float16, 256, PRECISIONS["int4"])
-    assert triton_reason(torch.device("cuda"), torch.float16, 128, PRECISIONS["int4"]) is None
+    for capability in ((7, 5), (8, 6)):
+        _on_gpu.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, of=capability: of)
+        assert (reason(gpu, torch.float16, 64) is None) is (capability == (8, 6))
+    assert "fp8" in reason(gpu, torch.float16, 64, "fp8")
+    assert "rotation" in reason(gpu, torch.float16, 256, "int4")
+    assert reason(gpu, torch.float16, 128, "int4") is None
+    # Left to the reference by an operator; the runtime, which has the host's attention, goes by the reason.
+    found = resolve("auto", gpu, torch.float16, 64, PRECISIONS["fp8"])
+    assert found.by == chosen_backend("auto", gpu, torch.float16, 64, PRECISIONS["fp8"]) == "reference" and found.reason
+    _on_gpu.cache_clear()
 
 
 def test_auto_is_the_reference_on_a_cpu():
@@ -104,8 +112,15 @@ def test_auto_is_the_reference_on_a_cpu():
     assert torch.equal(sparse_attention(q, k, v, pattern, INT8), expected)
 
 
-def test_int4_is_nowhere_faster_than_int8_and_says_so():
-    assert not any(int4_is_native(capability) for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)))
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1)])
+def test_auto_is_a_precision_that_the_gpu_multiplies_fast(monkeypatch, capability):
+    """Never one with 4-bit keys, which are no faster anywhere; FP8 on data-centre GPUs only."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    chosen = resolve_precision("auto", "auto", torch.device("cuda"))
+    assert chosen == ("fp8" if capability[0] in (9, 10) else "int8_pv8")
+    assert resolve_precision("auto", "int8", torch.device("cuda")) == "int8"
+    assert resolve_precision("16bit", "int8", torch.device("cuda")) == "16bit"
+    assert resolve_precision("auto", "auto", torch.device("cpu")) == "int8"
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0), (12, 1), None])
@@ -113,7 +128,7 @@ def test_int4_is_nowhere_faster_than_int8_and_says_so():
 def test_every_call_has_a_tile_that_divides_its_blocks(capability, block_q: int, listed: bool):
     for padded in (32, 64, 128, 256):
         for precision in PRECISIONS.values():
-            tile = tile_for(capability, padded, precision.qk, precision.pv, block_q, listed)
+            tile = tile_for(capability, padded, precision, block_q, listed)
             assert not listed or block_q % tile.rows == 0
 
 
@@ -121,7 +136,7 @@ def test_every_call_has_a_tile_that_divides_its_blocks(capability, block_q: int,
 def test_a_later_gpu_of_an_architecture_has_its_tiles(precision):
     """12.1 is compiled and switched like 12.0 everywhere else, too: with the tiles of `mma` its tails would spill."""
     for padded, block_q, listed in ((64, 128, True), (128, 128, True), (128, 64, True), (128, 64, False)):
-        call = (padded, precision.qk, precision.pv, block_q, listed)
+        call = (padded, precision, block_q, listed)
         assert tile_for((12, 1), *call) == tile_for((12, 0), *call)
 
 

@@ -9,18 +9,16 @@ import pytest
 import torch
 from comfyui_paro.kernels.attention import launch_plan
 from comfyui_paro.kernels.attention.gluon_sm90 import launch as gluon_launch
+from comfyui_paro.kernels.core.dispatch import served
 from comfyui_paro.kernels.core.layout import Geometry
-from comfyui_paro.kernels.core.precision import PRECISIONS, Precision
-from comfyui_paro.kernels.core.support import interpreted
+from comfyui_paro.kernels.core.precision import PRECISIONS
+from comfyui_paro.kernels.core.support import Request, Target, interpreted, nvidia
 
 from .cases import Case, make
 
 pytest.importorskip("triton")
 
-SERVED = {
-    "capability": (9, 0), "dim": 128, "dtype": torch.bfloat16, "precision": PRECISIONS["fp8"], "block_q": 128,
-    "listed": True, "biased": False, "pool": 64,
-}  # fmt: skip
+SERVED = Request(nvidia((9, 0)), torch.bfloat16, 128, PRECISIONS["fp8"], "tail", 128)
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +26,7 @@ def verified(monkeypatch):
     """A verified Triton, nothing forbidden, no plan left over."""
     monkeypatch.setattr(gluon_launch, "_importable", lambda: True)
     monkeypatch.setattr(gluon_launch, "_forbidden", None)
+    monkeypatch.setattr(gluon_launch, "_held", False)
     monkeypatch.setattr(gluon_launch, "_all", True)
     yield
     launch_plan.call_of.cache_clear()
@@ -35,21 +34,43 @@ def verified(monkeypatch):
 
 
 @pytest.mark.parametrize("other", [
-    {}, {"dim": 64}, {"dtype": torch.float16}, {"precision": PRECISIONS["int8"]}, {"pool": None},
-    {"listed": False, "block_q": 64},
+    {}, {"head_dim": 64}, {"dtype": torch.float16}, {"precision": PRECISIONS["int8"]}, {"form": "list"},
+    {"form": "dense", "block_q": 64}, {"form": "list", "pool": 32},
 ])  # fmt: skip
 def test_served(other: dict):
-    assert gluon_launch.serves(**SERVED | other)
+    assert gluon_launch.why_not(SERVED._replace(**other)) is None
 
 
-@pytest.mark.parametrize("other", [
-    {"capability": (8, 9)}, {"capability": (10, 0)}, {"capability": None}, {"dim": 96}, {"dim": 256},
-    {"dtype": torch.float32}, {"precision": PRECISIONS["16bit"]}, {"precision": PRECISIONS["int8_pv8"]},
-    {"precision": PRECISIONS["int4"]}, {"precision": Precision("int8", "fp8", hadamard=True)}, {"block_q": 64},
-    {"biased": True}, {"pool": 32},
+@pytest.mark.parametrize("other, word", [
+    ({"target": nvidia((8, 9))}, "sm_90"), ({"target": nvidia((10, 0))}, "sm_90"),
+    ({"target": Target("amd"), "precision": PRECISIONS["int8"]}, "sm_90"),
+    ({"head_dim": 96}, "dimension 96"), ({"head_dim": 256}, "dimension 256"), ({"dtype": torch.float32}, "float32"),
+    ({"precision": PRECISIONS["16bit"]}, "precision"), ({"precision": PRECISIONS["int8_pv8"]}, "precision"),
+    ({"precision": PRECISIONS["int4"]}, "precision"), ({"precision": PRECISIONS["fp8"].rotated}, "precision"),
+    ({"block_q": 64}, "64 rows"), ({"biased": True}, "bias"), ({"pool": 32}, "pools of 32"),
 ])  # fmt: skip
-def test_left_to_triton(other: dict):
-    assert not gluon_launch.serves(**SERVED | other)
+def test_left_to_triton(other: dict, word: str):
+    """Whoever asks what serves the call is told why this kernel does not."""
+    asked = SERVED._replace(**other)
+    assert word in gluon_launch.why_not(asked)
+    found = served(asked, launch_plan.KERNELS)
+    assert (found.by, [*found.why_not]) == ("triton", ["gluon_sm90"]) and word in found.why_not["gluon_sm90"]
+
+
+def test_what_serves_a_call_follows_what_is_wanted_now(monkeypatch):
+    monkeypatch.setattr(gluon_launch, "_all", False)
+    dense = SERVED._replace(form="dense")
+    assert served(SERVED, launch_plan.KERNELS) == ("gluon_sm90", {})
+    assert "faster" in served(dense, launch_plan.KERNELS).why_not["gluon_sm90"]
+    gluon_launch.hold(True)
+    assert served(SERVED, launch_plan.KERNELS).by == "triton"
+    with gluon_launch.set_aside(False):
+        assert served(SERVED, launch_plan.KERNELS).by == "gluon_sm90"
+    gluon_launch.hold(False)
+    gluon_launch.forbid("it was wrong")
+    assert served(SERVED, launch_plan.KERNELS) == ("triton", {"gluon_sm90": "it was wrong"})
+    old = served(SERVED._replace(target=nvidia((7, 5))), launch_plan.KERNELS)
+    assert old.by == "reference" and "7.5" in old.reason and "sm_90" in old.why_not["gluon_sm90"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +83,8 @@ def test_only_verified_versions(monkeypatch, caplog, version: str, verified: boo
     monkeypatch.setattr(triton, "__version__", version)
     gluon_launch._importable.cache_clear()
     with caplog.at_level(logging.INFO):
-        assert gluon_launch.serves(**SERVED) is verified
-        gluon_launch.serves(**SERVED)
+        assert (gluon_launch.why_not(SERVED) is None) is verified
+        gluon_launch.why_not(SERVED)
     gluon_launch._importable.cache_clear()
     assert len(caplog.records) == (not verified)
 
@@ -79,24 +100,26 @@ def test_the_plan_is_for_tiles_of_128_rows():
     assert "PADDED_D" not in plan.attention_options and plan.attention_options["num_warps"] == 4
 
 
-@pytest.mark.parametrize("dim, pv, listed, tail, form", [
-    (128, "fp8", False, False, "dense"), (128, "fp8", True, False, "list"), (128, "16", True, True, "tail"),
-    (64, "fp8", True, False, "list"),
+@pytest.mark.parametrize("dim, name, form", [
+    (128, "fp8", "dense"), (128, "fp8", "list"), (128, "int8", "tail"), (64, "fp8", "list"),
 ])  # fmt: skip
-def test_the_faster_kernel_is_wanted(monkeypatch, dim: int, pv: str, listed: bool, tail: bool, form: str):
+def test_the_faster_kernel_is_wanted(monkeypatch, dim: int, name: str, form: str):
     monkeypatch.setattr(gluon_launch, "_all", False)
+    call = (dim, PRECISIONS[name], form)
     for gluon in (True, False):
-        monkeypatch.setitem(gluon_launch.CHOICES, (dim, pv, form), gluon_launch.Choice(gluon, ""))
-        assert gluon_launch.wanted(dim, Precision("int8", pv), listed, tail) is gluon
+        monkeypatch.setitem(gluon_launch.CHOICES, call, gluon_launch.Choice(gluon, "3, 4"))
+        assert gluon_launch.why_unwanted(*call) == (
+            None if gluon else "Triton's is faster (ms of Triton, of Gluon: 3, 4)"
+        )
     gluon_launch.prefer_always(True)
-    assert gluon_launch.wanted(dim, Precision("int8", pv), listed, tail)
+    assert gluon_launch.why_unwanted(*call) is None
     gluon_launch.forbid("a comparison")
-    assert not gluon_launch.wanted(dim, Precision("int8", pv), listed, tail)
+    assert gluon_launch.why_unwanted(*call) == "a comparison"
 
 
 def test_what_the_table_does_not_know_is_not_wanted():
-    assert not gluon_launch.wanted(96, PRECISIONS["fp8"], True, False)
-    assert not gluon_launch.wanted(128, PRECISIONS["int8_pv8"], True, False)
+    assert gluon_launch.why_unwanted(96, PRECISIONS["fp8"], "list") is not None
+    assert gluon_launch.why_unwanted(128, PRECISIONS["int8_pv8"], "list") is not None
 
 
 triton_launches = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1 before Triton is imported")
@@ -256,7 +279,7 @@ def test_missing_memory_is_no_failure_of_the_kernel(kernels):
 
     with pytest.raises(ScratchOutOfMemory):
         attend(SPARSE)
-    assert gluon_launch.allowed() and not triton.calls
+    assert gluon_launch.why_unwanted(128, PRECISIONS["fp8"], "tail") is None and not triton.calls
 
 
 @triton_launches
@@ -266,7 +289,9 @@ def test_a_call_follows_the_table(kernels, monkeypatch, chosen: bool):
     monkeypatch.setattr(gluon_launch, "_all", False)
     for key, choice in gluon_launch.CHOICES.items():
         monkeypatch.setitem(
-            gluon_launch.CHOICES, key, choice._replace(gluon=chosen if key == (128, "fp8", "tail") else not chosen)
+            gluon_launch.CHOICES,
+            key,
+            choice._replace(gluon=chosen if key == (128, gluon_launch.FP8, "tail") else not chosen),
         )
     attend(SPARSE)
     assert (len(gluon.calls), len(triton.calls)) == (int(chosen), int(not chosen))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_paro.kernels.core import support
+from comfyui_paro.kernels.core.dispatch import Served
 from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 from comfyui_paro.nodes.check import chart, machine, methods
@@ -240,7 +241,7 @@ class Compiling:
 def kernels(monkeypatch):
     """`check_kernels` as on a GPU, whose kernels become ready as the answers say, and how often it asked."""
     monkeypatch.setattr(check_module, "interpreted", lambda: True)
-    monkeypatch.setattr(check_module, "triton_reason", lambda *call: None)
+    monkeypatch.setattr(check_module, "resolve", lambda *call: Served("triton", {}))
     monkeypatch.setattr(check_module, "POLL_SECONDS", 0)
 
     def run(answers, late_from=0, seconds=1000.0, between=lambda: None):

@@ -6,11 +6,11 @@ import threading
 import pytest
 import torch
 from comfyui_paro.kernels.attention.block_list_layout import held_bytes
+from comfyui_paro.kernels.core.dispatch import resolve
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime.attention import patterns as patterns_module
-from comfyui_paro.paro_runtime.attention.backend import resolve_backend
 from comfyui_paro.paro_runtime.attention.patterns import PatternCache, with_bias
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
 from comfyui_paro.paro_runtime.config.recipes import mask_options, recipe_for
@@ -333,10 +333,11 @@ def test_a_plan_that_cannot_be_saved_still_serves_the_run(tmp_path):
 def test_a_gpu_that_triton_cannot_serve_is_left_to_the_host():
     """The reference on a GPU would be slower than dense attention: it runs there only when asked for."""
     arguments = (torch.float16, 128, PRECISIONS["int8"])
-    backend, reason = resolve_backend("auto", torch.device("mps"), *arguments)
-    assert backend == "triton" and "mps" in reason
-    assert resolve_backend("reference", torch.device("mps"), *arguments) == ("reference", None)
-    assert resolve_backend("auto", torch.device("cpu"), *arguments) == ("reference", None)
+    assert "mps" in resolve("auto", torch.device("mps"), *arguments).reason
+    session = Session(policy(), sigmas=SIGMAS)
+    assert "mps" in session._find_unsuitable(4096, torch.device("mps"), *arguments[:2])
+    assert resolve("reference", torch.device("mps"), *arguments) == ("reference", {})
+    assert resolve("auto", torch.device("cpu"), *arguments) == ("reference", {})
 
 
 def test_calibration_can_be_forbidden():
