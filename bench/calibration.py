@@ -37,7 +37,7 @@ from comfyui_paro.bench.attention import commit, peak_mib  # noqa: E402
 from comfyui_paro.bench.paro_bench.tiny import GRIDS, LAYERS, TinyBench, Variant  # noqa: E402
 from comfyui_paro.bench.problems import SHAPES, Shape, inputs  # noqa: E402
 from comfyui_paro.bench.rivals import RIVALS  # noqa: E402
-from comfyui_paro.kernels.core.inputs import AttentionInputs  # noqa: E402
+from comfyui_paro.kernels.core.inputs import AttentionInputs, ScoreInputs  # noqa: E402
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of  # noqa: E402
 from comfyui_paro.kernels.core.pattern import SparsePattern  # noqa: E402
 from comfyui_paro.kernels.core.sampling import sampled_rows  # noqa: E402
@@ -105,14 +105,16 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     names = StatisticsOptions(DENSITY).candidates(shape.grid)
     tables = [order_table(name, shape.grid).to(device) for name in names]
     rows = torch.stack([tables[head % len(tables)] for head in range(heads)])
+    scores = ScoreInputs(q, k)
+    whole = scores.with_values(v, g, rows)
 
     def every_row():
-        return block_statistics(q, k, row_logsumexp(q, k), g, rows)
+        return block_statistics(scores, row_logsumexp(scores), g, rows)
 
     parts = {
-        "orders": lambda: order_scores(q, k, g, StatisticsOptions(DENSITY)),
-        "costs": lambda: block_costs(AttentionInputs(q, k, v, g, rows), sampled_rows(g, device), pool=POOL),
-        "tail": lambda: observe_tail(q, k, v, g, rows, density=DENSITY, pool=POOL),
+        "orders": lambda: order_scores(scores, g, StatisticsOptions(DENSITY)),
+        "costs": lambda: block_costs(whole, sampled_rows(g, device), pool=POOL),
+        "tail": lambda: observe_tail(whole, density=DENSITY, pool=POOL),
         "every_row": every_row,
     }
     times = {f"{name}_ms": median_ms(run, repeats, device) for name, run in parts.items()}
@@ -131,7 +133,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     entry = plans[0].sites[SITE]
 
     def look(pattern: SparsePattern) -> torch.Tensor:
-        return routed_bits(entry, 1, q, k, pattern, scale=None, key_bias=None)
+        return routed_bits(entry, 1, scores, pattern)
 
     pattern = pattern_of(
         entry, layout, group=1, block_q=g.block_q, pool=POOL, expansions=plans[0].expansions, kv_heads=heads,
@@ -140,7 +142,7 @@ def measure(shape: Shape, heads: int, device: torch.device, repeats: int = 5) ->
     mask = pattern.mask
 
     def refresh():
-        return observe_bias(q, k, v, g, rows, mask, pool=POOL, rows=measured_rows(g.grid_tokens))
+        return observe_bias(whole, mask, pool=POOL, rows=measured_rows(g.grid_tokens))
 
     times["refresh_ms"] = median_ms(refresh, repeats, device)
     times["look_ms"] = median_ms(lambda: look(pattern), repeats, device)
@@ -189,9 +191,9 @@ def measure_tiny(grid: tuple[int, int, int], repeats: int, step: int = 2, seed: 
 
     parts = {
         "attention": lambda q, k, v: torch.nn.functional.scaled_dot_product_attention(q, k, v),
-        "orders": lambda q, k, v: order_scores(q, k, g, options),
-        "tail": lambda q, k, v: observe_tail(q, k, v, g, rows, density=DENSITY, pool=POOL),
-        "rotation": lambda q, k, v: logit_errors(q, k, g, rows),
+        "orders": lambda q, k, v: order_scores(ScoreInputs(q, k), g, options),
+        "tail": lambda q, k, v: observe_tail(AttentionInputs(q, k, v, g, rows), density=DENSITY, pool=POOL),
+        "rotation": lambda q, k, v: logit_errors(ScoreInputs(q, k), g, rows),
     }
     whole = {"all": calibrate}
     whole |= {name: lambda run=run: [run(*call) for call in calls] for name, run in parts.items()}

@@ -11,6 +11,7 @@ import torch
 
 from ...kernels.attention.api import sparse_attention
 from ...kernels.core.block_mask import pack_bits
+from ...kernels.core.inputs import AttentionInputs, ScoreInputs
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import SparsePattern
 from ...kernels.core.precision import PRECISIONS
@@ -146,7 +147,7 @@ def _measured_mask(call: Call, entry: SitePlan, plan: Plan, how: How, worth: Wor
 
     def measure(bare: SparsePattern) -> torch.Tensor:
         if worth is None:
-            return routed_bits(entry, 0, call.q, call.k, bare, scale=None, key_bias=None, backend=how.backend)
+            return routed_bits(entry, 0, ScoreInputs(call.q, call.k), bare, how.backend)
         found = worth(call.q, call.k, call.v, bare.geometry, bare.tables_of_heads(call.q.shape[1]))
         return pack_bits(mask_by_worth(found, entry, 0))
 
@@ -167,7 +168,8 @@ def _measured_bias(call: Call, pattern: SparsePattern, how: How) -> torch.Tensor
     tables = pattern.tables_of_heads(call.q.shape[1])
     sizes = {"pool": pattern.pool, "expansions": pattern.expansions, "backend": how.backend}
     sizes["rows"] = measured_rows(pattern.geometry.grid_tokens)
-    return best_bias(observe_bias(call.q, call.k, call.v, pattern.geometry, tables, pattern.mask, **sizes).errors)
+    inputs = AttentionInputs(call.q, call.k, call.v, pattern.geometry, tables)
+    return best_bias(observe_bias(inputs, pattern.mask, **sizes).errors)
 
 
 def routed_row(call: Call, exact: torch.Tensor, density: float, how: How) -> dict:

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from ...kernels.core.block_mask import pack_bits
+from ...kernels.core.inputs import AttentionInputs, ScoreInputs
 from ...kernels.core.layout import BLOCK_K, Geometry
 from ...kernels.core.pattern import SparsePattern
 from ...kernels.statistics.api import block_statistics, row_logsumexp
@@ -59,19 +60,21 @@ def mean_queries(parts: int) -> Worth:
     """So many mean queries of each block with every key, as the product does it."""
 
     def worth(q, k, v, g: Geometry, tables) -> torch.Tensor:
-        return mean_query_masses(q, k, g, tables, parts=parts)
+        return mean_query_masses(ScoreInputs(q, k), g, tables, parts=parts)
 
     return worth
 
 
 def true_mass(q, k, v, g: Geometry, tables) -> torch.Tensor:
     """The attention itself, summed over blocks."""
-    return block_statistics(q, k, row_logsumexp(q, k), g, tables).mass
+    scores = ScoreInputs(q, k)
+    return block_statistics(scores, row_logsumexp(scores), g, tables).mass
 
 
 def true_error(q, k, v, g: Geometry, tables) -> torch.Tensor:
     """The squared output error that leaving a block to the tail costs, by 64 rows of each block of queries."""
-    return observe_tail(q, k, v, g, tables, density=ERROR_DENSITY, pool=BLOCK_K, rows=64).error
+    inputs = AttentionInputs(q, k, v, g, tables)
+    return observe_tail(inputs, density=ERROR_DENSITY, pool=BLOCK_K, rows=64).error
 
 
 def mask_by_worth(worth: torch.Tensor, entry: SitePlan, group: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ...kernels.attention.api import sparse_attention as run_kernel
+from ...kernels.core.inputs import AttentionInputs, ScoreInputs
 from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import MOST_EXPANSIONS
 from ...kernels.core.precision import PRECISIONS
@@ -59,7 +60,7 @@ class SyntheticCase:
 
     def _all_orders(self, q: torch.Tensor, k: torch.Tensor) -> dict[str, torch.Tensor]:
         """Block sums of every head under every order: the oracle's knowledge, and the selectors' ground truth."""
-        masses = sums_under_orders(q, k, self.geometry, self.candidates)
+        masses = sums_under_orders(ScoreInputs(q, k), self.geometry, self.candidates)
         return dict(zip(self.candidates, masses, strict=True))
 
     def _gather(self, seen: dict[str, torch.Tensor], orders: tuple[str, ...]) -> torch.Tensor:
@@ -69,7 +70,7 @@ class SyntheticCase:
         """What the runtime's own selector chooses from the calibration samples."""
         p = self.problem
         options = StatisticsOptions(density, order, None, **more)
-        seen = observe(p.q[:-1], p.k[:-1], self.layout, 64, options)
+        seen = observe(ScoreInputs(p.q[:-1], p.k[:-1]), self.layout, 64, options)
         return tuple(seen.candidates[i] for i in seen.choice.tolist())
 
     def _with_tail(self, orders: tuple[str, ...], mask: torch.Tensor, density: float, expansions: int) -> Choice:
@@ -77,7 +78,8 @@ class SyntheticCase:
         p = self.problem
         tables = torch.stack([order_table(name, self.layout.grid) for name in orders])
         pools = {"pool": POOL, "expansions": expansions}
-        seen = observe_tail(p.q[:-1], p.k[:-1], p.v[:-1], self.geometry, tables, density=density, **pools)
+        inputs = AttentionInputs(p.q[:-1], p.k[:-1], p.v[:-1], self.geometry, tables)
+        seen = observe_tail(inputs, density=density, **pools)
         return Choice(orders, mask, bias_at(seen.curves, mask.float().mean((1, 2))), expansions)
 
     def _scores(self, density: float) -> torch.Tensor:

@@ -207,6 +207,7 @@ class TinyBench:
         return tuple(Site("block", layer) for layer in range(self.layers))
 
     def _better_band(self, mask: torch.Tensor) -> dict[Site, tuple[str, ...]]:
+        from ...kernels.core.inputs import ScoreInputs
         from ...kernels.statistics.api import block_statistics, row_logsumexp
         from ...paro_runtime.plan.orders import order_table
 
@@ -216,10 +217,11 @@ class TinyBench:
         mask = mask.to(self.device)
 
         def attention(q, k, v, *, layer):
-            lse = row_logsumexp(q, k)
+            scores = ScoreInputs(q, k)
+            lse = row_logsumexp(scores)
             for name in ("FHW", "HWF"):
                 rows = order_table(name, self.grid).to(q.device).expand(self.heads, -1)
-                mass = block_statistics(q, k, lse, geometry, rows).mass
+                mass = block_statistics(scores, lse, geometry, rows).mass
                 kept[Site("block", layer)][name] += (mass * mask).sum((1, 2))
             return torch.nn.functional.scaled_dot_product_attention(q, k, v)
 

@@ -17,7 +17,8 @@ from .precision import PRECISIONS, Precision
 from .support import TRITON, Kernel, Request, target_of
 
 BACKENDS = ("auto", "triton", "reference")
-STATISTICS_PRECISION = PRECISIONS["16bit"]
+# Of what is no attention call: measured in the inputs' own type.
+UNQUANTIZED = PRECISIONS["16bit"]
 
 
 class Served(NamedTuple):
@@ -95,3 +96,8 @@ def capability_of_gpu(device: torch.device) -> tuple[int, int] | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return None
     return torch.cuda.get_device_capability(device)
+
+
+def uses_reference(backend: str, x: torch.Tensor) -> bool:
+    """Whether the reference serves an operator of statistics over rows x `[B, H, n, D]`; raises as `chosen_backend`."""
+    return chosen_backend(backend, x.device, x.dtype, x.shape[3], UNQUANTIZED) == "reference"

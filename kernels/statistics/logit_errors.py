@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import torch
 
+from ..core.inputs import ScoreInputs
 from ..core.layout import Geometry
 from ..core.precision import FORMATS
 from ..core.quantization import fake_quantize, fake_quantize_blocks, hadamard_matrix
@@ -17,25 +18,22 @@ PLAIN, ROTATED, UNSMOOTHED = range(3)
 CASES = ("plain", "rotated", "without smooth-K")
 
 
-def logit_errors(
-    q: torch.Tensor, k: torch.Tensor, geometry: Geometry, tables: torch.Tensor, *, scale: float | None = None
-) -> torch.Tensor:
+def logit_errors(scores: ScoreInputs, geometry: Geometry, tables: torch.Tensor) -> torch.Tensor:
     """Mean squared INT8 error of the logits of each head, float32 `[Hq, 3]`: plain, rotated, without smooth-K.
 
-    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, tables int `[Hq, N]`: grid index at each position of the head's order.
-    Queries have a scale per token, keys per block of 64 after their mean over all tokens is taken away, as in the
-    kernels. The error of a row is its variance under the row's softmax over the keys that are looked at.
+    tables int `[Hq, N]`: grid index at each position of the head's order. The bias of keys is not looked at. Queries
+    have a scale per token, keys per block of 64 after their mean over all tokens is taken away, as in the kernels. The
+    error of a row is its variance under the row's softmax over the keys that are looked at.
     """
-    g, (batch, heads, _, dim) = geometry, q.shape
-    scale = dim**-0.5 if scale is None else scale
-    device, group = q.device, heads // k.shape[1]
-    rotation = _rotation(dim, device)
+    g, q, k, heads, group, scale = geometry, scores.q, scores.k, scores.heads, scores.group, scores.score_scale
+    device = q.device
+    rotation = _rotation(scores.dim, device)
     rows, places = _looked_at(g, device)
     source = tables.long() + g.prefix
     head = torch.arange(heads, device=device)[:, None]
     result = torch.zeros(heads, len(CASES), device=device)
     int8 = FORMATS["int8"]
-    for b in range(batch):
+    for b in range(scores.batch):
         queries = q[b][head, source[:, rows]].float()
         keys = k[b][head // group, source[:, places]].float()
         mean = k[b].mean(1, dtype=torch.float32).repeat_interleave(group, 0)[:, None]
@@ -47,7 +45,7 @@ def logit_errors(
         product = fake_quantize(a, int8, -1) @ fake_quantize_blocks(c, int8, g.block_k).transpose(2, 3) * scale
         wrong = product - exact
         constant = (weights * wrong).sum(3, keepdim=True)
-        result += (weights * (wrong - constant).square()).sum(3).mean(2).T / batch
+        result += (weights * (wrong - constant).square()).sum(3).mean(2).T / scores.batch
     return result
 
 

@@ -7,9 +7,10 @@ from itertools import pairwise
 
 import torch
 
-from ..core.dispatch import STATISTICS_PRECISION, chosen_backend
+from ..core.dispatch import uses_reference
 from ..core.gather import block_sizes, take_rows
-from ..core.layout import Geometry
+from ..core.inputs import ScoreInputs
+from ..core.layout import Geometry, padded_dim
 from ..core.sampling import head_groups, of_key_heads, sampled_rows
 from .api import query_sums
 
@@ -24,13 +25,10 @@ def means_per_block(geometry: Geometry) -> int:
 
 
 def mean_query_masses(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    scores: ScoreInputs,
     geometry: Geometry,
     tables: torch.Tensor,
     *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
     q_blocks: torch.Tensor | None = None,
     parts: int | None = None,
     backend: str = "auto",
@@ -38,23 +36,20 @@ def mean_query_masses(
     """Attention of the mean queries of each query block, `parts` of them (None: `means_per_block`), in each block of
     keys: float32 `[Hq, q_blocks, k_blocks]`, mean over the batch.
 
-    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, tables int `[Hq, N]`: grid index at each position of the head's order;
-    key_bias: additive `[B, L]`. q_blocks int64 `[n]`: only of these query blocks, which must be whole. A few mean
-    queries of a block tell what it attends to; more single rows would be needed. Costs half of their number / block_q
-    of a dense attention.
+    tables int `[Hq, N]`: grid index at each position of the head's order. q_blocks int64 `[n]`: only of these query
+    blocks, which must be whole. A few mean queries of a block tell what it attends to; more single rows would be
+    needed. Costs half of their number / block_q of a dense attention.
     """
-    g, heads, parts = geometry, q.shape[1], parts or means_per_block(geometry)
-    group = heads // k.shape[1]
-    rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
+    g, q, parts = geometry, scores.q, parts or means_per_block(geometry)
     found = []
-    for some in head_groups(heads, group, 2 * q.shape[0] * g.length * q.shape[3] * q.element_size()):
-        keys, its = k[:, of_key_heads(some, group)], tables[some]
+    for some in head_groups(scores.heads, scores.group, 2 * scores.batch * g.length * scores.dim * q.element_size()):
+        keys, its = scores.k[:, of_key_heads(some, scores.group)], tables[some]
         if q_blocks is None:
             queries = mean_queries_of_blocks(q[:, some], g, its, parts, backend)
         else:
             wanted = its.unfold(1, g.block_q, g.block_q)[:, q_blocks].flatten(1)
             queries = _of_whole_blocks(q[:, some], g, wanted, g.block_q // parts, backend)
-        found.append(query_sums(queries, keys, g, its[None], parts, **rest)[0])
+        found.append(query_sums(replace(scores, q=queries, k=keys), g, its[None], parts, backend)[0])
     sizes = block_sizes(g, torch.arange(g.q_blocks, device=q.device) if q_blocks is None else q_blocks)
     return torch.cat(found) * (sizes[:, None] / parts)
 
@@ -82,9 +77,8 @@ def mean_queries_of_blocks(
 
 def _of_whole_blocks(q, g: Geometry, tokens: torch.Tensor, size: int, backend: str) -> torch.Tensor:
     """Means of every `size` grid tokens of int `[H, n * size]`, one after the other, `[B, H, n, D]`."""
-    if chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION) == "reference":
+    if uses_reference(backend, q):
         return take_rows(q, tokens.long() + g.prefix).unflatten(2, (-1, size)).mean(3, dtype=torch.float32).to(q.dtype)
-    from ..core.layout import padded_dim
     from ..pooling.triton_pools import launch_mean_queries
 
     batch, heads, _, dim = q.shape

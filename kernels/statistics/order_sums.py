@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from ..core.gather import block_sizes
+from ..core.inputs import ScoreInputs
 from ..core.layout import Geometry
 
 # Attention weights of one chunk of rows: what a CPU's cache holds, and half of a large GPU's.
@@ -55,32 +56,22 @@ def order_bags(g: Geometry, tables: Sequence[torch.Tensor], rows: int) -> OrderB
 
 
 @torch.no_grad()
-def block_sums_under_orders(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    g: Geometry,
-    bags: OrderBags,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-) -> list[torch.Tensor]:
+def block_sums_under_orders(scores: ScoreInputs, g: Geometry, bags: OrderBags) -> list[torch.Tensor]:
     """Block sums under every order from one product Q K^T: float32 `[Hq, q_blocks, k_blocks]` per order.
 
-    Arguments as in `statistics.api.block_statistics`. The sums are estimated from the rows in the bags. Weights lie
-    key by row, so that adding up the keys of a block adds whole vectors: `embedding_bag` fetches and adds them in one
-    go, so orders cost additions but no multiplications.
+    The sums are estimated from the rows in the bags. Weights lie key by row, so that adding up the keys of a block adds
+    whole vectors: `embedding_bag` fetches and adds them in one go, so orders cost additions but no multiplications.
     """
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    batch, heads = q.shape[:2]
+    q, k, key_bias, scale, heads = scores.q, scores.k, scores.key_bias, scores.score_scale, scores.heads
     sums = [torch.zeros(heads, g.q_blocks, g.k_blocks, device=q.device) for _ in bags.rows]
     step = max(16, (ELEMENTS_ON_GPU if q.is_cuda else ELEMENTS_IN_CACHE) // g.length // 16 * 16)
     # One buffer for all chunks: fresh memory costs a CPU more than what is done in it.
     buffer = torch.empty(g.length * min(step, bags.tokens.numel()), device=q.device)
     grid = slice(g.prefix, g.prefix + g.grid_tokens)
-    for b in range(batch):
+    for b in range(scores.batch):
         for h in range(heads):
             queries = q[b, h, bags.tokens + g.prefix].float() * scale
-            keys = k[b, h // (heads // k.shape[1])].float()
+            keys = k[b, h // scores.group].float()
             by_chunk = []
             for some in queries.split(step):
                 weights = buffer[: g.length * some.shape[0]].view(g.length, -1)
@@ -94,7 +85,7 @@ def block_sums_under_orders(
                 by_chunk.append(by_key.div_(total))
             per_order = torch.cat(by_chunk, 1).T.contiguous().split(g.k_blocks, 1)
             for found, (members, first, share), part in zip(sums, bags.rows, per_order, strict=True):
-                found[h] += _bag_sums(members, part.contiguous(), first) * (share / batch)
+                found[h] += _bag_sums(members, part.contiguous(), first) * (share / scores.batch)
     return sums
 
 

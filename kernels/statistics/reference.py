@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ..core.gather import CHUNK_ELEMENTS, block_positions, block_sizes
+from ..core.gather import CHUNK_ELEMENTS, block_positions
+from ..core.inputs import ScoreInputs
 from ..core.layout import Geometry
 
 
@@ -27,48 +28,36 @@ class BlockStatistics:
     small: torch.Tensor | None = None
 
 
-def row_logsumexp_reference(
-    q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, key_bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Log-sum-exp over keys of `scale * q k^T + key_bias`, float32 `[B, Hq, L]`. key_bias `[B, L]`."""
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    k = k.float().repeat_interleave(q.shape[1] // k.shape[1], 1)
+def row_logsumexp_reference(scores: ScoreInputs) -> torch.Tensor:
+    """Log-sum-exp over keys of `scale * q k^T + key_bias`, float32 `[B, Hq, n]`; q may be any n rows."""
+    q, scale = scores.q, scores.score_scale
+    k = scores.k.float().repeat_interleave(scores.group, 1)
     result = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     step = max(1, CHUNK_ELEMENTS // (q.shape[0] * q.shape[1] * k.shape[2]))
     for start in range(0, q.shape[2], step):
-        scores = (q[:, :, start : start + step].float() @ k.transpose(2, 3)) * scale
-        if key_bias is not None:
-            scores += key_bias.float()[:, None, None, :]
-        result[:, :, start : start + step] = scores.logsumexp(3)
+        logits = (q[:, :, start : start + step].float() @ k.transpose(2, 3)) * scale
+        if scores.key_bias is not None:
+            logits += scores.key_bias.float()[:, None, None, :]
+        result[:, :, start : start + step] = logits.logsumexp(3)
     return result
 
 
 def block_statistics_reference(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    scores: ScoreInputs,
     lse: torch.Tensor,
     geometry: Geometry,
-    rows: torch.Tensor,
-    *,
+    tables: torch.Tensor,
     q_blocks: torch.Tensor | None = None,
-    scale: float | None = None,
     epsilon: float | None = None,
-    rows_per_block: int | None = None,
 ) -> BlockStatistics:
     """Statistics of the grid-to-grid part under one order per head.
 
-    q `[B, Hq, L, D]`, k `[B, Hkv, L, D]`, lse `[B, Hq, L]` of full rows (context keys included). rows int `[Hq, N]`:
-    grid index at each position of the head's order. q_blocks: int64 indices of the query blocks to look at (default
-    all). epsilon: also maxima and the share of weights below epsilon. rows_per_block: look only at so many rows of each
-    query block, a power of two up to 64, and estimate the sums of all (no epsilon then); lse is read only where they
-    are.
+    lse `[B, Hq, L]` of full rows (context keys included); the grid's own keys have no bias beside it. tables int
+    `[Hq, N]`: grid index at each position of the head's order. q_blocks: int64 indices of the query blocks to look at
+    (None: all). epsilon: also maxima and the share of weights below epsilon.
     """
-    if rows_per_block is not None and epsilon is not None:
-        raise ValueError("rows_per_block: maxima and small values need every row")
-    g = geometry
-    scale = q.shape[3] ** -0.5 if scale is None else scale
-    batch, heads = q.shape[:2]
-    group = heads // k.shape[1]
+    g, scale = geometry, scores.score_scale
+    q, k, batch, heads = scores.q, scores.k, scores.batch, scores.heads
     blocks = torch.arange(g.q_blocks, device=q.device) if q_blocks is None else q_blocks
     shape = (heads, blocks.numel(), g.k_blocks)
     mass = torch.zeros(shape, device=q.device)
@@ -81,13 +70,13 @@ def block_statistics_reference(
     step = max(1, CHUNK_ELEMENTS // (g.block_q * g.grid_tokens))
     for b in range(batch):
         for h in range(heads):
-            source = rows[h].long() + g.prefix
-            kh = k[b, h // group].float()[source]
+            source = tables[h].long() + g.prefix
+            kh = k[b, h // scores.group].float()[source]
             qh = q[b, h].float()[source]
             row_lse = lse[b, h][source]
             for first in range(0, blocks.numel(), step):
                 chosen = blocks[first : first + step]
-                position, real = block_positions(g, chosen, rows_per_block)
+                position, real = block_positions(g, chosen)
                 q_rows = qh[position]
                 row_bias = row_lse[position].masked_fill(~real, torch.inf)[..., None]
                 weights = torch.exp(q_rows @ kh.T * scale - row_bias)
@@ -99,39 +88,26 @@ def block_statistics_reference(
                     counted = (tiles < epsilon) & real[:, :, None, None]
                     counted = counted.sum((1, 3)) - (real.sum(1)[:, None] * (g.block_k - cells)[None])
                     small[h, out] += counted / (real.sum(1)[:, None] * cells[None]) / batch
-    if rows_per_block is not None:
-        mass *= block_sizes(g, blocks)[:, None] / rows_per_block
     return BlockStatistics(mass, maximum, small)
 
 
-def query_sums_reference(
-    queries: torch.Tensor,
-    k: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    per_block: int,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+def query_sums_reference(scores: ScoreInputs, geometry: Geometry, tables: torch.Tensor, per_block: int) -> torch.Tensor:
     """Attention of given queries in every block of keys, under some orders: float32 `[orders, Hq, n, k_blocks]`, sums
     over `per_block` queries each, mean over the batch. What the context's keys get is missing from them.
 
-    queries `[B, Hq, orders * n * per_block, D]`, those for the first order first; k `[B, Hkv, L, D]`; tables int
-    `[orders, Hq, N]`: grid index at each position of an order, which may be another for each head. per_block: a power
-    of two up to 64. key_bias additive `[B, L]`.
+    scores.q `[B, Hq, orders * n * per_block, D]`, those for the first order first; tables int `[orders, Hq, N]`: grid
+    index at each position of an order, which may be another for each head. per_block: a power of two up to 64.
     """
-    g = geometry
-    scale = queries.shape[3] ** -0.5 if scale is None else scale
+    g, scale, queries, k, key_bias = geometry, scores.score_scale, scores.q, scores.k, scores.key_bias
     batch, heads, count, _ = queries.shape
     orders = tables.shape[0]
     each = count // (orders * per_block)
     mass = torch.zeros(orders, heads, each, g.k_blocks, device=queries.device)
-    lse = row_logsumexp_reference(queries, k, scale=scale, key_bias=key_bias)
+    lse = row_logsumexp_reference(scores)
     step = max(1, CHUNK_ELEMENTS // (per_block * g.grid_tokens))
     for b in range(batch):
         for h in range(heads):
-            every_key = k[b, h // (heads // k.shape[1])].float()
+            every_key = k[b, h // scores.group].float()
             of_orders = zip(
                 tables[:, h],
                 queries[b, h].float().unflatten(0, (orders, each, per_block)),

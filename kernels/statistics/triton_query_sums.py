@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..core.layout import BLOCK_K, Geometry
+from ..core.inputs import ScoreInputs
+from ..core.layout import BLOCK_K, Geometry, padded_dim
 from ..core.settled import settle
 from ..core.support import capability_of
 from ..core.triton_gather import LOG2E, bias_of, load_rows, tokens_of, valid_keys
@@ -114,22 +115,14 @@ def logs_tile(capability: tuple[int, int] | None, padded: int, wide: bool) -> tr
     return triton_statistics.statistics_tile(capability, padded, wide)
 
 
-def launch_query_sums(
-    queries: torch.Tensor,
-    k: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
-    per_block: int,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-) -> torch.Tensor:
+def launch_query_sums(scores: ScoreInputs, geometry: Geometry, tables: torch.Tensor, per_block: int) -> torch.Tensor:
     """The Triton counterpart of `reference.query_sums_reference`."""
-    g, (batch, heads, count, dim) = geometry, queries.shape
-    orders, group = tables.shape[0], heads // k.shape[1]
+    g, queries, k, key_bias = geometry, scores.q, scores.k, scores.key_bias
+    batch, heads, count, dim = queries.shape
+    orders, group = tables.shape[0], scores.group
     rows = count // orders
     each = rows // per_block
-    padded = triton_statistics._padded(dim)
+    padded = padded_dim(dim)
     tile = logs_tile(capability_of(queries.device), padded, queries.dtype == torch.float32)
     if tables.stride(2) != 1:
         tables = tables.contiguous()
@@ -142,12 +135,12 @@ def launch_query_sums(
             some = min(step, heads - first)
             _query_logs[(triton.cdiv(rows, tile.rows), orders, some)](
                 queries[b], k[b], key_bias, tables, logs, *queries.stride()[1:], *k.stride()[1:],
-                0 if key_bias is None else key_bias.stride(0), tables.stride(0), tables.stride(1),
+                scores.bias_stride(), tables.stride(0), tables.stride(1),
                 b, first, group, rows, g.grid_tokens, g.prefix, g.context_tokens, g.k_blocks, blocks,
-                (dim**-0.5 if scale is None else scale) * LOG2E,
+                scores.score_scale * LOG2E,
                 D=dim, PADDED_D=padded, ROWS=tile.rows, KEYS=g.block_k,
                 BLOCKS=tile.keys // g.block_k, BIASED=key_bias is not None,
-                PRECISION=triton_statistics._precision(k.dtype), num_warps=tile.warps, num_stages=tile.stages,
+                PRECISION=triton_statistics.product_precision(k.dtype), num_warps=tile.warps, num_stages=tile.stages,
                 enable_fp_fusion=True,
             )  # fmt: skip
             _query_sums[(triton.cdiv(rows, SUM_ROWS), orders, some)](

@@ -5,17 +5,18 @@ Import only where a launch is wanted: this module needs Triton. The meaning is i
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from ..core.gather import block_positions, block_sizes
-from ..core.layout import BLOCK_K, Geometry
+from ..core.gather import block_positions
+from ..core.inputs import ScoreInputs
+from ..core.layout import BLOCK_K, Geometry, padded_dim
 from ..core.settled import settle
 from ..core.support import capability_of
+from ..core.triton_gather import LOG2E
 from .reference import BlockStatistics
 
 # Bytes of reordered queries and keys at a time; heads are done in groups that fit (at least one head).
@@ -158,24 +159,21 @@ def statistics_tile(capability: tuple[int, int] | None, padded: int, wide: bool)
 def tile_of(q: torch.Tensor) -> StatisticsTile:
     """The tile for queries `[B, H, L, D]`."""
     # The interpreter has no shared memory to run out of.
-    return statistics_tile(capability_of(q.device), _padded(q.shape[3]), q.dtype == torch.float32)
+    return statistics_tile(capability_of(q.device), padded_dim(q.shape[3]), q.dtype == torch.float32)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def product_precision(dtype: torch.dtype) -> str:
     """Products of float32 inputs in three TF32 parts, as exact as float32; 16-bit inputs are exact anyway."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
-
-
-def _padded(head_dim: int) -> int:
-    return max(32, triton.next_power_of_2(head_dim))
 
 
 def take_rows(x: torch.Tensor, heads: slice, group: int, index: torch.Tensor) -> torch.Tensor:
     """Rows `index [h, n]` (int64) of the query heads `heads` from x `[H / group, L, D]`: `[h, n, D padded]`."""
     count, dim = index.shape[1], x.shape[2]
-    out = torch.empty(index.shape[0], count, _padded(dim), dtype=x.dtype, device=x.device)
+    padded = padded_dim(dim)
+    out = torch.empty(index.shape[0], count, padded, dtype=x.dtype, device=x.device)
     _take_rows[(triton.cdiv(count, 64), index.shape[0])](
-        x, index, out, *x.stride(), heads.start, group, count, D=dim, PADDED_D=_padded(dim), ROWS=64, num_warps=4
+        x, index, out, *x.stride(), heads.start, group, count, D=dim, PADDED_D=padded, ROWS=64, num_warps=4
     )
     return out
 
@@ -185,48 +183,37 @@ def balanced(count: int, limit: int) -> int:
     return -(-count // -(-count // max(1, limit)))
 
 
-def launch_row_logsumexp(
-    q: torch.Tensor, k: torch.Tensor, *, scale: float | None = None, key_bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def launch_row_logsumexp(scores: ScoreInputs) -> torch.Tensor:
     """The Triton counterpart of `reference.row_logsumexp_reference`."""
+    q, k, key_bias = scores.q, scores.k, scores.key_bias
     batch, heads, length, dim = q.shape
-    scale = dim**-0.5 if scale is None else scale
     lse = torch.empty(batch, heads, length, dtype=torch.float32, device=q.device)
-    padded = _padded(dim)
     tile = tile_of(q)
     _row_logsumexp[(triton.cdiv(length, tile.rows), heads, batch)](
-        q, k, key_bias, lse, *q.stride(), *k.stride(), 0 if key_bias is None else key_bias.stride(0),
-        heads, heads // k.shape[1], length, k.shape[2], scale * math.log2(math.e),
-        D=dim, PADDED_D=padded, ROWS=tile.rows, KEYS=tile.keys, BIASED=key_bias is not None,
-        PRECISION=_precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
+        q, k, key_bias, lse, *q.stride(), *k.stride(), scores.bias_stride(),
+        heads, scores.group, length, k.shape[2], scores.score_scale * LOG2E,
+        D=dim, PADDED_D=padded_dim(dim), ROWS=tile.rows, KEYS=tile.keys, BIASED=key_bias is not None,
+        PRECISION=product_precision(q.dtype), num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
     )  # fmt: skip
     return lse
 
 
 def launch_block_statistics(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    scores: ScoreInputs,
     lse: torch.Tensor,
     geometry: Geometry,
-    rows: torch.Tensor,
-    *,
+    tables: torch.Tensor,
     q_blocks: torch.Tensor | None = None,
-    scale: float | None = None,
     epsilon: float | None = None,
-    rows_per_block: int | None = None,
 ) -> BlockStatistics:
     """The Triton counterpart of `reference.block_statistics_reference`."""
-    g = geometry
-    batch, heads, _, dim = q.shape
-    device, padded = q.device, _padded(dim)
-    scale = dim**-0.5 if scale is None else scale
-    scale_log2 = scale * math.log2(math.e)
+    g, q, k, batch, heads = geometry, scores.q, scores.k, scores.batch, scores.heads
+    device, padded, scale_log2 = q.device, padded_dim(scores.dim), scores.score_scale * LOG2E
     blocks = torch.arange(g.q_blocks, device=device) if q_blocks is None else q_blocks.to(device)
     tile = tile_of(q)
-    per_block = rows_per_block or g.block_q
-    position, real = block_positions(g, blocks, rows_per_block)
+    position, real = block_positions(g, blocks)
     position, real = position.flatten(), real.flatten()
-    span = max(per_block, tile.rows)
+    span = max(g.block_q, tile.rows)
     padding = (0, -position.numel() % span)
     position, every = torch.nn.functional.pad(position, padding), torch.nn.functional.pad(real, padding)
     shape = (heads, blocks.numel(), g.k_blocks)
@@ -234,25 +221,22 @@ def launch_block_statistics(
     maximum, small = (torch.empty(shape, device=device) for _ in range(2)) if epsilon is not None else (None, None)
     per_head = (g.grid_tokens + position.numel()) * padded * q.element_size()
     step = balanced(heads, REORDER_BYTES // per_head)
-    group = heads // k.shape[1]
     for b in range(batch):
         for first in range(0, heads, step):
             some = slice(first, min(first + step, heads))
-            source = rows[some].long() + g.prefix
-            keys = take_rows(k[b], some, group, source)
+            source = tables[some].long() + g.prefix
+            keys = take_rows(k[b], some, scores.group, source)
             chosen = source[:, position]
             queries = take_rows(q[b], some, 1, chosen)
-            row_lse = (lse[b, some].gather(1, chosen) * math.log2(math.e)).masked_fill(~every, torch.inf)
+            row_lse = (lse[b, some].gather(1, chosen) * LOG2E).masked_fill(~every, torch.inf)
             _block_statistics[(position.numel() // span, source.shape[0])](
                 queries, keys, row_lse, mass[some],
                 None if maximum is None else maximum[some], None if small is None else small[some],
                 g.grid_tokens, blocks.numel(), g.k_blocks, position.numel(), scale_log2, epsilon or 0.0, 1 / batch,
-                PADDED_D=padded, PER_BLOCK=per_block, ROWS=tile.rows, KEYS=g.block_k, BLOCKS=tile.keys // g.block_k,
-                DETAILED=epsilon is not None, ACCUMULATE=b > 0, PRECISION=_precision(q.dtype),
+                PADDED_D=padded, PER_BLOCK=g.block_q, ROWS=tile.rows, KEYS=g.block_k, BLOCKS=tile.keys // g.block_k,
+                DETAILED=epsilon is not None, ACCUMULATE=b > 0, PRECISION=product_precision(q.dtype),
                 num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True,
             )  # fmt: skip
-    if rows_per_block is not None:
-        mass *= block_sizes(g, blocks)[:, None] / rows_per_block
     if small is not None:
         cells = torch.full((g.k_blocks,), g.block_k, device=device)
         cells[-1] -= -g.grid_tokens % g.block_k

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..core.dispatch import STATISTICS_PRECISION, chosen_backend
+from ..core.dispatch import uses_reference
 from ..core.inputs import AttentionInputs
 from .reference import BlockCosts, RowMoments, block_costs_reference, row_moments_reference
 
@@ -13,8 +13,7 @@ TAIL_HEAD_DIM = 128
 
 
 def _uses_reference(backend: str, q: torch.Tensor) -> bool:
-    chosen = chosen_backend(backend, q.device, q.dtype, q.shape[3], STATISTICS_PRECISION)
-    return chosen == "reference" or q.shape[3] > TAIL_HEAD_DIM
+    return uses_reference(backend, q) or q.shape[3] > TAIL_HEAD_DIM
 
 
 def block_costs(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.layout import TokenLayout
 from ..plan.options import MaskOptions, query_block
 from ..plan.plan import ModelIdentity, Plan, PlanError, Site
@@ -111,19 +112,9 @@ class Calibrator:
         )
         block_q = query_block(layout.grid_tokens)
         before = (None, None) if previous is None else (previous.scores, previous.choice)
-        seen = observe(
-            q,
-            k,
-            layout,
-            block_q,
-            wanted,
-            v=v,
-            scale=scale,
-            key_bias=key_bias,
-            previous_scores=before[0],
-            previous_choice=before[1],
-            backend=backend,
-        )
+        scores = ScoreInputs(q, k, scale=scale, key_bias=key_bias)
+        past = {"previous_scores": before[0], "previous_choice": before[1]}
+        seen = observe(scores, layout, block_q, wanted, v=v, **past, backend=backend)
         self._add(site, step, seen)
 
     def _add(self, site: Site, step: int, seen: Observation) -> None:

@@ -17,6 +17,7 @@ from functools import lru_cache
 
 import torch
 
+from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.layout import Geometry, TokenLayout, geometry_of
 from ...kernels.statistics.api import block_statistics, row_logsumexp
 from ...kernels.statistics.logit_errors import logit_errors
@@ -53,65 +54,58 @@ class Observation:
 
 
 def observe(
-    q: torch.Tensor,
-    k: torch.Tensor,
+    scores: ScoreInputs,
     layout: TokenLayout,
     block_q: int,
     options: StatisticsOptions,
     *,
     v: torch.Tensor | None = None,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
     previous_scores: torch.Tensor | None = None,
     previous_choice: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> Observation:
-    """Statistics of one call; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias `[B, L]`.
+    """Statistics of one call, with its values `[B, Hkv, L, D]` where there are any.
 
     previous_scores `[Hq, candidates]` of earlier calls are added before choosing, so that the choice rests on all. A
     head leaves its previous_choice `[Hq]` only for an order that is better by LEAST_LEAD: what was summed under the old
     one is lost with it.
     The query heads that share a key head share its order, since the keys are reordered once.
     """
-    geometry = geometry_of(layout, block_q)
+    geometry, device, group = geometry_of(layout, block_q), scores.q.device, scores.group
     candidates = options.candidates(layout.grid)
-    heads, kv_heads = q.shape[1], k.shape[1]
-    rest = {"scale": scale, "backend": backend}
-    scores, masses = order_scores(q, k, geometry, options, key_bias=key_bias, **rest)
-    total = scores if previous_scores is None else scores + previous_scores.to(scores.device)
-    per_group = total.unflatten(0, (kv_heads, heads // kv_heads)).mean(1)
+    fit, masses = order_scores(scores, geometry, options, backend)
+    total = fit if previous_scores is None else fit + previous_scores.to(device)
+    per_group = total.unflatten(0, (-1, group)).mean(1)
     choice = first_best(per_group)
     if previous_choice is not None:
-        present = previous_choice.to(choice.device).unflatten(0, (kv_heads, -1))[:, 0]
+        present = previous_choice.to(device).unflatten(0, (-1, group))[:, 0]
         its, best = per_group.gather(1, present[:, None])[:, 0], per_group.amax(1)
         choice = choice.where(best - its > LEAST_LEAD * best.abs(), present)
-    choice = choice.repeat_interleave(heads // kv_heads)
-    rows = tables_on(candidates, layout.grid, q.device)[choice]
+    choice = choice.repeat_interleave(group)
+    tables = tables_on(candidates, layout.grid, device)[choice]
     large = is_large(layout.grid_tokens)
-    rest["key_bias"] = key_bias
     mass = tail = None
     if masses is not None:
         mass = torch.stack([masses[order][head] for head, order in enumerate(choice.tolist())])
     elif large and (options.by_mass or v is None or options.pool is None):
-        seen = budget_blocks(geometry, q.device) if options.sampled else None
-        mass = mean_query_masses(q, k, geometry, rows, q_blocks=seen, **rest)
+        seen = budget_blocks(geometry, device) if options.sampled else None
+        mass = mean_query_masses(scores, geometry, tables, q_blocks=seen, backend=backend)
     if v is not None and options.pool is not None:
-        pools = {"pool": options.pool, "expansions": options.expansions}
+        inputs = scores.with_values(v, geometry, tables)
+        pools = {"pool": options.pool, "expansions": options.expansions, "backend": backend}
         if large and options.by_mass and mass is not None:
             if options.curves:
-                seen = torch.arange(geometry.q_blocks, device=q.device) if seen is None else seen
-                tail = TailObservation(curves=bias_curves(q, k, v, geometry, rows, mass, seen, **pools, **rest))
+                seen = torch.arange(geometry.q_blocks, device=device) if seen is None else seen
+                tail = TailObservation(curves=bias_curves(inputs, mass, seen, **pools))
         else:
             sizes = {"curves": options.curves} | ({"rows": LARGE_TAIL_ROWS} if large else {})
-            tail = observe_tail(q, k, v, geometry, rows, density=options.density, **sizes, **pools, **rest)
+            tail = observe_tail(inputs, density=options.density, **sizes, **pools)
     if mass is None and tail is not None and not options.by_mass:
         mass = tail.mass
     if mass is None:
-        lse = row_logsumexp(q, k, **rest)
-        del rest["key_bias"]
-        mass = block_statistics(q, k, lse, geometry, rows, **rest).mass
-    errors = logit_errors(q, k, geometry, rows, scale=scale)
-    return Observation(candidates, scores, choice, mass, tail, errors)
+        lse = row_logsumexp(scores, backend)
+        mass = block_statistics(scores, lse, geometry, tables, backend=backend).mass
+    return Observation(candidates, fit, choice, mass, tail, logit_errors(scores, geometry, tables))
 
 
 @lru_cache(maxsize=8)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
 
 from ...kernels.core.gather import block_positions, block_sizes
+from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.layout import Geometry
 from ...kernels.statistics.api import block_statistics, query_sums, row_logsumexp
 from ...kernels.statistics.order_sums import OrderBags, block_sums_under_orders, order_bags
@@ -35,35 +37,27 @@ def order_sample(q_blocks: int, count: int, device: torch.device) -> torch.Tenso
 
 
 def order_scores(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    g: Geometry,
-    options: StatisticsOptions,
-    *,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
-    backend: str = "auto",
+    scores: ScoreInputs, g: Geometry, options: StatisticsOptions, backend: str = "auto"
 ) -> tuple[torch.Tensor, list[torch.Tensor] | None]:
     """How well each candidate order suits each head, float32 `[Hq, candidates]`, higher is better; and the block sums
     of every row under each of them, `[Hq, q_blocks, k_blocks]`, where comparing orders took those, or None."""
-    names, heads = options.candidates(g.grid), q.shape[1]
-    rest = {"scale": scale, "backend": backend}
+    names, device = options.candidates(g.grid), scores.q.device
     if options.order != "paper" and g.grid_tokens <= SHARED_ROWS:
-        masses = sums_under_orders(q, k, g, names, scale=scale, key_bias=key_bias)
+        masses = sums_under_orders(scores, g, names)
         return mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density), masses
     if len(names) == 1:
-        return torch.zeros(heads, 1, device=q.device), None
+        return torch.zeros(scores.heads, 1, device=device), None
     if options.order == "paper":
         count = PAPER_BLOCKS_OF_FEW if g.q_blocks <= FEW_BLOCKS else PAPER_BLOCKS
-        looks = {"q_blocks": order_sample(g.q_blocks, count, q.device), "epsilon": 1 / g.grid_tokens, **rest}
-        lse = row_logsumexp(q, k, key_bias=key_bias, **rest)
-        tables = tables_on(names, g.grid, q.device)
-        seen = [block_statistics(q, k, lse, g, table.expand(heads, -1), **looks) for table in tables]
+        looks = {"q_blocks": order_sample(g.q_blocks, count, device), "epsilon": 1 / g.grid_tokens, "backend": backend}
+        lse = row_logsumexp(scores, backend)
+        tables = tables_on(names, g.grid, device)
+        seen = [block_statistics(scores, lse, g, table.expand(scores.heads, -1), **looks) for table in tables]
         return paper_scores(seen, options.alpha, options.sigma), None
     if not is_large(g.grid_tokens):
-        sums = sums_under_orders(q, k, g, names, scale=scale, key_bias=key_bias)
+        sums = sums_under_orders(scores, g, names)
         return mass_kept_scores([BlockStatistics(mass) for mass in sums], options.density), None
-    sums = sampled_sums(q, k, g, names, ORDER_BLOCKS, ORDER_ROWS, key_bias=key_bias, **rest)
+    sums = sampled_sums(scores, g, names, ORDER_BLOCKS, ORDER_ROWS, backend)
     return estimated_mass_kept(sums, options.density).T, None
 
 
@@ -74,22 +68,20 @@ def _bags(g: Geometry, names: tuple[str, ...], rows: int, device: torch.device) 
 
 
 def sums_under_orders(
-    q: torch.Tensor, k: torch.Tensor, g: Geometry, names: tuple[str, ...], *, rows: int = SHARED_ROWS, **rest
+    scores: ScoreInputs, g: Geometry, names: tuple[str, ...], rows: int = SHARED_ROWS
 ) -> list[torch.Tensor]:
-    """Block sums under every named order, float32 `[Hq, q_blocks, k_blocks]` each, from at most so many rows;
-    rest: scale and key_bias as in `block_sums_under_orders`."""
-    bags = _bags(g, names, min(rows, g.grid_tokens), q.device)
-    return block_sums_under_orders(q, k, g, bags, **rest)
+    """Block sums under every named order, float32 `[Hq, q_blocks, k_blocks]` each, from at most so many rows."""
+    return block_sums_under_orders(scores, g, _bags(g, names, min(rows, g.grid_tokens), scores.q.device))
 
 
 def sampled_sums(
-    q, k, g: Geometry, names: tuple[str, ...], blocks: int, rows: int, *, scale=None, key_bias=None, backend="auto"
+    scores: ScoreInputs, g: Geometry, names: tuple[str, ...], blocks: int, rows: int, backend: str = "auto"
 ) -> torch.Tensor:
     """Block sums under every order, estimated from rows of some query blocks: `[orders, Hq, blocks, k_blocks]`."""
+    q = scores.q
     tokens, share = _sampled_tokens(g, names, blocks, rows, q.device)
-    tables = tables_on(names, g.grid, q.device)[:, None].expand(-1, q.shape[1], -1)
-    rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
-    return query_sums(q[:, :, tokens], k, g, tables, rows, **rest).mul_(share)
+    tables = tables_on(names, g.grid, q.device)[:, None].expand(-1, scores.heads, -1)
+    return query_sums(replace(scores, q=q[:, :, tokens]), g, tables, rows, backend).mul_(share)
 
 
 @lru_cache(maxsize=4)

@@ -20,7 +20,6 @@ import torch
 
 from ...kernels.core.gather import block_sizes
 from ...kernels.core.inputs import AttentionInputs
-from ...kernels.core.layout import Geometry
 from ...kernels.core.pattern import MOST_EXPANSIONS
 from ...kernels.core.sampling import ROWS_PER_BLOCK, head_groups, sampled_rows, spread_positions
 from ...kernels.tail_error.api import block_costs, row_moments
@@ -103,36 +102,29 @@ def _levels(error: torch.Tensor) -> torch.Tensor:
 
 
 def observe_tail(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
+    inputs: AttentionInputs,
     *,
     density: float,
     pool: int,
     expansions: int = MOST_EXPANSIONS,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
     rows: int = ROWS_PER_BLOCK,
     curves: bool = True,
     backend: str = "auto",
 ) -> TailObservation:
-    """What each block costs, and which bias suits; q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, tables int `[Hq, N]`.
+    """What each block costs, and which bias suits.
 
-    tables: grid index at each position of the head's order. expansions: of the pools that the biases are for. curves:
-    whether biases are tried. rows: looked at in each query block, a power of two up to 64. On a GPU costs three times
-    rows / block_q of a dense attention, and less than half of one on top for the biases.
+    expansions: of the pools that the biases are for. curves: whether biases are tried. rows: looked at in each query
+    block, a power of two up to 64. On a GPU costs three times rows / block_q of a dense attention, and less than half
+    of one on top for the biases.
     """
-    g, heads = geometry, q.shape[1]
-    positions = sampled_rows(g, q.device, rows)
-    size = block_sizes(g, torch.arange(g.q_blocks, device=q.device))
-    sample = _spread(g.q_blocks, q.device)
+    g, device = inputs.geometry, inputs.q.device
+    positions = sampled_rows(g, device, rows)
+    size = block_sizes(g, torch.arange(g.q_blocks, device=device))
+    sample = _spread(g.q_blocks, device)
     # Many blocks and few rows of each: some blocks tell one factor for all.
     judged = slice(None) if rows >= ROWS_PER_BLOCK else sample
-    inputs = AttentionInputs(q, k, v, g, tables, scale, key_bias)
     parts: list[tuple[torch.Tensor | None, ...]] = []
-    for some in head_groups(heads, inputs.group, 32 * g.q_blocks * g.k_blocks):
+    for some in head_groups(inputs.heads, inputs.group, 32 * g.q_blocks * g.k_blocks):
         part = inputs.of_heads(some)
         costs = block_costs(part, positions, pool=pool, expanded=expansions > 0, backend=backend)
         factor = _small_block_factor(costs.mass[:, judged], costs.pooled[:, judged], density)[:, None, None]
@@ -147,26 +139,18 @@ def observe_tail(
 
 
 def bias_curves(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
+    inputs: AttentionInputs,
     worth: torch.Tensor,
     q_blocks: torch.Tensor,
     *,
     pool: int,
     expansions: int = MOST_EXPANSIONS,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The curves of `observe_tail` where what masks keep blocks by is known: worth `[Hq, n, k_blocks]` of the query
     blocks q_blocks int64 `[n]`."""
-    g = geometry
-    some = _spread(q_blocks.numel(), q.device)
-    positions = sampled_rows(g, q.device, CURVE_ROWS)
-    inputs = AttentionInputs(q, k, v, g, tables, scale, key_bias)
+    some = _spread(q_blocks.numel(), inputs.q.device)
+    positions = sampled_rows(inputs.geometry, inputs.q.device, CURVE_ROWS)
     tail = {"pool": pool, "expansions": expansions, "backend": backend}
     return _curves(inputs, worth[:, some], q_blocks[some], positions, **tail)
 
@@ -188,28 +172,19 @@ def _curves(inputs: AttentionInputs, worth: torch.Tensor, q_blocks: torch.Tensor
 
 
 def observe_bias(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    geometry: Geometry,
-    tables: torch.Tensor,
+    inputs: AttentionInputs,
     mask: torch.Tensor,
     *,
     pool: int,
     expansions: int = MOST_EXPANSIONS,
     rows: int,
-    scale: float | None = None,
-    key_bias: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> BiasObservation:
-    """What so many rows tell of the tail's bias under a known mask.
-
-    Arguments as in `observe_tail`; mask bool `[Hq, q_blocks, k_blocks]`. Nothing waits for the device.
-    """
-    g = geometry
-    positions = spread_positions(g.grid_tokens, rows, q.device)
+    """What so many rows tell of the tail's bias under a known mask bool `[Hq, q_blocks, k_blocks]`. Nothing waits for
+    the device."""
+    g, tables = inputs.geometry, inputs.tables
+    positions = spread_positions(g.grid_tokens, rows, inputs.q.device)
     dropped = (~mask).view(torch.uint8)
-    inputs = AttentionInputs(q, k, v, g, tables, scale, key_bias)
     seen = row_moments(inputs, positions, dropped, 1, pool=pool, expansions=expansions, backend=backend)
     return BiasObservation(_bias_errors(seen)[:, 0], tables[:, positions].long() + g.prefix, seen.out)
 

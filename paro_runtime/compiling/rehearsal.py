@@ -13,6 +13,7 @@ import torch
 from ...kernels.attention.api import sparse_attention as run_kernel
 from ...kernels.attention.gluon_sm90 import launch as gluon_launch
 from ...kernels.core.compile_only import Launches
+from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import MOST_EXPANSIONS, SparsePattern
 from ...kernels.core.precision import PRECISIONS
@@ -99,14 +100,15 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
         run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
     check = {"block_q": block_q, "pool": job.pool}
     errors_of(q.device, dtype, job.head_dim, precision, "triton", **check)
-    looks = {"key_bias": bias, "backend": "triton"}
+    scores = ScoreInputs(q, k, key_bias=bias)
     # Errors of blocks are measured on small grids only.
     for by_mass in (True,) if is_large(layout.grid_tokens) else (False, True):
         options = StatisticsOptions(COMPARED_DENSITY, job.order, job.pool, by_mass=by_mass)
-        observe(q, k, layout, block_q, options, v=v, **looks)
+        observe(scores, layout, block_q, options, v=v, backend="triton")
     if tail is not None:
-        observe_bias(q, k, v, g, of_heads, mask, pool=job.pool, expansions=expansions, rows=LEAST_ROWS, **looks)
-    mean_query_masses(q, k, g, of_heads, **looks)
+        sizes = {"pool": job.pool, "expansions": expansions, "rows": LEAST_ROWS}
+        observe_bias(scores.with_values(v, g, of_heads), mask, **sizes, backend="triton")
+    mean_query_masses(scores, g, of_heads, backend="triton")
     # The kernel of one GPU generation and rotated queries: the general kernel and plain queries stand in for them.
     launches.late_from_now = True
     run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ...kernels.attention.api import sparse_attention as run_kernel
+from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.layout import TokenLayout
 from ...kernels.core.pattern import SparsePattern, empty_output
 from ...kernels.core.scratch import ScratchOutOfMemory, release_scratch
@@ -31,17 +32,12 @@ if TYPE_CHECKING:
     from .session import Session
 
 
-@dataclass(frozen=True)
-class SiteCall:
-    """One attention call: q `[B, Hq, L, D]`, k and v `[B, Hkv, L, D]`, key_bias additive `[B, L]` or None; dense runs
-    the host's own attention of the same."""
+@dataclass(frozen=True, eq=False)
+class SiteCall(ScoreInputs):
+    """One attention call: v like k; dense runs the host's own attention of the same."""
 
-    site: Site
-    q: torch.Tensor
-    k: torch.Tensor
     v: torch.Tensor
-    scale: float | None
-    key_bias: torch.Tensor | None
+    site: Site
     dense: Callable[[], torch.Tensor]
 
 
@@ -101,7 +97,7 @@ class Evaluation:
         session.log.device = str(q.device)
         if plain and key_bias is None and session.settings.dense_attention == "auto":
             dense = partial(in_16_bits, q, k, v, scale, dense)
-        call = SiteCall(site, q, k, v, scale, key_bias, dense)
+        call = SiteCall(q, k, v, site, dense, scale=scale, key_bias=key_bias)
         why = self._why_no_claim(call, blocks) or self._why_no_plan(call)
         if why is None:
             out = self._sparse(call)
@@ -307,7 +303,7 @@ class Evaluation:
 
         def measure(pattern: SparsePattern) -> torch.Tensor:
             with session.log.timed("tail"):
-                bits = routed_bits(plan.sites[site], group, call.q, call.k, pattern, **self._options(call))
+                bits = routed_bits(plan.sites[site], group, call, pattern, session.log.backend)
             with session.lock:
                 session.log.routed_sites.add(site)
             return bits
@@ -323,8 +319,7 @@ class Evaluation:
         if not session.refresh.due(key, self.step, self._group, is_short(call.q)):
             return None
         with session.log.timed("tail"):
-            inputs = (call.q, call.k, call.v, pattern)
-            return session.refresh.measure(key, self.step, *inputs, **self._options(call))
+            return session.refresh.measure(key, self.step, call, call.v, pattern, session.log.backend)
 
     def _launch(
         self, site: Site | None, call: SiteCall, pattern: SparsePattern, out: torch.Tensor

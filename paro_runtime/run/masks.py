@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 
 from ...kernels.core.block_mask import pack_bits
+from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.pattern import SparsePattern
 from ...kernels.statistics.mean_queries import mean_query_masses
 from ..attention.patterns import sent
@@ -19,19 +20,11 @@ from ..plan.plan import SitePlan
 
 
 def routed_bits(
-    entry: SitePlan,
-    group: int,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    pattern: SparsePattern,
-    *,
-    scale: float | None,
-    key_bias: torch.Tensor | None,
-    backend: str = "auto",
+    entry: SitePlan, group: int, scores: ScoreInputs, pattern: SparsePattern, backend: str = "auto"
 ) -> torch.Tensor:
     """A site's mask in a group of steps, by this call: packed uint8 `[bytes]` on q's device, which nothing waits for.
-    pattern: the entry's own, without a mask; otherwise as `sparse_attention`."""
-    rest = {"scale": scale, "key_bias": key_bias, "backend": backend}
-    masses = mean_query_masses(q, k, pattern.geometry, pattern.tables_of_heads(q.shape[1]), **rest)
+    pattern: the entry's own, without a mask."""
+    tables = pattern.tables_of_heads(scores.heads)
+    masses = mean_query_masses(scores, pattern.geometry, tables, backend=backend)
     counts = (entry.density[group : group + 1] * masses[0].numel()).round().long()
     return pack_bits(masks_of_counts(masses, sent(counts, masses.device))[0])

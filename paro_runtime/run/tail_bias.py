@@ -17,6 +17,7 @@ from contextlib import AbstractContextManager
 import torch
 
 from ...kernels.core.gather import take_rows
+from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.pattern import SparsePattern
 from ..calibration.tail_fit import BiasObservation, best_bias, measured_rows, observe_bias
 
@@ -69,30 +70,16 @@ class TailBiasUpdate:
         self,
         key: Hashable,
         step: int,
-        q: torch.Tensor,
-        k: torch.Tensor,
+        scores: ScoreInputs,
         v: torch.Tensor,
         pattern: SparsePattern,
-        *,
-        scale: float | None,
-        key_bias: torch.Tensor | None,
         backend: str = "auto",
     ) -> BiasObservation:
         """Measure the bias on this call; calls of one step (conditionings that the host runs apart) add up."""
-        seen = observe_bias(
-            q,
-            k,
-            v,
-            pattern.geometry,
-            pattern.tables_of_heads(q.shape[1]),
-            pattern.mask,
-            pool=pattern.pool,
-            expansions=pattern.expansions,
-            rows=measured_rows(pattern.geometry.grid_tokens),
-            scale=scale,
-            key_bias=key_bias,
-            backend=backend,
-        )
+        g = pattern.geometry
+        inputs = scores.with_values(v, g, pattern.tables_of_heads(scores.heads))
+        sizes = {"pool": pattern.pool, "expansions": pattern.expansions, "rows": measured_rows(g.grid_tokens)}
+        seen = observe_bias(inputs, pattern.mask, **sizes, backend=backend)
         errors = seen.errors
         with self._lock:
             before = self._errors.get(key)

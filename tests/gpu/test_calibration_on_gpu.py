@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_paro.kernels.core.inputs import AttentionInputs
+from comfyui_paro.kernels.core.inputs import AttentionInputs, ScoreInputs
 from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
 from comfyui_paro.kernels.core.sampling import sampled_rows
 from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
@@ -44,15 +44,15 @@ def test_kernels_of_calibration(dtype, dim, pool, block_q, biased):
     inputs = AttentionInputs(q, k, v, g, tables, key_bias=bias)
     levels = torch.randint(0, 3, (4, g.q_blocks, g.k_blocks), dtype=torch.uint8, device="cuda")
     costs, moments, sums = [], [], []
-    lse = row_logsumexp(q, k, key_bias=bias, backend="reference")
+    lse = row_logsumexp(ScoreInputs(q, k, key_bias=bias), "reference")
     for backend in ("triton", "reference"):
         costs.append(block_costs(inputs, positions, pool=pool, backend=backend))
         moments.append(row_moments(inputs, positions[0], levels, 2, pool=pool, backend=backend))
-        sums.append(block_statistics(q, k, lse, g, tables, backend=backend))
+        sums.append(block_statistics(ScoreInputs(q, k), lse, g, tables, backend=backend))
     assert worst(*costs, COSTS) < 1.5e-2
     assert worst(*moments, COSTS[:5]) < 1.5e-2
     assert worst(*sums, ("mass",)) < 1e-3
-    torch.testing.assert_close(row_logsumexp(q, k, key_bias=bias, backend="triton"), lse, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(row_logsumexp(ScoreInputs(q, k, key_bias=bias), "triton"), lse, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("dtype, block_q", [(torch.bfloat16, 128), (torch.float16, 64)])
@@ -62,7 +62,9 @@ def test_masses_of_mean_queries(dtype, block_q):
     tables = torch.stack([torch.randperm(g.grid_tokens, device="cuda") for _ in range(2)]).int()
     tables, bias = tables.repeat_interleave(2, 0), torch.randn(2, g.length, device="cuda")
     bias[:, g.prefix : g.prefix + g.grid_tokens] = 0
-    found, expected = (mean_query_masses(q, k, g, tables, key_bias=bias, backend=b) for b in ("triton", "reference"))
+    found, expected = (
+        mean_query_masses(ScoreInputs(q, k, key_bias=bias), g, tables, backend=b) for b in ("triton", "reference")
+    )
     assert ((found - expected).abs().max() / expected.abs().max()).item() < 2e-3
     counts = torch.tensor([[15, 30, 45, 60], [12, 13, 25, 40]], device="cuda")
     there, here = masks_of_counts(expected, counts), masks_of_counts(expected.cpu(), counts.cpu())
@@ -112,10 +114,10 @@ def test_measuring_the_bias_takes_little_memory(grid, heads):
                for _ in range(3))  # fmt: skip
     tables = torch.arange(g.grid_tokens, device="cuda", dtype=torch.int32).expand(heads, -1).contiguous()
     mask = torch.rand(heads, g.q_blocks, g.k_blocks, device="cuda") < 0.3
-    observe_bias(q, k, v, g, tables, mask, pool=64, rows=measured_rows(g.grid_tokens))
+    observe_bias(AttentionInputs(q, k, v, g, tables), mask, pool=64, rows=measured_rows(g.grid_tokens))
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    observe_bias(q, k, v, g, tables, mask, pool=64, rows=measured_rows(g.grid_tokens))
+    observe_bias(AttentionInputs(q, k, v, g, tables), mask, pool=64, rows=measured_rows(g.grid_tokens))
     assert torch.cuda.max_memory_allocated() - before < 128 << 20
 
 
@@ -126,8 +128,8 @@ def test_sums_under_all_orders_are_the_cpus(grid, dtype):
     q, k = torch.randn(2, 1, 2, g.length, 64, device="cuda").to(dtype)
     bias = torch.randn(1, g.length, device="cuda")
     names = StatisticsOptions(0.2).candidates(grid)
-    found = sums_under_orders(q, k, g, names, key_bias=bias)
-    expected = sums_under_orders(q.cpu(), k.cpu(), g, names, key_bias=bias.cpu())
+    found = sums_under_orders(ScoreInputs(q, k, key_bias=bias), g, names)
+    expected = sums_under_orders(ScoreInputs(q.cpu(), k.cpu(), key_bias=bias.cpu()), g, names)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b, atol=1e-3, rtol=1e-3)
 

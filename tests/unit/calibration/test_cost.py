@@ -13,6 +13,7 @@ from collections import Counter
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.inputs import ScoreInputs
 from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.kernels.core.pattern import MOST_EXPANSIONS
 from comfyui_paro.kernels.core.support import interpreted
@@ -143,7 +144,7 @@ def launches(monkeypatch):
         kernel = getattr(modules[module], name)
         monkeypatch.setattr(modules[module], name, Launch(name, kernel, count))
     for module in (statistics_api, tail_error_api):
-        monkeypatch.setattr(module, "chosen_backend", lambda *_: "triton")
+        monkeypatch.setattr(module, "uses_reference", lambda *_: False)
     return found
 
 
@@ -152,7 +153,9 @@ def multiply_adds(grid, dim: int, by_mass: bool, dtype=torch.float32, prefix: in
     layout = TokenLayout(prefix, grid)
     q, k, v = torch.randn(3, 1, 1, layout.length, dim).to(dtype)
     with FlopCounterMode(display=False) as counted:
-        observe(q, k, layout, query_block(layout.grid_tokens), StatisticsOptions(0.1, by_mass=by_mass), v=v)
+        observe(
+            ScoreInputs(q, k), layout, query_block(layout.grid_tokens), StatisticsOptions(0.1, by_mass=by_mass), v=v
+        )
     return counted.get_total_flops() // 2
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
+from comfyui_paro.kernels.core.inputs import ScoreInputs
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
 from comfyui_paro.paro_runtime.attention.patterns import PatternCache
@@ -79,7 +80,7 @@ def test_a_constant_density_has_one_group_of_plain_masks(planted):
     entry = plan.sites[SITE]
     tables = torch.stack([order_table(name, LAYOUT.grid) for name in entry.orders])
     q, k = planted.q[:1], planted.k[:1]
-    mass = block_statistics(q, k, row_logsumexp(q, k), geometry_of(LAYOUT, 64), tables).mass
+    mass = block_statistics(ScoreInputs(q, k), row_logsumexp(ScoreInputs(q, k)), geometry_of(LAYOUT, 64), tables).mass
     assert plan.groups == 1 and torch.equal(entry.mask(), shared_masks([mass], 0.25)[0])
 
 
@@ -154,9 +155,9 @@ def test_a_sampler_may_go_back_to_an_earlier_group(planted, seen):
 def test_the_bias_is_measured_under_the_mask_it_is_used_with(planted, seen, monkeypatch):
     measured, measure = [], TailBiasUpdate.measure
 
-    def watch(self, key, step, q, k, v, pattern, **options):
+    def watch(self, key, step, scores, v, pattern, backend):
         measured.append((step, pattern.kept_words))
-        return measure(self, key, step, q, k, v, pattern, **options)
+        return measure(self, key, step, scores, v, pattern, backend)
 
     monkeypatch.setattr(TailBiasUpdate, "measure", watch)
     session = session_with()

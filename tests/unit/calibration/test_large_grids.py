@@ -6,6 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_paro.bench.paro_bench.generator import HARD, TEXT, make_problem
+from comfyui_paro.kernels.core.gather import block_positions, block_sizes
+from comfyui_paro.kernels.core.inputs import ScoreInputs
 from comfyui_paro.kernels.core.layout import Geometry, TokenLayout, geometry_of
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.statistics.api import block_statistics, query_sums, row_logsumexp
@@ -53,7 +55,9 @@ def test_two_observations_of_tables_in_16_bits_add_up(planted, monkeypatch):
     monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.accumulator.FULL_PRECISION_ELEMENTS", 0)
     options = StatisticsOptions(0.25)
     seen = [
-        statistics_module.observe(planted.q[i : i + 1], planted.k[i : i + 1], LAYOUT, 64, options, v=planted.v[:1])
+        statistics_module.observe(
+            ScoreInputs(planted.q[i : i + 1], planted.k[i : i + 1]), LAYOUT, 64, options, v=planted.v[:1]
+        )
         for i in range(2)
     ]
     seen[1] = replace(seen[1], choice=seen[0].choice.clone())
@@ -155,16 +159,18 @@ def test_orders_are_compared_without_ranking_every_block(monkeypatch):
 
 
 @pytest.mark.parametrize("block_q", [64, 128])
-def test_sampled_sums_are_block_statistics_of_those_rows(planted, block_q):
+def test_sampled_sums_are_the_attention_of_those_rows(planted, block_q):
     q, k = planted.q[:, :4], planted.k[:, :2]
     g, names = geometry_of(LAYOUT, block_q), ("FHW", "HWF", "4x4x4")
-    found = sampled_sums(q, k, g, names, 5, 8)
-    lse = row_logsumexp(q, k)
+    found = sampled_sums(ScoreInputs(q, k), g, names, 5, 8)
+    weights = (q @ k.repeat_interleave(2, 1).mT * q.shape[3] ** -0.5).softmax(3).mean(0)
     sample = order_sample(g.q_blocks, 5, q.device)
     assert sample[-1] == g.q_blocks - 1  # a short one
+    rows, share = block_positions(g, sample, 8)[0], block_sizes(g, sample)[:, None] / 8
     for name, sums in zip(names, found, strict=True):
-        table = order_table(name, GRID).expand(4, -1)
-        expected = block_statistics(q, k, lse, g, table, q_blocks=sample, rows_per_block=8).mass
+        tokens = order_table(name, GRID).long() + g.prefix
+        of_keys = weights[:, tokens[rows]].sum(2)[..., tokens].split(64, 2)
+        expected = torch.stack([part.sum(2) for part in of_keys], 2) * share
         torch.testing.assert_close(sums, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -173,11 +179,12 @@ def test_sampled_sums_are_block_statistics_of_those_rows(planted, block_q):
 @pytest.mark.parametrize("dim, dtype, per_block, own", [(64, torch.float16, 16, False), (72, torch.float32, 4, True)])
 def test_the_kernel_of_query_sums(dim, dtype, per_block, own, wide, monkeypatch):
     """Several orders for all heads, or one for each; grouped heads, batch, views as the host gives them; both tiles."""
-    from comfyui_paro.kernels.statistics import triton_statistics
+    from comfyui_paro.kernels.statistics import triton_query_sums
 
     if wide:
-        tile = triton_statistics.statistics_tile((9, 0), 64, wide=False)
-        monkeypatch.setattr(triton_statistics, "tile_of", lambda q: tile)
+        tile = triton_query_sums.logs_tile((9, 0), 64, wide=False)
+        assert tile.keys == 128
+        monkeypatch.setattr(triton_query_sums, "logs_tile", lambda *_: tile)
     g = Geometry(3, (2, 7, 23), 1)
     k = torch.randn(2, g.length, 2, dim).to(dtype).transpose(1, 2)
     orders = 1 if own else 3
@@ -188,7 +195,7 @@ def test_the_kernel_of_query_sums(dim, dtype, per_block, own, wide, monkeypatch)
     else:
         tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(3)]).int()[:, None].expand(-1, 4, -1)
     found, expected = (
-        query_sums(queries, k, g, tables, per_block, key_bias=bias, backend=backend)
+        query_sums(ScoreInputs(queries, k, key_bias=bias), g, tables, per_block, backend)
         for backend in ("triton", "reference")
     )
     assert found.shape == (orders, 4, 5, g.k_blocks)
@@ -215,7 +222,8 @@ def test_a_plan_made_as_on_large_grids_keeps_nearly_as_much(planted, criterion, 
         entry = plan.sites[SITE]
         assert plan.density == pytest.approx(0.3, abs=0.02) and plan.made["criterion"] == criterion
         tables = torch.stack([order_table(name, GRID) for name in entry.orders])
-        mass = block_statistics(q, k, row_logsumexp(q, k), geometry_of(LAYOUT, 64), tables).mass
+        scores = ScoreInputs(q, k)
+        mass = block_statistics(scores, row_logsumexp(scores), geometry_of(LAYOUT, 64), tables).mass
         kept[large] = torch.stack([mass_kept(mass, entry.mask(group=group)).mean() for group in range(3)])
     assert (kept[True] > kept[False] - (0.045 if criterion == "mass" else 0.03)).all(), kept
 
@@ -224,14 +232,14 @@ def test_no_errors_of_blocks_are_measured_where_masses_decide(planted, monkeypat
     for name in ("options.SHARED_TOKENS", "order_choice.SHARED_ROWS"):
         monkeypatch.setattr(f"comfyui_paro.paro_runtime.calibration.{name}", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
-    seen = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3, by_mass=True), v=v)
+    seen = statistics_module.observe(ScoreInputs(q, k), LAYOUT, 64, StatisticsOptions(0.3, by_mass=True), v=v)
     assert seen.tail.error is None and seen.tail.energy is None and seen.tail.curves.isfinite().all()
     assert seen.mass.sum((1, 2)).max() <= LAYOUT.grid_tokens * 1.01
-    both = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3), v=v)
+    both = statistics_module.observe(ScoreInputs(q, k), LAYOUT, 64, StatisticsOptions(0.3), v=v)
     assert torch.equal(both.mass, both.tail.mass) and both.tail.energy is not None
     # Without values, or a tail, nothing but masses is there to decide.
     for more in ({}, {"v": v}):
-        none = statistics_module.observe(q, k, LAYOUT, 64, StatisticsOptions(0.3, pool=None), **more)
+        none = statistics_module.observe(ScoreInputs(q, k), LAYOUT, 64, StatisticsOptions(0.3, pool=None), **more)
         assert none.tail is None and torch.equal(none.mass, seen.mass)
 
 

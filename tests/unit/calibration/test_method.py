@@ -9,6 +9,7 @@ from comfyui_paro.bench.paro_bench.baselines import band_mask, radial_mask, rand
 from comfyui_paro.bench.paro_bench.generator import ARCHETYPES, EASY, HARD, TEXT, make_problem
 from comfyui_paro.bench.paro_bench.sta import published, run
 from comfyui_paro.kernels.attention.reference import sparse_attention_reference
+from comfyui_paro.kernels.core.inputs import AttentionInputs, ScoreInputs
 from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.sampling import spread_positions
@@ -49,7 +50,9 @@ def test_problems_repeat_and_planted_heads_are_found(planted):
         make_problem(GRID, HARD, 1).q, planted.q
     )
     easy = make_problem((9, 11, 10), EASY, samples=(1,))
-    seen = observe(easy.q, easy.k, TokenLayout(TEXT, easy.grid), 64, StatisticsOptions(0.25, tiles=False, pool=None))
+    seen = observe(
+        ScoreInputs(easy.q, easy.k), TokenLayout(TEXT, easy.grid), 64, StatisticsOptions(0.25, tiles=False, pool=None)
+    )
     for head, kind in enumerate(ARCHETYPES):
         if kind.orders:
             best = max(seen.scores[head, seen.candidates.index(name)] for name in kind.orders)
@@ -66,9 +69,9 @@ def test_sums_under_all_orders_are_the_kernels(planted, monkeypatch, block_q, ch
     layout = TokenLayout(TEXT - 5, GRID, 5)
     q, k = planted.q[:2, :4], planted.k[:2, :2]
     bias = torch.randn(2, layout.length) * (torch.rand(2, layout.length) < 0.1)
-    geometry, lse = geometry_of(layout, block_q), row_logsumexp(q, k, key_bias=bias)
+    geometry, lse = geometry_of(layout, block_q), row_logsumexp(ScoreInputs(q, k, key_bias=bias))
     names = ("FHW", "WHF", "4x4x4")
-    found = sums_under_orders(q, k, geometry, names, key_bias=bias)
+    found = sums_under_orders(ScoreInputs(q, k, key_bias=bias), geometry, names)
     weights = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * q.shape[3] ** -0.5 + bias[:, None, None]).softmax(3)
     on_grid = weights[:, :, geometry.prefix : -5, geometry.prefix : -5].mean(0)
     for name, mass in zip(names, found, strict=True):
@@ -79,7 +82,7 @@ def test_sums_under_all_orders_are_the_kernels(planted, monkeypatch, block_q, ch
             expected = torch.nn.functional.pad(rows, (0, -rows.shape[1] % 64)).unflatten(1, (-1, 64)).sum(2)
             torch.testing.assert_close(mass[:, i], expected, atol=1e-4, rtol=1e-4)
         if not bias[:, geometry.prefix : -5].any():
-            kernels = block_statistics(q, k, lse, geometry, table.expand(4, -1)).mass
+            kernels = block_statistics(ScoreInputs(q, k), lse, geometry, table.expand(4, -1)).mass
             torch.testing.assert_close(mass, kernels, atol=1e-4, rtol=1e-4)
 
 
@@ -87,8 +90,8 @@ def test_sums_from_some_rows_stand_for_all(planted):
     """Half of the rows: no block of any order is overlooked, and the total is that of all rows."""
     q, k, geometry = planted.q[:1, :4], planted.k[:1, :4], geometry_of(LAYOUT, 64)
     names = StatisticsOptions(0.25).candidates(GRID)
-    some = sums_under_orders(q, k, geometry, names, rows=LAYOUT.grid_tokens // 2)
-    for part, every in zip(some, sums_under_orders(q, k, geometry, names), strict=True):
+    some = sums_under_orders(ScoreInputs(q, k), geometry, names, rows=LAYOUT.grid_tokens // 2)
+    for part, every in zip(some, sums_under_orders(ScoreInputs(q, k), geometry, names), strict=True):
         assert (part.sum(2) > 0).all() and not torch.equal(part, every)
         torch.testing.assert_close(part.sum((1, 2)), every.sum((1, 2)), rtol=0.03, atol=0)
         assert torch.corrcoef(torch.stack([part.flatten(), every.flatten()]))[0, 1] > 0.97
@@ -117,7 +120,7 @@ def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool, exp
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     pools = {"pool": pool, "expansions": expansions}
     errors = observe_bias(
-        q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), rows=LAYOUT.grid_tokens, **pools
+        AttentionInputs(q, k, v, geometry_of(LAYOUT, 64), tables), entry.mask(), rows=LAYOUT.grid_tokens, **pools
     ).errors
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
     for at in (0, 8, 15):
@@ -131,18 +134,17 @@ def test_the_error_of_a_bias_is_that_of_the_attention(planted, masked, pool, exp
 def test_a_head_does_not_leave_its_order_for_one_that_is_as_good(planted):
     """Each change of order throws away what was summed: observations that disagree by a little must not undo it all."""
     options = StatisticsOptions(0.25, pool=None)
-    first = observe(planted.q[:1], planted.k[:1], LAYOUT, 64, options)
+    scores = ScoreInputs(planted.q[:1], planted.k[:1])
+    first = observe(scores, LAYOUT, 64, options)
     best = first.scores.amax(1)
     other = (first.choice + 1) % len(first.candidates)
     for lead, stays in ((0.005, True), (0.03, False)):
         # What came before makes the other order the better one by this share.
         gap = best - first.scores.gather(1, other[:, None])[:, 0] + lead * best
         before = torch.zeros_like(first.scores).scatter(1, other[:, None], gap[:, None])
-        seen = observe(
-            planted.q[:1], planted.k[:1], LAYOUT, 64, options, previous_scores=before, previous_choice=first.choice
-        )
+        seen = observe(scores, LAYOUT, 64, options, previous_scores=before, previous_choice=first.choice)
         assert torch.equal(seen.choice, first.choice if stays else other)
-        free = observe(planted.q[:1], planted.k[:1], LAYOUT, 64, options, previous_scores=before)
+        free = observe(scores, LAYOUT, 64, options, previous_scores=before)
         assert torch.equal(free.choice, other)
 
 
@@ -150,7 +152,9 @@ def test_the_tail_never_costs_a_head_what_dropping_does_not(planted, masked):
     """Planted heads follow content: the bias that makes their mass right hurts, the bias of least error cannot."""
     entry, tables = masked
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
-    seen = observe_bias(q, k, v, geometry_of(LAYOUT, 64), tables, entry.mask(), pool=64, rows=LAYOUT.grid_tokens)
+    seen = observe_bias(
+        AttentionInputs(q, k, v, geometry_of(LAYOUT, 64), tables), entry.mask(), pool=64, rows=LAYOUT.grid_tokens
+    )
     errors = seen.errors
     chosen = errors.gather(1, errors.argmin(1, keepdim=True))[:, 0]
     assert (chosen <= errors[:, 0]).all()
@@ -172,7 +176,9 @@ def test_sampled_errors_stand_for_all_rows(planted, masked):
     q, k, v = planted.q[:1, :4], planted.k[:1, :4], planted.v[:1, :4]
     options = {"density": 0.25, "pool": 64}
     geometry = geometry_of(LAYOUT, 64)
-    few, every = (observe_tail(q, k, v, geometry, tables[:4], rows=rows, **options).error for rows in (16, 64))
+    few, every = (
+        observe_tail(AttentionInputs(q, k, v, geometry, tables[:4]), rows=rows, **options).error for rows in (16, 64)
+    )
     assert torch.corrcoef(torch.stack([few.flatten(), every.flatten()]))[0, 1] > 0.9
 
 
@@ -188,9 +194,9 @@ def test_refresh_comes_with_every_group_and_adds_up_within_a_step(planted, maske
     pattern = build_pattern(LAYOUT, entry.orders, entry.mask(), entry.tail_bias)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
     assert refresh.bias("site") is None
-    refresh.measure("site", 3, q, k, v, pattern, scale=None, key_bias=None)
+    refresh.measure("site", 3, ScoreInputs(q, k), v, pattern)
     once = refresh.bias("site")
-    refresh.measure("site", 3, q, k, v, pattern, scale=None, key_bias=None)
+    refresh.measure("site", 3, ScoreInputs(q, k), v, pattern)
     torch.testing.assert_close(refresh.bias("site"), once)
 
 
@@ -202,7 +208,7 @@ def test_the_error_of_a_run_is_that_of_its_results(planted, masked, monkeypatch)
     refresh, wrong, whole, worst = TailBiasUpdate(), 0.0, 0.0, 0.0
     for site, number in (("a", 0), ("b", 1)):
         call = [x[number : number + 1] for x in (planted.q, planted.k, planted.v)]
-        seen = refresh.measure(site, 3, *call, pattern, scale=None, key_bias=None)
+        seen = refresh.measure(site, 3, ScoreInputs(*call[:2]), call[2], pattern)
         out = sparse_attention_reference(*call, pattern, PRECISIONS["16bit"])
         refresh.judge(site, 3, seen, out)
         exact = torch.nn.functional.scaled_dot_product_attention(*call)[:, :, TEXT:]
@@ -288,8 +294,8 @@ def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(pla
     # As on grids that are neither small nor large.
     monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.order_choice.SHARED_ROWS", 0)
     q, k, v = planted.q[:1], planted.k[:1], planted.v[:1]
-    sampled = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original"), v=v)
-    exact = observe(q, k, LAYOUT, 64, StatisticsOptions(0.25, "original", by_mass=True), v=v)
+    sampled = observe(ScoreInputs(q, k), LAYOUT, 64, StatisticsOptions(0.25, "original"), v=v)
+    exact = observe(ScoreInputs(q, k), LAYOUT, 64, StatisticsOptions(0.25, "original", by_mass=True), v=v)
     assert torch.equal(sampled.mass, sampled.tail.mass) and not torch.equal(sampled.mass, exact.mass)
     torch.testing.assert_close(sampled.mass.sum((1, 2)), exact.mass.sum((1, 2)), rtol=0.05, atol=1)
     assert torch.corrcoef(torch.stack([sampled.mass.flatten(), exact.mass.flatten()]))[0, 1] > 0.95
@@ -298,7 +304,7 @@ def test_block_sums_come_from_the_sampled_rows_unless_every_row_is_asked_for(pla
 def test_block_sums_of_every_order_stay_on_their_device():
     """On the meta device any tensor that was made on the CPU by mistake is an error, as it would be on a GPU."""
     q, k = torch.empty(2, 1, 4, LAYOUT.length, 32, device="meta")
-    sums = sums_under_orders(q, k, geometry_of(LAYOUT, 64), ("FHW", "HWF"), rows=100)
+    sums = sums_under_orders(ScoreInputs(q, k), geometry_of(LAYOUT, 64), ("FHW", "HWF"), rows=100)
     assert [s.device.type for s in sums] == ["meta", "meta"]
 
 
@@ -307,10 +313,10 @@ def test_every_head_group_and_row_chunk_tells_the_same(planted, masked, monkeypa
     _, tables = masked
     q, k, v = planted.q[:1], planted.k[:1, ::2], planted.v[:1, ::2]
     tables, g = tables[::2].repeat_interleave(2, 0), geometry_of(LAYOUT, 64)
-    whole = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
+    whole = observe_tail(AttentionInputs(q, k, v, g, tables), density=0.25, pool=64)
     monkeypatch.setattr("comfyui_paro.kernels.core.sampling.GROUP_BYTES", 1)
     monkeypatch.setattr("comfyui_paro.kernels.tail_error.reference.CHUNK_ELEMENTS", 1 << 12)
-    parts = observe_tail(q, k, v, g, tables, density=0.25, pool=64)
+    parts = observe_tail(AttentionInputs(q, k, v, g, tables), density=0.25, pool=64)
     for name in ("error", "mass", "curves", "energy"):
         torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-3, atol=1e-6)
 

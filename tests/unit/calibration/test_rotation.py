@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.inputs import ScoreInputs
 from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
 from comfyui_paro.kernels.statistics.logit_errors import PLAIN, ROTATED, UNSMOOTHED, logit_errors
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator
@@ -38,17 +39,17 @@ def tables():
 def test_outliers_that_change_from_token_to_token_want_a_rotation(kv_heads, batch):
     weight = torch.ones(4)
     q, k, _ = call(PLAIN_SITE, kv_heads, batch)
-    errors = logit_errors(q, k, GEOMETRY, tables())
+    errors = logit_errors(ScoreInputs(q, k), GEOMETRY, tables())
     assert errors.shape == (4, 3) and not rotates(*root_means([(errors, weight)]))
     q, k, _ = call(OUTLIER_SITE, kv_heads, batch)
-    errors = logit_errors(q, k, GEOMETRY, tables())
+    errors = logit_errors(ScoreInputs(q, k), GEOMETRY, tables())
     assert rotates(*root_means([(errors, weight)])) and (errors[:, PLAIN] > 3 * errors[:, ROTATED]).all()
 
 
 def test_a_constant_outlier_is_smoothed_away():
     q, k, _ = call(PLAIN_SITE)
     k[..., :4] += 30
-    errors = logit_errors(q, k, GEOMETRY, tables())
+    errors = logit_errors(ScoreInputs(q, k), GEOMETRY, tables())
     assert not rotates(*root_means([(errors, torch.ones(4))])) and (errors[:, UNSMOOTHED] > 10 * errors[:, PLAIN]).all()
 
 
@@ -56,7 +57,7 @@ def test_the_measured_error_is_that_of_the_logits():
     """All queries and keys of one small head, against quantisation written out; the last block of keys is short."""
     g = Geometry(0, (1, 4, 20), 0)
     q, k = torch.randn(2, 1, 1, 80, 32, dtype=torch.float64)
-    found = logit_errors(q.float(), k.float(), g, torch.arange(80)[None])[0, PLAIN]
+    found = logit_errors(ScoreInputs(q.float(), k.float()), g, torch.arange(80)[None])[0, PLAIN]
     rows = torch.linspace(0, 79, 16).round().long()
     centred = k[0, 0] - k[0, 0].mean(0)
     wide = q[0, 0, rows]

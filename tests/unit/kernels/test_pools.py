@@ -116,7 +116,7 @@ def test_triton_is_the_reference(name, dtype, biased):
     means = torch.empty(8, stretches, 64, dtype=dtype) if expansions else None
     keys, values = (torch.full((8, stretches, count, 64), torch.nan) for _ in range(2))
     weight = torch.full((8, stretches, count), torch.nan)
-    inputs = AttentionInputs(q, k, v, g, tables[orders].repeat_interleave(2, 0), 0.2, bias)
+    inputs = AttentionInputs(q, k, v, g, tables[orders].repeat_interleave(2, 0), scale=0.2, key_bias=bias)
     launch_expanded_pools(inputs, PoolBuffers(keys, values, weight, means), pool)
     if expansions:
         of_key_heads = torch.full_like(means, torch.nan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comfyui_paro.kernels.core.gather import block_positions
+from comfyui_paro.kernels.core.inputs import ScoreInputs
 from comfyui_paro.kernels.core.layout import Geometry
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
@@ -30,7 +30,7 @@ def test_row_logsumexp(biased: bool, dim: int, dtype: torch.dtype):
     if biased:
         bias = torch.zeros(2, q.shape[2])
         bias[1, :3] = -torch.inf
-    got, expected = (row_logsumexp(q, k, key_bias=bias, backend=name) for name in ("triton", "reference"))
+    got, expected = (row_logsumexp(ScoreInputs(q, k, key_bias=bias), name) for name in ("triton", "reference"))
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)
 
 
@@ -46,9 +46,10 @@ def test_row_logsumexp(biased: bool, dim: int, dtype: torch.dtype):
 @pytest.mark.parametrize("shape", [{}, {"heads": 4, "batch": 2}])
 def test_block_statistics(geometry: Geometry, options: dict, shape: dict):
     q, k, rows = make(geometry, **shape)
-    lse = row_logsumexp(q, k, backend="reference")
+    lse = row_logsumexp(ScoreInputs(q, k), "reference")
     got, expected = (
-        block_statistics(q, k, lse, geometry, rows, backend=name, **options) for name in ("triton", "reference")
+        block_statistics(ScoreInputs(q, k), lse, geometry, rows, backend=name, **options)
+        for name in ("triton", "reference")
     )
     for name in ("mass", "maximum", "small"):
         a, b = getattr(got, name), getattr(expected, name)
@@ -70,56 +71,19 @@ def test_two_key_blocks_at_a_time_as_on_data_centre_gpus(block_q, epsilon, monke
     geometry = Geometry(3, (2, 5, 29), 1, block_q=block_q)
     assert geometry.k_blocks % 2
     q, k, rows = make(geometry, heads=4, batch=2, dtype=torch.float16)
-    lse, expected_lse = (row_logsumexp(q, k, backend=name) for name in ("triton", "reference"))
+    lse, expected_lse = (row_logsumexp(ScoreInputs(q, k), name) for name in ("triton", "reference"))
     torch.testing.assert_close(lse, expected_lse, atol=1e-4, rtol=1e-5)
     got, expected = (
-        block_statistics(q, k, lse, geometry, rows, epsilon=epsilon, backend=name) for name in ("triton", "reference")
+        block_statistics(ScoreInputs(q, k), lse, geometry, rows, epsilon=epsilon, backend=name)
+        for name in ("triton", "reference")
     )
     for name in ("mass", "maximum", "small") if epsilon else ("mass",):
         torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=2e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("tile_rows", [64, 128])
-@pytest.mark.parametrize("block_q, rows", [(64, 16), (128, 32), (128, 64)])
-def test_sums_from_some_rows_of_each_block(block_q, rows, tile_rows, monkeypatch):
-    """Several query blocks share a tile; the last one is ragged. Garbage in the rows that are not looked at."""
-    from comfyui_paro.kernels.statistics import triton_statistics
-
-    tile = triton_statistics.StatisticsTile(tile_rows, 64, 4, 1)
-    monkeypatch.setattr(triton_statistics, "tile_of", lambda q: tile)
-    geometry = Geometry(3, (2, 7, 23), 1, block_q=block_q)
-    q, k, order = make(geometry, heads=4, batch=2)
-    lse = row_logsumexp(q, k, backend="reference")
-    some = torch.tensor([0, geometry.q_blocks - 1])
-    looked = block_positions(geometry, some, rows)[0].flatten()
-    partial = torch.full_like(lse, float("nan"))
-    for head in range(4):
-        tokens = order[head][looked] + geometry.prefix
-        partial[:, head, tokens] = lse[:, head, tokens]
-    got, expected = (
-        block_statistics(q, k, partial, geometry, order, q_blocks=some, rows_per_block=rows, backend=name)
-        for name in ("triton", "reference")
-    )
-    torch.testing.assert_close(got.mass, expected.mass, atol=2e-4, rtol=1e-4)
-    every = block_statistics(q, k, lse, geometry, order, q_blocks=some, backend="reference")
-    torch.testing.assert_close(got.mass.sum((1, 2)), every.mass.sum((1, 2)), rtol=2e-2, atol=0)
-
-
-def test_all_rows_of_whole_blocks_are_all_rows():
-    geometry = Geometry(0, (2, 8, 16), 0)
-    q, k, order = make(geometry)
-    lse = row_logsumexp(q, k, backend="reference")
-    sampled, every = (
-        block_statistics(q, k, lse, geometry, order, rows_per_block=rows, backend="reference") for rows in (64, None)
-    )
-    torch.testing.assert_close(sampled.mass, every.mass)
-    with pytest.raises(ValueError, match="rows_per_block"):
-        block_statistics(q, k, lse, geometry, order, rows_per_block=16, epsilon=0.1, backend="reference")
 
 
 def test_row_logsumexp_of_some_rows():
     q, k, _ = make(Geometry(3, (2, 5, 17), 1), heads=4, batch=2)
     some = torch.tensor([5, 0, 99])
     for name in ("triton", "reference"):
-        every = row_logsumexp(q, k, backend=name)
-        torch.testing.assert_close(row_logsumexp(q[:, :, some], k, backend=name), every[:, :, some])
+        every = row_logsumexp(ScoreInputs(q, k), name)
+        torch.testing.assert_close(row_logsumexp(ScoreInputs(q[:, :, some], k), name), every[:, :, some])

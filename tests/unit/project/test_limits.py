@@ -24,10 +24,6 @@ WIDE_SIGNATURES = {
     "kernels/attention/api.py::attention_operator": "torch's operators take tensors and numbers, no objects",
     "nodes/calibrate.py::execute": "ComfyUI hands every input over as an argument",
     "nodes/compare/node.py::execute": "ComfyUI hands every input over as an argument",
-    "paro_runtime/calibration/observe.py::observe": "to be divided",
-    "paro_runtime/calibration/tail_fit.py::bias_curves": "to be divided",
-    "paro_runtime/calibration/tail_fit.py::observe_bias": "to be divided",
-    "paro_runtime/calibration/tail_fit.py::observe_tail": "to be divided",
     "paro_runtime/host/attention_call.py::_read": "ComfyUI's attention functions have as many arguments",
 }
 

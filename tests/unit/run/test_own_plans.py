@@ -27,9 +27,9 @@ def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
         budgets.append(len(self.sites))
         return entries(self, *rest)
 
-    def measuring(self, key, step, q, k, v, pattern, **more):
+    def measuring(self, key, step, scores, v, pattern, backend):
         measured.append((step, key[0], pattern.mask))
-        return measure(self, key, step, q, k, v, pattern, **more)
+        return measure(self, key, step, scores, v, pattern, backend)
 
     monkeypatch.setattr(Planner, "entries", planned)
     monkeypatch.setattr(TailBiasUpdate, "measure", measuring)

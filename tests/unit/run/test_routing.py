@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.inputs import ScoreInputs
 from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
 from comfyui_paro.kernels.core.support import interpreted
 from comfyui_paro.kernels.statistics.mean_queries import mean_queries_of_blocks, mean_query_masses
@@ -97,7 +98,9 @@ def test_masses_of_mean_queries_are_alike_in_the_interpreter(dtype, block_q):
     g = Geometry(3, (5, 8, 9), 2, block_q)
     q, k = (torch.randn(2, g.length, n, 40).to(dtype).transpose(1, 2) for n in (4, 2))
     tables = torch.stack([torch.randperm(g.grid_tokens) for _ in range(2)]).int().repeat_interleave(2, 0)
-    found, expected = (mean_query_masses(q, k, g, tables, backend=backend) for backend in ("triton", "reference"))
+    found, expected = (
+        mean_query_masses(ScoreInputs(q, k), g, tables, backend=backend) for backend in ("triton", "reference")
+    )
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 
 
@@ -113,8 +116,8 @@ def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q,
     bias = torch.randn(2, g.length) if biased else None
     if biased:  # of text: block sums leave out what keys of the grid have
         bias[:, g.prefix : g.prefix + g.grid_tokens] = 0
-    call, rest = (q, k, g, tables), {"scale": 0.3, "key_bias": bias, "backend": "reference"}
-    found = mean_query_masses(*call, **rest)
+    scores = ScoreInputs(q, k, scale=0.3, key_bias=bias)
+    found = mean_query_masses(scores, g, tables)
     for head in range(4):
         order = tables[head].long() + g.prefix
         keys = k[:, head // (4 // kv_heads)].double()
@@ -130,7 +133,7 @@ def test_masses_are_the_attention_of_the_mean_queries(kv_heads, biased, block_q,
             torch.testing.assert_close(found[head, block].double(), expected, atol=1e-4, rtol=1e-4)
     # Heads in groups that fit the memory give the same.
     monkeypatch.setattr("comfyui_paro.kernels.core.sampling.GROUP_BYTES", 1)
-    torch.testing.assert_close(mean_query_masses(*call, **rest), found)
+    torch.testing.assert_close(mean_query_masses(scores, g, tables), found)
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2])
@@ -141,7 +144,7 @@ def test_masses_of_some_query_blocks_are_those_of_all(kv_heads):
     tables = tables.repeat_interleave(4 // kv_heads, 0)
     some = budget_blocks(g, q.device)
     assert some.tolist() == [0, 1, 2, 3, 4]  # the last of six has 40 rows
-    found, every = (mean_query_masses(q, k, g, tables, q_blocks=blocks) for blocks in (some, None))
+    found, every = (mean_query_masses(ScoreInputs(q, k), g, tables, q_blocks=blocks) for blocks in (some, None))
     torch.testing.assert_close(found, every[:, some])
 
 
@@ -159,17 +162,17 @@ def test_heads_keep_the_heaviest_blocks_as_many_as_the_plan_says(group, masked):
     q, k = torch.randn(2, 1, 2, LAYOUT.length, 16)
     bias = torch.zeros(1, LAYOUT.length)
     bias[:, 3:150] = -10.0
-    rest = {"scale": 1.0, "key_bias": bias} if masked else {"scale": None, "key_bias": None}
+    scores = ScoreInputs(q, k, scale=1.0, key_bias=bias) if masked else ScoreInputs(q, k)
     sizes = {"block_q": 64, "pool": 64, "expansions": 16, "kv_heads": 2, "device": torch.device("cpu")}
     seen = []
 
     def measure(pattern):
         seen.append(pattern)
-        return routed_bits(entry, group, q, k, pattern, **rest)
+        return routed_bits(entry, group, scores, pattern)
 
     made = pattern_of(entry, LAYOUT, group=group, measure=measure, **sizes)
     assert seen[0].kept_words is None
-    masses = mean_query_masses(q, k, made.geometry, made.tables_of_heads(2), **rest)
+    masses = mean_query_masses(scores, made.geometry, made.tables_of_heads(2))
     counts = (entry.density[group] * 36).round().long()
     assert torch.equal(made.mask, masks_of_counts(masses, counts[None])[0])
     assert torch.equal(made.tail_bias, entry.tail_bias[group])
@@ -268,7 +271,8 @@ def test_all_that_is_measured_knows_of_the_calls_scale_and_mask(monkeypatch):
         real = getattr(where, name)
 
         def watched(*args, **kwargs):
-            seen.setdefault(name, []).append((kwargs["scale"], kwargs["key_bias"] is bias))
+            told = next((vars(each) for each in args if isinstance(each, ScoreInputs)), kwargs)
+            seen.setdefault(name, []).append((told["scale"], told["key_bias"] is bias))
             return real(*args, **kwargs)
 
         monkeypatch.setattr(where, name, watched)
@@ -295,9 +299,9 @@ def test_what_goes_by_the_masks_is_measured_with_them(monkeypatch, short, measur
     monkeypatch.setattr(evaluation_module, "is_short", lambda q: short)
     biases, measure = [], TailBiasUpdate.measure
 
-    def watched_measure(self, key, step, q, k, v, pattern, **rest):
+    def watched_measure(self, key, step, scores, v, pattern, backend):
         biases.append((step, pattern.mask))
-        return measure(self, key, step, q, k, v, pattern, **rest)
+        return measure(self, key, step, scores, v, pattern, backend)
 
     monkeypatch.setattr(TailBiasUpdate, "measure", watched_measure)
     session = run(sigmas=LONG)
