@@ -36,8 +36,6 @@ class PAROReport(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            # The same inputs may stand for a later run.
-            not_idempotent=True,
         )
 
     @classmethod

@@ -21,6 +21,10 @@ SPEED += ["accelerate", "稀疏注意力", "稀疏", "注意力", "加速"]
 
 def schema(**values: Any) -> io.Schema:
     """An `io.Schema` without the fields that this host does not have (search aliases before 0.11)."""
+    if io.Hidden.unique_id in values.get("hidden", ()):
+        # A node that knows its own number shows text under it. The host keeps results without asking for the number, so
+        # a node of another workflow would be served that result, and its text would go to the first one's number.
+        values["not_idempotent"] = True
     known = {field.name for field in fields(io.Schema)}
     return io.Schema(**{name: value for name, value in values.items() if name in known})
 

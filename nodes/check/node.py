@@ -59,8 +59,6 @@ class PAROCheck(io.ComfyNode):
             ],
             hidden=[io.Hidden.unique_id],
             is_output_node=True,
-            # The same inputs may stand for other kernels, drivers and times.
-            not_idempotent=True,
         )
 
     @classmethod

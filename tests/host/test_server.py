@@ -115,6 +115,21 @@ def test_back_to_back(server, stock):
     assert not server.images(history) and "picture" not in history["outputs"]
 
 
+def test_a_node_of_another_workflow_is_not_served_the_result_of_this_one(server):
+    """What stands under a node goes to the number of the node that ran: a kept result would speak under another."""
+    nodes = graph(SMALL, seed=12, settings=SPARSE)
+    server.run(nodes)
+    kinds = {"PAROSettings", "PAROPatchModel", "PAROReport"}
+    renamed = {f"other_{name}" if node["class_type"] in kinds else name: node for name, node in nodes.items()}
+    text = json.dumps(renamed)
+    for name, node in nodes.items():
+        if node["class_type"] in kinds:
+            text = text.replace(f'["{name}", ', f'["other_{name}", ')
+    history = server.run(json.loads(text))
+    (kept,) = [data["nodes"] for kind, data in history["status"]["messages"] if kind == "execution_cached"]
+    assert "model" in kept and not {name for name in kept if name.startswith("other_")}
+
+
 def test_plan_file_from_another_machine(server):
     """Acceptance: the workflow names a plan that is not here; it runs, calibrates and says so."""
     clear(server)
