@@ -80,7 +80,8 @@ def text(
     size: tuple[int, int, int, int] | None,
     trouble: str = "",
 ) -> str:
-    """The sentence, hints, figures, PARO's own report, and what was compared: a line each.
+    """The sentence, then hints, figures, PARO's own report, and what was compared: a line each, as a Markdown list,
+    since the page runs plain lines together.
 
     compared: how was sampled. size: (clips, frames, height, width), None without pictures. trouble: why there are none.
     """
@@ -95,7 +96,7 @@ def text(
     lines.append(f"timed: the sampling alone, not loading and decoding; first {names.first}, then {names.second}")
     if size is not None:
         lines.append(f"picture: {names.labels[0]} | {names.labels[1]} | difference, {DIFFERENCE} times as bright")
-    return "\n".join(lines)
+    return "\n- ".join(lines)
 
 
 def why_not_sparse(report: Report | str) -> str:

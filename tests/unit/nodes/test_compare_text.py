@@ -24,7 +24,9 @@ def runs(first=62.2, second=32.5, steps=(3.1,) * 20, other="none", **changes):
 
 
 def said(*timed, names=PLAIN, figures=FIGURES, size=SIZE, **more):
-    return text(names, *timed, figures, compared="8 steps", size=size, **more).splitlines()
+    first, *facts = text(names, *timed, figures, compared="8 steps", size=size, **more).splitlines()
+    assert all(fact.startswith("- ") for fact in facts)  # plain lines are run together by the page
+    return [first, *(fact.removeprefix("- ") for fact in facts)]
 
 
 def test_the_sentence():
