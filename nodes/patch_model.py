@@ -12,7 +12,7 @@ from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan.plan import Plan, PlanError
 from ..paro_runtime.report.reasons import OFF, not_used
 from .errors import checked, told
-from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, schema
+from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, density_input, schema
 from .storage import plan_store
 
 log = logging.getLogger("paro")
@@ -56,15 +56,10 @@ class PAROPatchModel(io.ComfyNode):
                     tooltip="How much of the attention is computed: quality keeps the most, fast the least; the "
                     "figures come from the model's recipe. custom takes the density below. Without PARO Settings only.",
                 ),
-                io.Float.Input(
-                    "density",
-                    default=DENSITY,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
+                density_input(
+                    "With the speed custom only: the share of attention blocks that is kept. Lower is faster and "
+                    "further from the original result.",
                     optional=True,
-                    tooltip="With the speed custom only: the share of attention blocks that is kept. Lower is faster "
-                    "and further from the original result.",
                 ),
                 io.Combo.Input(
                     "precision",

@@ -29,6 +29,13 @@ def schema(**values: Any) -> io.Schema:
     return io.Schema(**{name: value for name, value in values.items() if name in known})
 
 
+def density_input(tooltip: str, **more: Any) -> io.Float.Input:
+    """The share of blocks that is kept. It always has its place among the widgets, since saved workflows give values by
+    place, by name and by link; that it does not count with every choice stands in its label."""
+    bounds = {"default": DENSITY, "min": 0.01, "max": 1.0, "step": 0.01}
+    return io.Float.Input("density", display_name="density if custom", tooltip=tooltip, **bounds, **more)
+
+
 def advanced(kind: type, name: str, **values: Any) -> Any:
     """An optional input of class `kind` that the page folds away, on hosts whose inputs know `advanced`."""
     if "advanced" in inspect.signature(kind).parameters:

@@ -21,7 +21,7 @@ from ..paro_runtime.config.settings import (
 )
 from ..paro_runtime.host.status import status_line
 from .errors import checked, told
-from .schema import ALIASES, CATEGORY, DENSITY, SettingsType, advanced, schema
+from .schema import ALIASES, CATEGORY, DENSITY, SettingsType, advanced, density_input, schema
 
 log = logging.getLogger("paro")
 _DEFAULT = Settings()
@@ -48,14 +48,9 @@ class PAROSettings(io.ComfyNode):
                     "How much of the attention is computed: quality keeps the most, fast the least; the figures come "
                     "from the model's recipe. custom uses the density below.",
                 ),
-                io.Float.Input(
-                    "density",
-                    default=DENSITY,
-                    min=0.01,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Used with the preset custom only: the share of attention blocks that is kept. "
-                    "1 keeps everything; lower is faster and further from the original result.",
+                density_input(
+                    "Used with the preset custom only: the share of attention blocks that is kept. 1 keeps everything; "
+                    "lower is faster and further from the original result."
                 ),
                 _combo(
                     "precision",

@@ -15,7 +15,7 @@ def names(schema) -> dict:
     return {
         "display_name": schema.display_name,
         "description": schema.description,
-        "inputs": {i.id: {"name": i.id, "tooltip": i.tooltip} for i in schema.inputs},
+        "inputs": {i.id: {"name": i.display_name or i.id, "tooltip": i.tooltip} for i in schema.inputs},
         "outputs": {str(n): {"name": o.display_name or o.id, "tooltip": o.tooltip} for n, o in outputs},
     }
 
