@@ -1,10 +1,13 @@
 // The example workflows: columns of groups of nodes; widgets, links and slots by name. The page stacks the nodes.
 // `python scripts/write_workflows.py` turns them into the files of example_workflows/ inside the real page.
 
+import { BLUEPRINTS } from "./workflows/blueprints.mjs";
 import { IMAGE } from "./workflows/image.mjs";
 import { check, compare, demo } from "./workflows/tiny.mjs";
 import { VIDEO } from "./workflows/video.mjs";
 import { WAN } from "./workflows/wan.mjs";
+
+export { BLUEPRINTS };
 
 // The pack's own nodes alone, wired as they belong together: the picture of the README.
 export const PICTURE = {

@@ -1,7 +1,7 @@
-"""Write example_workflows/ from scripts/workflows.mjs in a real ComfyUI's page: python scripts/write_workflows.py
+"""Write example_workflows/ and subgraphs/ from scripts/workflows.mjs in a real page: python scripts/write_workflows.py
 
-Writes one .json per workflow and a picture of the same name for the template browser. What needs no download is run
-first, so that its picture shows results. Needs a ComfyUI, node, playwright-core and Chromium as scripts/page.mjs does.
+Writes one .json per workflow and a picture of the same name for the template browser, and one .json per blueprint. What
+needs no download is run first, so that its picture shows results. Needs a ComfyUI, node, playwright-core and Chromium as scripts/page.mjs does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from comfy_server import ComfyServer
 from PIL import Image
 
 PACK = Path(__file__).resolve().parent.parent
-FOLDER = PACK / "example_workflows"
+FOLDER, BLUEPRINTS = PACK / "example_workflows", PACK / "subgraphs"
 PICTURE_SIZE = (900, 900)
 """Pixels a thumbnail has at most: the browser draws it some 400 wide."""
 
@@ -68,6 +68,7 @@ def main() -> int:
         with ComfyServer(host, PACK, folder / "comfyui") as server:
             shutil.copy(host / "input" / "example.png", server.folder / "input")
             page("build", server.url, FOLDER)
+            page("blueprints", server.url, BLUEPRINTS)
             for workflow in sorted(FOLDER.glob("*.json")):
                 print(workflow.stem, flush=True)
                 runs = not place_models(workflow, server.folder / "models")

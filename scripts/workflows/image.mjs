@@ -1,6 +1,6 @@
 // Image models: Flux 1, Qwen-Image and its editing model, Z-Image.
 
-import { clip, decode, dualClip, group, hub, patch, picture, prompt, sampler, saveImage, settings, shift, size, unet, vae, workflow } from "./parts.mjs";
+import { clip, decode, dualClip, group, hub, patch, picture, prompt, sampler, saveImage, shift, size, unet, vae, workflow } from "./parts.mjs";
 
 const ONE = "**PARO Patch Model** stands between the model (and its LoRAs) and the sampler; that is all. The line under it says what " +
   "happened. Its `speed` is *balanced*: *quality* keeps more, *fast* less. To compare, switch `enabled` off.";
@@ -9,7 +9,7 @@ const HOPPER = "On Hopper and data-centre Blackwell GPUs (H100, H200, B200) bloc
 const fluxText = hub("comfyanonymous/flux_text_encoders");
 const ae = hub("Comfy-Org/Lumina_Image_2.0_Repackaged")("split_files/vae/ae.safetensors");
 const flux = workflow("paro_flux1_dev", [
-  "Flux 1 with PARO",
+  "Flux 1 with PARO", ONE,
   "Text tokens and Kontext references are never reordered and never dropped; only the image's own tokens are.",
   "Attention is a small share of an image at 1024 x 1024, so expect little there; the share grows with the size. This workflow " +
   "asks for 1536 x 1536, 9,216 tokens. Of 20 steps the first 4 are dense. Measured on an H200 with random weights, 2048 x 2048 in " +
@@ -24,7 +24,7 @@ const flux = workflow("paro_flux1_dev", [
   { id: "guidance", type: "FluxGuidance", widgets: { guidance: 3.5 }, inputs: { conditioning: ["positive", 0] } },
   { id: "negative", type: "ConditioningZeroOut", inputs: { conditioning: ["positive", 0] } },
   size("EmptySD3LatentImage", { width: 1536, height: 1536 }))],
-[group("PARO", settings(), patch("paro", undefined, "model", true))],
+[group("PARO", patch("paro", undefined, "model"))],
 [group("Image",
   sampler("sample", undefined, { model: ["paro", 0], positive: ["guidance", 0], negative: ["negative", 0], latent: ["empty", 0], steps: 20, cfg: 1 }),
   decode("sample"), saveImage("flux1"))]);

@@ -30,8 +30,8 @@ export const size = (type, widgets) => ({ id: "empty", type, widgets: { ...widge
 export const picture = (id, title) => ({ id, type: "LoadImage", title, height: 330, widgets: { image: "example.png" } });
 export const shift = (id, type, value, source) => ({ id, type, widgets: { shift: value }, inputs: { model: [source, 0] } });
 
-export const settings = (widgets = {}) => ({ id: "settings", type: "PAROSettings", widgets: { preset: "balanced", ...widgets } });
-// With `shared` the choices come from the node above.
+export const settings = (widgets) => ({ id: "settings", type: "PAROSettings", widgets: { preset: "balanced", ...widgets } });
+// With `shared` the choices come from the node above: only where a workflow needs more of them than the node itself has.
 export const patch = (id, title, source, shared) => ({
   id, type: "PAROPatchModel", title, height: 290, widgets: { enabled: true, plan_file: "auto" },
   inputs: { model: [source, 0], ...shared && { settings: ["settings", 0] } },
@@ -67,7 +67,7 @@ export function workflow(name, about, ...columns) {
   const [title, ...paragraphs] = about;
   const text = [`## ${title}`, ...paragraphs, ...downloads(columns)].join("\n\n");
   const rows = text.split("\n").reduce((sum, line) => sum + Math.max(1, Math.ceil(line.length / 68)), 0);
-  const note = { id: "about", type: "MarkdownNote", title: "About this workflow", width: 420, height: 70 + 13 * rows, widgets: { text } };
+  const note = { id: "about", type: "MarkdownNote", title: "About this workflow", width: 420, height: 80 + 14 * rows, widgets: { text } };
   return { name, columns: [[{ title: "Read this first", nodes: [note] }], ...columns] };
 }
 export const group = (title, ...nodes) => ({ title, nodes });

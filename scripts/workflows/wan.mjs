@@ -1,6 +1,6 @@
 // Wan 2.2 14B: two models, one for high noise and one for low, each with PARO.
 
-import { clip, decode, group, hub, lora, patch, picture, prompt, saveVideo, settings, shift, size, unet, vae, workflow } from "./parts.mjs";
+import { clip, decode, group, hub, lora, patch, picture, prompt, saveVideo, shift, size, unet, vae, workflow } from "./parts.mjs";
 
 const wan22 = hub("Comfy-Org/Wan_2.2_ComfyUI_Repackaged");
 const wan21 = hub("Comfy-Org/Wan_2.1_ComfyUI_repackaged");
@@ -17,7 +17,7 @@ const loras = ["high", "low"].map((noise) =>
   lora(`lora_${noise}`, wan22(`split_files/loras/wan2.2_i2v_lightx2v_4steps_lora_v1_${noise}_noise.safetensors`), noise,
     `4-step LoRA (${noise} noise)`));
 const patches = (high, low) => [
-  settings(), patch("paro_high", "PARO Patch Model (high noise)", high, true), patch("paro_low", "PARO Patch Model (low noise)", low, true),
+  patch("paro_high", "PARO Patch Model (high noise)", high), patch("paro_low", "PARO Patch Model (low noise)", low),
 ];
 
 const sampler = (id, title, model, inputs, values) => ({
@@ -39,8 +39,9 @@ function sampling(inputs, { steps, cfg, shift: value }) {
 }
 const result = (prefix) => group("Video", decode("second"), ...saveVideo(prefix, 16));
 
-const TWO = "Each of the two models has its own **PARO Patch Model**, since they are calibrated apart; both share one **PARO Settings**. " +
-  "The line under each node says what happened. To compare, switch `enabled` off on both.";
+const TWO = "Each of the two models has its own **PARO Patch Model**, since they are calibrated apart. " +
+  "The line under each node says what happened. *quality* keeps more, *fast* less: set `speed` on both. To compare, switch " +
+  "`enabled` off on both.";
 const expected = (dense, gain) => `Steps: ${dense}. Measured on an H200 with random weights, ${gain} as fast as with ComfyUI's ` +
   "default attention; the README has the table. The gain grows with the number of tokens.";
 
@@ -80,7 +81,7 @@ const fewSteps = workflow("PARO Wan 2.2 14B image to video in 4 steps", [
   "Wan 2.2 14B, image to video in 4 steps, with PARO",
   "The 4-step LoRAs stand between the loaders and PARO, so that PARO calibrates on the weights that run.", TWO,
   expected("the first of 4 is dense, three are sparse", "720p in 4 steps is twice"),
-  "Closer to the result without PARO: preset `quality`. Choose your own first frame.",
+  "Closer to the result without PARO: `speed` *quality*. Choose your own first frame.",
 ],
 [group("Models", ...models("i2v"), ...encoders)],
 [first(MOTION)],
