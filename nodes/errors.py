@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 from ..paro_runtime.config.recipes import RecipeError
 from ..paro_runtime.config.settings import SettingsError
+from ..paro_runtime.host.language import for_user
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan.plan import PlanError
 
@@ -32,7 +33,7 @@ def checked(node_id: str | None, check: Callable[[], object]) -> bool | str:
     except MISTAKES as error:
         _wrong.add(node_id)
         show(str(error))
-        return str(error)
+        return for_user(str(error))
     if node_id in _wrong:
         _wrong.discard(node_id)
         show(" ")  # the page takes an empty text for none
@@ -46,4 +47,4 @@ def told(show: Callable[[str], None]) -> Iterator[None]:
         yield
     except MISTAKES as error:
         show(str(error))
-        raise ValueError(str(error)) from None
+        raise ValueError(for_user(str(error))) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import ComfyExtension, io
 
 from ..paro_runtime.compiling import ahead
+from ..paro_runtime.host.language import follow_language
 from ..paro_runtime.host.saved import keep_records
 from .calibrate import PAROCalibrate
 from .check.node import PAROCheck
@@ -24,5 +25,6 @@ class PAROExtension(ComfyExtension):
         register_folders()
         ahead.at_start()
         keep_records()
+        follow_language()
         demo = [PARODemoConditioning, PARODemoDecode, PARODemoVAE]
         return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PAROCompare, PAROCheck, *demo]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..config.recipes import raised_density
+from .sentences import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -59,8 +60,10 @@ class Facts:
         """Of a run that is over, about one of the grids; the others are only named."""
         clock = log.clock
         scheduled = 0 < clock.happened == clock.dense <= schedule.dense_steps and clock.happened >= schedule.steps
-        about = "about " * (schedule.whole > schedule.steps)
-        part = f"the first {schedule.dense_whole} of {about}{schedule.whole} are" if about else ""
+        part = ""
+        if schedule.whole > schedule.steps:
+            whole = {"dense": schedule.dense_whole, "steps": schedule.whole}
+            part = say("the first {dense} of about {steps} are", **whole)
         others = sorted((one for one in grids if one is not grid), key=lambda one: one.layout.grid)
         return cls(
             steps=clock.happened,

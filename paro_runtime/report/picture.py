@@ -7,6 +7,7 @@ import torch
 from ..plan.orders import ALL_ORDERS
 from ..plan.plan import Plan
 from .reasons import layer_words
+from .sentences import joined, say
 from .verdict import range_of, share
 
 # One colour per order, told apart also without red-green vision (Okabe and Ito's palette).
@@ -74,4 +75,5 @@ def plan_picture(plan: Plan) -> torch.Tensor:
 
 def kept_text(plan: Plan) -> str:
     """`30 % of blocks kept (41 % to 20 %)`: on average, and in the first and the last group of sparse steps."""
-    return f"{share(plan.density)} of blocks kept{range_of([(density, 1) for density in plan.densities])}"
+    kept = say("{density} of blocks kept", density=share(plan.density))
+    return joined("", (kept, range_of([(density, 1) for density in plan.densities])))

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from ..compiling.readiness import COMPILING
+from .sentences import Sentence, clipped, say
 
 NOTHING = "nothing to do"
 NO_CALL = "no self-attention call was seen"
@@ -117,8 +118,10 @@ def layer_words(name: str) -> str:
     if found is None:
         return name
     kind, index, call = found.groups()
-    block = f"block {index}" if kind == "block" else f"{kind} block {index}"
-    return block if call == "0" else f"{block}, attention {int(call) + 1}"
+    block = say("{kind} block {index}", kind=kind, index=index)
+    if kind == "block":
+        block = say("block {index}", index=index)
+    return block if call == "0" else say("{block}, attention {number}", block=block, number=int(call) + 1)
 
 
 def plain(text: str) -> str:
@@ -154,28 +157,28 @@ def hint_of(reason: str) -> str:
     return entry.hint if entry else _REPORT_IT
 
 
-def clipped(text: str, most: int) -> str:
-    """The first line, of at most so many characters."""
-    text = (text.splitlines() or [""])[0]
-    return text if len(text) <= most else f"{text[: most - 1].rstrip()}…"
-
-
 LINE = 120
 """Characters that a status may take: what is longer is cut on the node."""
 
 
-def with_reason(before: str, reason: str, hint: str | None = None) -> str:
+def with_reason(before: str, reason: str, hint: str | None = None) -> Sentence:
     """`before: reason; hint`, the reason cut where one line cannot hold it: it is whole further down in a report."""
     hint = hint_of(reason) if hint is None else hint
-    return f"{before}: {clipped(words_of(reason), max(40, LINE - len(before) - len(hint) - 4))}; {hint}"
+    cut = clipped(words_of(reason), max(40, LINE - len(before) - len(hint) - 4))
+    return say("{before}: {reason}; {hint}", before=before, reason=cut, hint=hint)
 
 
-def not_used(reason: str) -> str:
+def not_used(reason: str) -> Sentence:
     """The verdict on a run in which nothing was PARO's."""
-    return with_reason("Not used", reason)
+    return with_reason(say("Not used"), reason)
 
 
-def stopped(step: int, steps: int) -> str:
+def stopped(step: int, steps: int) -> Sentence:
     """Of a sampling that ended early, in its step `step` counted from 0; below 0: before its first one."""
-    where = f"in step {step + 1} of {steps}" if step >= 0 else "before its first step"
-    return f"Not finished: the sampling was stopped {where}; sample again for a report"
+    if step < 0:
+        return say("Not finished: the sampling was stopped before its first step; sample again for a report")
+    return say(
+        "Not finished: the sampling was stopped in step {step} of {steps}; sample again for a report",
+        step=step + 1,
+        steps=steps,
+    )
