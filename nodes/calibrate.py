@@ -7,6 +7,7 @@ from comfy_api.latest import io, ui
 
 from ..paro_runtime.config.settings import Settings, parse_blocks
 from ..paro_runtime.host.calibration_run import Sampling, calibrate
+from ..paro_runtime.host.language import for_user
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan.plan import PlanError
 from .errors import checked, told
@@ -131,7 +132,7 @@ class PAROCalibrate(io.ComfyNode):
                 name=plan_name,
                 on_status=show,
             )
-        return io.NodeOutput(made.plan, made.picture, made.text, ui=ui.PreviewImage(made.picture, cls=cls))
+        return io.NodeOutput(made.plan, made.picture, for_user(made.text), ui=ui.PreviewImage(made.picture, cls=cls))
 
 
 def _check_name(name: str) -> None:

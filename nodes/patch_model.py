@@ -11,6 +11,7 @@ from ..paro_runtime.host.patching import patch_model
 from ..paro_runtime.host.status import status_line
 from ..paro_runtime.plan.plan import Plan, PlanError
 from ..paro_runtime.report.reasons import OFF, not_used
+from ..paro_runtime.report.sentences import say
 from .errors import checked, told
 from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, density_input, schema
 from .storage import plan_store
@@ -114,7 +115,7 @@ class PAROPatchModel(io.ComfyNode):
                 plan = _load(plan_file)
                 if plan is None:
                     missing = f"plan_file: {plan_file} is not in models/paro, so a plan is made on the way; {COPY}"
-                    note = missing if note is None else f"{missing}; {note}"
+                    note = missing if note is None else say("{first}; {second}", first=missing, second=note)
             if note is not None:
                 log.warning("PARO: %s", note)
                 show(note)

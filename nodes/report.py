@@ -7,8 +7,10 @@ import json
 from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
 
+from ..paro_runtime.host.language import for_user
 from ..paro_runtime.host.patching import is_of_another_run, last_report
 from ..paro_runtime.host.status import status_line
+from ..paro_runtime.report.sentences import joined
 from .schema import ALIASES, CATEGORY, schema
 
 UNKNOWN_LATENT = "Which run made this latent is not known: this is about the model's last one."
@@ -50,11 +52,12 @@ class PAROReport(io.ComfyNode):
         text = report if isinstance(report, str) else report.text()
         values = {"reason": report} if isinstance(report, str) else report.as_dict()
         if not isinstance(report, str) and is_of_another_run(model, latent):
-            text = f"{text}\n\n{UNKNOWN_LATENT}"
+            text = joined("\n\n", (text, UNKNOWN_LATENT))
         picture = None if isinstance(report, str) else report.picture()
         # The page draws the text of progress on any node, the text of a result on none of ours. An empty list takes the
         # picture of an earlier run away, and nothing that waits for a picture runs without one.
         status_line(cls.hidden.unique_id)(text)
+        text = for_user(text)
         images = {"images": []} if picture is None else ui.PreviewImage(picture, cls=cls).as_dict()
         shown = ExecutionBlocker(None) if picture is None else picture
         return io.NodeOutput(text, json.dumps(values), shown, ui={"text": (text,), **images})

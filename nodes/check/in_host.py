@@ -23,7 +23,7 @@ from ...paro_runtime.host.patching import patch_model
 from ...paro_runtime.host.wrappers import KEY, Lifecycle
 from ...paro_runtime.plan.options import MaskOptions
 from ...paro_runtime.plan.store import PlanStore
-from ...paro_runtime.report.reasons import clipped
+from ...paro_runtime.report.sentences import clipped, say
 from ...paro_runtime.run.session import Session
 from .check import Check, Kernels, check_kernels, outlook
 from .machine import machine
@@ -74,7 +74,7 @@ class Parts:
         if doing != self._last:
             self._last = doing
             self._bar.update(1)
-            self._on_status(f"checking: {doing}")
+            self._on_status(say("checking: {part}", part=doing))
 
     def done(self) -> None:
         self._bar.update_absolute(self._total)
@@ -88,7 +88,7 @@ class Parts:
             raise
         except Exception as error:  # a check that fails where something is amiss would be of no use
             log.warning("PARO Check: %s: %s", name, error, exc_info=error)
-            self.notes.append(f"{name}: {clipped(f'{type(error).__name__}: {error}', 200)}")
+            self.notes.append(say("{name}: {error}", name=name, error=clipped(f"{type(error).__name__}: {error}", 200)))
             return None
 
 
@@ -153,7 +153,7 @@ def _session(wanted: Wanted, parts: Parts) -> Session | None:
         model = patch_model(model, wanted.settings or Settings(), store=wanted.store)
         found = model.get_attachment(KEY)
     if not isinstance(found, Lifecycle):
-        parts.notes.append(f"the model: {found}")
+        parts.notes.append(say("the model: {reason}", reason=found))
         return None
     return found.start(_sigmas(wanted))
 

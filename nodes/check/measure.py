@@ -18,7 +18,7 @@ from ...paro_runtime.attention.dense import dense_pattern
 from ...paro_runtime.attention.patterns import build_pattern
 from ...paro_runtime.plan.options import MaskOptions, query_block
 from ...paro_runtime.plan.orders import AXIS_ORDERS
-from ...paro_runtime.report.reasons import clipped
+from ...paro_runtime.report.sentences import clipped
 from .methods import Make, Run, Unavailable
 
 log = logging.getLogger("paro")

@@ -12,6 +12,7 @@ import torch
 from ...kernels.core.layout import TokenLayout
 from ...paro_runtime.config.recipes import recipe_for
 from ...paro_runtime.host.families import Family, ModelCall, family_of
+from ...paro_runtime.report.sentences import say
 
 TEXT_TOKENS = 512
 """Taken for the length of a text that is not connected."""
@@ -57,7 +58,14 @@ def model_size(model: Any, latent: dict[str, Any] | None, positive: Any) -> Mode
             layout, reason = (None, found) if isinstance(found, str) else (found, "")
             notes += [note] if note else []
         if reason:
-            notes.append(f"{reason}: attention is measured at {typical.length:,} tokens ({name})")
+            notes.append(
+                say(
+                    "{reason}: attention is measured at {tokens:,} tokens ({size})",
+                    reason=reason,
+                    tokens=typical.length,
+                    size=name,
+                )
+            )
     return ModelSize(layout, typical, heads, head_dim, _dtype(model.model), sites, tuple(notes))
 
 

@@ -8,6 +8,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ...paro_runtime.config.settings import Settings
+from ...paro_runtime.host.language import for_user
 from ...paro_runtime.host.status import status_line
 from ..schema import ALIASES, CATEGORY, SettingsType, schema
 from ..storage import plan_store
@@ -78,7 +79,7 @@ class PAROCheck(io.ComfyNode):
     ) -> io.NodeOutput:
         show = status_line(cls.hidden.unique_id)
         found = check(Wanted(model, latent, positive, settings, sigmas, steps, denoise, plan_store()), show)
-        text, chart = check_text(found), check_chart(found)
+        text, chart = for_user(check_text(found)), check_chart(found)
         show(text)
         shown = {"text": (text,), **ui.PreviewImage(chart, cls=cls).as_dict()}
         return io.NodeOutput(text, json.dumps(found.as_dict(), indent=1), chart, ui=shown)

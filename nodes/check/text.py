@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ...paro_runtime.report.reasons import hint_of, with_reason, words_of
+from ...paro_runtime.report.sentences import Sentence, joined, listed, say
+from ...paro_runtime.report.text import in_groups
 from ...paro_runtime.report.verdict import range_of, share, steps_text
 from .check import Check, Outlook
 from .measure import Row
@@ -16,41 +18,45 @@ STACKING = (
 )
 
 
-def check_text(check: Check) -> str:
+def check_text(check: Check) -> Sentence:
     """Several lines."""
     groups = {
-        "This machine": _machine(check),
-        "What a run would do": _run(check),
-        "One attention call": _call(check),
-        "Other nodes on the model": _others(check),
-        "Notes": check.notes,
+        say("This machine"): _machine(check),
+        say("What a run would do"): _run(check),
+        say("One attention call"): _call(check),
+        say("Other nodes on the model"): _others(check),
+        say("Notes"): check.notes,
     }
-    lines = [check_verdict(check)]
-    for title, found in groups.items():
-        found = list(found)
-        if found:
-            lines += ["", title, *(f"- {line}" for line in found)]
-    return "\n".join(lines)
+    return in_groups(check_verdict(check), groups)
 
 
 def check_verdict(check: Check) -> str:
     """One sentence: whether PARO would help here, and if not, what to do."""
     kernels, run = check.kernels, check.outlook
     if kernels is None:
-        return "Not all could be checked: see the last lines"
+        return say("Not all could be checked: see the last lines")
     if not kernels.ready:
-        return with_reason("PARO cannot be used now", kernels.reason, kernels.note or None)
+        return with_reason(say("PARO cannot be used now"), kernels.reason, kernels.note or None)
     if run is None:
-        return f"PARO can be used on this machine; {NO_MODEL}"
+        return say("PARO can be used on this machine; {hint}", hint=NO_MODEL)
     if run.why_not:
-        return with_reason("PARO would gain little or nothing here", run.why_not)
+        return with_reason(say("PARO would gain little or nothing here"), run.why_not)
     rate = times_as_fast(check.rows)
     if rate is not None and rate <= 1:
-        return f"PARO would not pay here: a sparse attention call takes {1 / rate:.2f}x the time of what runs now"
-    measured = "" if rate is None else f", attention itself {rate:.1f}x as fast as now"
+        slower = 1 / rate
+        return say(
+            "PARO would not pay here: a sparse attention call takes {rate:.2f}x the time of what runs now", rate=slower
+        )
     low, high = run.gain
-    steps = f"{len(run.densities)} of {steps_text(len(run.dense))} sparse"
-    return f"PARO would be faster here: {steps}, expected {low:.1f}x to {high:.1f}x per sparse step{measured}"
+    faster = say(
+        "PARO would be faster here: {steps}, expected {low:.1f}x to {high:.1f}x per sparse step",
+        steps=say("{sparse} of {steps} sparse", sparse=len(run.densities), steps=steps_text(len(run.dense))),
+        low=low,
+        high=high,
+    )
+    if rate is None:
+        return faster
+    return say("{verdict}, attention itself {rate:.1f}x as fast as now", verdict=faster, rate=rate)
 
 
 def times_as_fast(rows: tuple[Row, ...]) -> float | None:
@@ -63,18 +69,27 @@ def times_as_fast(rows: tuple[Row, ...]) -> float | None:
 def steps_line(run: Outlook) -> str:
     """`20 steps: the first 4 dense, 16 sparse, keeping 30 % of the blocks (41 % to 20 %)`."""
     dense, sparse = sum(run.dense), len(run.densities)
+    steps = steps_text(len(run.dense))
     if not sparse:
-        return f"{steps_text(len(run.dense))}: all dense"
-    first = f"the first {f'{dense} ' * (dense > 1)}dense, " if dense else ""
-    kept = f"keeping {share(run.density)} of the blocks{range_of([(density, 1) for density in run.densities])}"
-    return f"{steps_text(len(run.dense))}: {first}{sparse} sparse, {kept}"
+        return say("{steps}: all dense", steps=steps)
+    kept = say("keeping {density} of the blocks", density=share(run.density))
+    kept = joined("", (kept, range_of([(density, 1) for density in run.densities])))
+    if dense > 1:
+        first = say("the first {count} dense, {sparse} sparse", count=dense, sparse=sparse)
+    elif dense:
+        first = say("the first dense, {sparse} sparse", sparse=sparse)
+    else:
+        first = say("{sparse} sparse", sparse=sparse)
+    return say("{steps}: {dense}, {kept}", steps=steps, dense=first, kept=kept)
 
 
 def row_text(row: Row, now: float | None) -> str:
     """Of a row with a time: that, speed against `now` (ms of the host's present attention), and error."""
-    rate = "" if now is None or row.kind == "host" else f", {now / row.ms:.2f}x as fast as now"
     ms = f"{row.ms:.3g}" if row.ms < 100 else f"{row.ms:,.0f}"
-    return f"{ms} ms{rate}, error {share(row.error)}"
+    if now is None or row.kind == "host":
+        return say("{ms} ms, error {error}", ms=ms, error=share(row.error))
+    rate = now / row.ms
+    return say("{ms} ms, {rate:.2f}x as fast as now, error {error}", ms=ms, rate=rate, error=share(row.error))
 
 
 def unmeasured(rows: tuple[Row, ...]) -> list[str]:
@@ -83,7 +98,9 @@ def unmeasured(rows: tuple[Row, ...]) -> list[str]:
     for row in rows:
         if row.ms is None:
             found.setdefault(row.reason, []).append(row.name)
-    return [f"not measured, {reason}: {', '.join(names)}" for reason, names in found.items()]
+    return [
+        say("not measured, {reason}: {names}", reason=reason, names=listed(names)) for reason, names in found.items()
+    ]
 
 
 def now_of(rows: tuple[Row, ...]) -> float | None:
@@ -94,22 +111,27 @@ def now_of(rows: tuple[Row, ...]) -> float | None:
 def _machine(check: Check) -> Iterable[str]:
     its = check.machine
     if its["gpu"] is None:
-        yield f"no GPU that PARO can use: ComfyUI computes on {its['device']}"
+        yield say("no GPU that PARO can use: ComfyUI computes on {device}", device=its["device"])
     else:
-        memory = f"{its['memory']} GiB"
-        version = f", compute capability {its['compute_capability']}" if its["compute_capability"] else ""
-        driver = f", driver {its['driver'] or 'not known'}" if its["rocm"] is None else f", ROCm {its['rocm']}"
-        yield f"{its['gpu']}, {memory}{version}{driver}"
+        parts = [its["gpu"], f"{its['memory']} GiB"]
+        if its["compute_capability"]:
+            parts.append(say("compute capability {version}", version=its["compute_capability"]))
+        if its["rocm"] is None:
+            parts.append(say("driver {version}", version=its["driver"] or say("not known")))
+        else:
+            parts.append(f"ROCm {its['rocm']}")
+        yield listed(parts)
     names = ("comfyui", "paro", "torch", "cuda", "triton", "comfy_kitchen", "sageattention", "python")
     yield ", ".join(f"{name} {its.get(name) or 'none'}" for name in names)
     kernels = check.kernels
     if kernels is None:
         return
-    note = f"; {kernels.note}" if kernels.note else ""
-    if kernels.ready:
-        yield f"PARO's kernels are compiled and pass the self-check ({kernels.seconds:.1f} s){note}"
+    if not kernels.ready:
+        ready = say("PARO's kernels: {reason}", reason=words_of(kernels.reason))
     else:
-        yield f"PARO's kernels: {words_of(kernels.reason)}{note or f'; {hint_of(kernels.reason)}'}"
+        ready = say("PARO's kernels are compiled and pass the self-check ({seconds:.1f} s)", seconds=kernels.seconds)
+    hint = kernels.note if kernels.ready else kernels.note or hint_of(kernels.reason)
+    yield say("{line}; {hint}", line=ready, hint=hint) if hint else ready
 
 
 def _run(check: Check) -> Iterable[str]:
@@ -117,24 +139,34 @@ def _run(check: Check) -> Iterable[str]:
     if run is None or size is None:
         return
     layout = size.layout
-    context = f", {layout.length - layout.grid_tokens:,} of text or references beside it" * (
-        layout.length > layout.grid_tokens
-    )
-    yield f"{run.title}, {layout.length:,} tokens: {' x '.join(map(str, layout.grid))} of the picture{context}"
+    grid = " x ".join(map(str, layout.grid))
+    tokens = say("{model}, {count:,} tokens: {grid} of the picture", model=run.title, count=layout.length, grid=grid)
+    beside = layout.length - layout.grid_tokens
+    yield say("{tokens}, {count:,} of text or references beside it", tokens=tokens, count=beside) if beside else tokens
     if run.why_not and (check.kernels is None or run.why_not != check.kernels.reason):  # else it is said above
-        yield f"no call would be sparse: {words_of(run.why_not)}; {hint_of(run.why_not)}"
-    begin = "by the settings alone, " if run.why_not else ""
-    yield f"{begin}{steps_line(run)}{f' ({run.part})' if run.part else ''}"
-    layers = "every attention layer" if run.sites is None else f"{run.sites} attention layers"
-    yield f"{layers} in each sparse step" + (f", but for the blocks {run.dense_blocks}" if run.dense_blocks else "")
+        reason, hint = words_of(run.why_not), hint_of(run.why_not)
+        yield say("no call would be sparse: {reason}; {hint}", reason=reason, hint=hint)
+    steps = say("{steps} ({part})", steps=steps_line(run), part=run.part) if run.part else steps_line(run)
+    yield say("by the settings alone, {steps}", steps=steps) if run.why_not else steps
+    layers = say("every attention layer in each sparse step")
+    if run.sites is not None:
+        layers = say("{count} attention layers in each sparse step", count=run.sites)
+    if run.dense_blocks:
+        layers = say("{layers}, but for the blocks {blocks}", layers=layers, blocks=run.dense_blocks)
+    yield layers
     if run.gain is not None:
-        words = [f"{low:.1f}x to {high:.1f}x for {what}" for (low, high), what in _gains(run)]
-        yield f"expected, by the number of tokens alone: {', '.join(words)}"
-    yield f"precision {run.precision}; what the densities rest on: {run.evidence}"
-
-
-def _gains(run: Outlook) -> list[tuple[tuple[float, float], str]]:
-    return [(run.gain, "a sparse step"), (run.run_gain, f"the run of {steps_text(len(run.dense))}")]
+        (low, high), (least, most) = run.gain, run.run_gain
+        yield say(
+            "expected, by the number of tokens alone: {low:.1f}x to {high:.1f}x for a sparse step, "
+            "{least:.1f}x to {most:.1f}x for the run of {steps}",
+            low=low,
+            high=high,
+            least=least,
+            most=most,
+            steps=steps_text(len(run.dense)),
+        )
+    rest_on = {"precision": run.precision, "evidence": run.evidence}
+    yield say("precision {precision}; what the densities rest on: {evidence}", **rest_on)
 
 
 def _call(check: Check) -> Iterable[str]:
@@ -142,15 +174,21 @@ def _call(check: Check) -> Iterable[str]:
         return
     size, now = check.size, now_of(check.rows)
     dtype = str(size.dtype).removeprefix("torch.")
-    yield f"{size.layout.length:,} tokens, {size.heads} heads of {size.head_dim} channels, {dtype}, one prompt"
+    yield say(
+        "{tokens:,} tokens, {heads} heads of {channels} channels, {dtype}, one prompt",
+        tokens=size.layout.length,
+        heads=size.heads,
+        channels=size.head_dim,
+        dtype=dtype,
+    )
     measured = [row for row in check.rows if row.ms is not None]
-    yield from (f"{row.name}: {row_text(row, now)}" for row in measured)
+    yield from (say("{name}: {time}", name=row.name, time=row_text(row, now)) for row in measured)
     yield from unmeasured(check.rows)
     if not measured:
         return
     if measured[0].heads < size.heads:
-        yield f"measured with {measured[0].heads} of the heads, and the times scaled to all of them"
-    yield (
+        yield say("measured with {heads} of the heads, and the times scaled to all of them", heads=measured[0].heads)
+    yield say(
         "inputs are random: times hold for any, errors (relative L2 against exact dense attention) compare precisions. "
         "Random attention is spread evenly, so what drops blocks errs far more here than on pictures"
     )
@@ -159,4 +197,4 @@ def _call(check: Check) -> Iterable[str]:
 def _others(check: Check) -> Iterable[str]:
     yield from check.others
     if check.others:
-        yield f"order: {STACKING}"
+        yield say("order: {order}", order=STACKING)

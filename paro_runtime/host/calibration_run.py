@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..plan.plan import Plan, PlanError
 from ..plan.store import PlanStore
 from ..report.picture import kept_text, plan_picture
 from ..report.reasons import NO_CALL, words_of
+from ..report.sentences import joined, say
 from ..report.verdict import exact, most_common
 from .families import family_of
 from .patching import calibration_model, last_report, policy_for
@@ -95,11 +96,12 @@ def calibrate(
     plan = calibrator.plan(made)
     file = store.save(plan, name or None).name
     calibrator.forget_partial()
-    on_status(f"saved {file} · {kept_text(plan)}, {exact(plan.mass_kept)} of the attention in them")
-    text = [_text(plan, file, len(positives), seconds)]
+    held = {"kept": kept_text(plan), "share": exact(plan.mass_kept)}
+    on_status(say("saved {file} · {kept}, {share} of the attention in them", file=file, **held))
+    text = [*_text(plan, file, len(positives), seconds)]
     if len(missing) < len(positives):
         text.append(f"taken up again: {len(positives) - len(missing)} prompt(s) had been observed before")
-    return Calibration(plan, file, "\n".join(text), plan_picture(plan))
+    return Calibration(plan, file, joined("\n", text), plan_picture(plan))
 
 
 def _check_steps(ranges: tuple[tuple[int, int], ...], total: int) -> None:
@@ -185,15 +187,22 @@ def _sample_prompts(
         )
 
 
-def _text(plan: Plan, file: str, prompts: int, seconds: float) -> str:
+def _text(plan: Plan, file: str, prompts: int, seconds: float) -> Iterator[str]:
+    yield say("plan: {file}", file=file)
+    identity = {"family": plan.identity.family, "layers": plan.identity.architecture, "weights": plan.identity.weights}
+    yield say("model: {family} {layers}, weights {weights}", **identity)
+    yield say("tokens: {tokens}", tokens=plan.layout.describe())
+    yield say(
+        "{layers} attention layers: {kept}, {share} of the attention in them",
+        layers=len(plan.sites),
+        kept=kept_text(plan),
+        share=exact(plan.mass_kept),
+    )
     orders = ", ".join(f"{heads} {name}" for name, heads in plan.orders_histogram().items())
-    return "\n".join(
-        [
-            f"plan: {file}",
-            f"model: {plan.identity.family} {plan.identity.architecture}, weights {plan.identity.weights}",
-            f"tokens: {plan.layout.describe()}",
-            f"{len(plan.sites)} attention layers: {kept_text(plan)}, {exact(plan.mass_kept)} of the attention in them",
-            f"token orders by heads: {orders}",
-            f"watched: {prompts} prompt(s), {plan.made['observations']} calls, {seconds:.1f} s of sampling",
-        ]
+    yield say("token orders by heads: {orders}", orders=orders)
+    yield say(
+        "watched: {prompts} prompt(s), {calls} calls, {seconds:.1f} s of sampling",
+        prompts=prompts,
+        calls=plan.made["observations"],
+        seconds=seconds,
     )

@@ -18,6 +18,7 @@ import torch
 from ...kernels.core.layout import TokenLayout
 from ..report.reasons import not_used, stopped
 from ..report.report import Report
+from ..report.sentences import joined
 from ..run.attempt import Attempt
 from ..run.session import Session
 from ..run.ulysses import several_ranks
@@ -321,7 +322,7 @@ class Lifecycle:
             made_with = saved.add(report, session.policy.identity)
             if made_with is not None:
                 report = replace(report, notes=[*report.notes, made_with])
-                session.say(f"{report.status()}\n{made_with}")
+                session.say(joined("\n", (report.status(), made_with)))
                 log.info("PARO: %s", made_with)
             # It lives as long as the patched model, which may be for days.
             return report if report.plan is None else replace(report, plan=report.plan.without_masks())

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .. import VERSION
+from .sentences import Sentence, joined, listed, say
 
 if TYPE_CHECKING:
     from ..plan.plan import ModelIdentity, Plan
     from .report import Report
 
-SHOWN = {
-    "precision": "{}",
-    "gpu": "on {}",
-    "version": "PARO {}",
-    "torch": "torch {}",
-    "comfyui": "ComfyUI {}",
-    "model": "other weights",
-    "plan": "another plan",
-}
+SHOWN = ("precision", "gpu", "version", "torch", "comfyui", "model", "plan")
 """Fields of which the result depends, in the order in which they are told."""
+NAMES = {"version": "PARO", "torch": "torch", "comfyui": "ComfyUI"}
 ALWAYS = ("precision", "gpu", "version")
 LONGEST = 48
 """Characters of one value that are shown: the values come from a file, which anyone may have written."""
@@ -66,26 +61,36 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(device) if device.startswith("cuda") else device.upper()
 
 
-def compared(made: dict[str, Any], here: dict[str, Any]) -> str:
+def compared(made: dict[str, Any], here: dict[str, Any]) -> Sentence:
     """One line: what a run with the same inputs was made with, and what of that is not so here."""
     differing = [name for name in SHOWN if made.get(name) != here.get(name)]
     if not differing:
-        return f"{_told(made, ALWAYS)}: all the same here, with the same weights and plan"
+        return say("made with {made}: all the same here, with the same weights and plan", made=_listed(made, ALWAYS))
     # Another GPU or precision makes another plan: that is no news.
     if len(differing) > 1 and "plan" in differing:
         differing.remove("plan")
-    then = _told(made, [*ALWAYS, *(name for name in differing if "{}" in SHOWN[name] and name not in ALWAYS)])
-    return f"{then}: here {_listed(here, differing)}, pixels may differ"
+    then = [*ALWAYS, *(name for name in differing if name in NAMES and name not in ALWAYS)]
+    return say(
+        "made with {made}: here {here}, pixels may differ", made=_listed(made, then), here=_listed(here, differing)
+    )
 
 
-def _told(record: dict[str, Any], names: Any) -> str:
-    return f"made with {_listed(record, names)}"
-
-
-def _listed(record: dict[str, Any], names: Any) -> str:
+def _listed(record: dict[str, Any], names: Iterable[str]) -> str:
     """`FP8 on NVIDIA H100, PARO 0.1.0`."""
-    parts = [SHOWN[name].format(_short(record.get(name), name == "precision")) for name in names]
-    return ", ".join(parts).replace(", on ", " on ", 1)
+    parts: list[str] = []
+    for name in names:
+        value = _short(record.get(name), name == "precision")
+        if name == "model":
+            parts.append(say("other weights"))
+        elif name == "plan":
+            parts.append(say("another plan"))
+        elif name == "gpu":  # behind the precision, if that is told
+            parts = [
+                say("{precision} on {gpu}", precision=parts[0], gpu=value) if parts else say("on {gpu}", gpu=value)
+            ]
+        else:
+            parts.append(joined(" ", (NAMES[name], value)) if name in NAMES else value)
+    return listed(parts)
 
 
 def _short(value: Any, upper: bool) -> str:
