@@ -15,6 +15,7 @@ from ...paro_runtime.host.calibration_run import Sampling
 from ...paro_runtime.host.patching import last_report, remove
 from ...paro_runtime.host.wrappers import KEY, Lifecycle
 from ...paro_runtime.report.reasons import hint_of
+from ...paro_runtime.report.sentences import say
 from ..errors import CompareError
 from .compare import Figures, clips_of, measure, side_by_side
 from .text import PLAIN, TWO_MODELS, Timed, labels, text
@@ -115,7 +116,7 @@ def compare(
     first = remove(model) if other is None else other
     for number, each in enumerate((first, model)):
         free_memory()
-        progress = _progress(f"{number + 1} of 2", names.labels[number], on_status)
+        progress = _progress(number + 1, names.labels[number], on_status)
         latent, timed = sample(each, positive, negative, sampling, progress)
         latents.append(latent)
         runs.append(timed)
@@ -139,9 +140,14 @@ def compare(
         on_status("comparing both")
         pictures = side_by_side(reference, clips, labels(names, *runs))
         figures = figures_of(clips, reference)
-    how = (
-        f"{sampling.steps} steps, {sampling.sampler_name}, {sampling.scheduler}, cfg {sampling.cfg:g}, "
-        f"denoise {sampling.denoise:g}, seed {sampling.seed}"
+    how = say(
+        "{steps} steps, {sampler}, {scheduler}, cfg {cfg:g}, denoise {denoise:g}, seed {seed}",
+        steps=sampling.steps,
+        sampler=sampling.sampler_name,
+        scheduler=sampling.scheduler,
+        cfg=sampling.cfg,
+        denoise=sampling.denoise,
+        seed=sampling.seed,
     )
     said = text(names, *runs, figures, compared=how, size=size, trouble=trouble)
     return Comparison(*latents, said, pictures, size is not None and size[1] > 1)
@@ -224,12 +230,14 @@ def _no_memory(error: Exception) -> bool:
     return isinstance(error, torch.cuda.OutOfMemoryError)
 
 
-def _progress(run: str, name: str, on_status: Callable[[str], None]) -> Callable[[int, int, float], None]:
-    on_status(f"run {run} · {name}")
+def _progress(number: int, name: str, on_status: Callable[[str], None]) -> Callable[[int, int, float], None]:
+    run = say("run {number} of 2 · {name}", number=number, name=name)
+    on_status(run)
 
     def step_done(done: int, total: int, seconds: float) -> None:
         left = seconds * (total - done) / done
-        on_status(f"run {run} · {name} · step {done}/{total} · about {left:.0f} s left of it")
+        step = {"step": done, "steps": total, "seconds": left}
+        on_status(say("{run} · step {step}/{steps} · about {seconds:.0f} s left of it", run=run, **step))
 
     return step_done
 

@@ -9,6 +9,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ...paro_runtime.host.calibration_run import Sampling
+from ...paro_runtime.host.language import for_user
 from ...paro_runtime.host.status import status_line
 from ..errors import told
 from ..schema import ALIASES, CATEGORY, schema
@@ -100,10 +101,11 @@ class PAROCompare(io.ComfyNode):
         sampling = Sampling(latent_image, seed, steps, cfg, sampler_name, scheduler, denoise)
         with told(show):
             made = compare(model, positive, negative, vae, sampling, other=other, on_status=show)
-        shown = {"text": (made.text,), **cls._shown(made)}
         show(made.text)
+        text = for_user(made.text)
+        shown = {"text": (text,), **cls._shown(made)}
         picture = _EMPTY if made.picture is None else made.picture
-        return io.NodeOutput(picture, made.text, made.first, made.second, ui=shown)
+        return io.NodeOutput(picture, text, made.first, made.second, ui=shown)
 
     @classmethod
     def _shown(cls, made: Comparison) -> dict:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ...paro_runtime.compiling.readiness import COMPILING
-from ...paro_runtime.report.reasons import hint_of, words_of
+from ...paro_runtime.report.reasons import NO_CALL, hint_of, words_of
 from ...paro_runtime.report.report import Report
+from ...paro_runtime.report.sentences import Sentence, joined, listed, say
 from ...paro_runtime.report.text import error_text
 from .compare import DIFFERENCE, Figures
 
@@ -52,22 +53,35 @@ def labels(names: Names, first: Timed, second: Timed) -> list[str]:
 
 def sentence(names: Names, first: Timed, second: Timed, figures: Figures | None, still: bool) -> str:
     """The result in one sentence. figures: of the second run against the first, or None; still: pictures, no video."""
-    words = f"{seconds_text(first.seconds)} {names.first}, {seconds_text(second.seconds)} {names.second}"
+    words = say(
+        "{first} {how}, {second} {other}",
+        first=seconds_text(first.seconds),
+        how=names.first,
+        second=seconds_text(second.seconds),
+        other=names.second,
+    )
     if first.seconds > 0 and second.seconds > 0:
-        words = f"{_times(first.seconds / second.seconds)} as fast: {words}"
+        words = say("{rate} as fast: {times}", rate=_times(first.seconds / second.seconds), times=words)
     if figures is None:
-        return f"{words}."
+        return say("{times}.", times=words)
     if figures.identical:
-        return f"{words}; the two results are identical."
-    parts = []
+        return say("{times}; the two results are identical.", times=words)
+    parts = list(_parts(figures, still))
+    return say("{times}; {figures}.", times=words, figures=listed(parts)) if parts else say("{times}.", times=words)
+
+
+def _parts(figures: Figures, still: bool) -> Iterator[str]:
     if figures.psnr is not None:
-        parts.append(f"PSNR {_decibels(figures.psnr)}")
+        yield say("PSNR {value}", value=_decibels(figures.psnr))
         if len(figures.frames) > 1:
-            noun, (number, worst) = "image" if still else "frame", figures.worst
-            parts.append(f"worst {noun} {_decibels(worst)} ({noun} {number} of {len(figures.frames)})")
+            number, worst = figures.worst
+            values = {"value": _decibels(worst), "number": number, "count": len(figures.frames)}
+            if still:
+                yield say("worst image {value} (image {number} of {count})", **values)
+            else:
+                yield say("worst frame {value} (frame {number} of {count})", **values)
     if figures.ssim is not None:
-        parts.append(f"SSIM {figures.ssim:.3f}")
-    return f"{words}; {', '.join(parts)}." if parts else f"{words}."
+        yield f"SSIM {figures.ssim:.3f}"
 
 
 def text(
@@ -79,7 +93,7 @@ def text(
     compared: str,
     size: tuple[int, int, int, int] | None,
     trouble: str = "",
-) -> str:
+) -> Sentence:
     """The sentence, then hints, figures, PARO's own report, and what was compared: a line each, as a Markdown list,
     since the page runs plain lines together.
 
@@ -89,14 +103,34 @@ def text(
     lines += [each for each in (trouble, figures.missing if figures is not None else "") if each]
     lines += _hints(names, first, second)
     if figures is not None and figures.flicker is not None and not figures.identical:
-        lines.append(f"flicker: {figures.flicker:.2f} times that {names.first} (1: alike, above 1: it flickers more)")
+        lines.append(
+            say(
+                "flicker: {value:.2f} times that {how} (1: alike, above 1: it flickers more)",
+                value=figures.flicker,
+                how=names.first,
+            )
+        )
     for name, run in _reported(names, first, second):
         lines += _about(name, run)
-    lines.append(f"compared: {compared}" + (f"; {_size(*size)}" if size else ""))
-    lines.append(f"timed: the sampling alone, not loading and decoding; first {names.first}, then {names.second}")
+    sampled = say("compared: {how}", how=compared)
+    lines.append(say("{compared}; {size}", compared=sampled, size=_size(*size)) if size else sampled)
+    lines.append(
+        say(
+            "timed: the sampling alone, not loading and decoding; first {first}, then {second}",
+            first=names.first,
+            second=names.second,
+        )
+    )
     if size is not None:
-        lines.append(f"picture: {names.labels[0]} | {names.labels[1]} | difference, {DIFFERENCE} times as bright")
-    return "\n- ".join(lines)
+        lines.append(
+            say(
+                "picture: {first} | {second} | difference, {times} times as bright",
+                first=names.labels[0],
+                second=names.labels[1],
+                times=DIFFERENCE,
+            )
+        )
+    return joined("\n- ", lines)
 
 
 def why_not_sparse(report: Report | str) -> str:
@@ -113,8 +147,8 @@ def why_not_sparse(report: Report | str) -> str:
     if reasons:
         return max(reasons, key=reasons.get)
     if report.why_dense:
-        return f"of {report.steps} steps all were dense ({report.why_dense})"
-    return "no self-attention call was seen" if not report.sites else f"all {report.steps} steps were dense"
+        return say("of {steps} steps all were dense ({why})", steps=report.steps, why=report.why_dense)
+    return NO_CALL if not report.sites else say("all {steps} steps were dense", steps=report.steps)
 
 
 def _reported(names: Names, first: Timed, second: Timed) -> list[tuple[str, Timed]]:
@@ -128,7 +162,7 @@ def _reported(names: Names, first: Timed, second: Timed) -> list[tuple[str, Time
 def _about(name: str, run: Timed) -> list[str]:
     if isinstance(run.report, str):
         return []
-    return [f"{name}: {run.report.status()}", f"{name}: {error_text(run.report)}"]
+    return [say("{name}: {line}", name=name, line=line) for line in (run.report.status(), error_text(run.report))]
 
 
 def _hints(names: Names, first: Timed, second: Timed) -> list[str]:
@@ -136,23 +170,35 @@ def _hints(names: Names, first: Timed, second: Timed) -> list[str]:
     for name, run in _reported(names, first, second):
         why, report = why_not_sparse(run.report), run.report
         if why:
-            hints.append(f"hint: nothing was sparse ({name}): {words_of(why)}; {hint_of(why)}")
+            reason = {"reason": words_of(why), "hint": hint_of(why)}
+            hints.append(say("hint: nothing was sparse ({name}): {reason}; {hint}", name=name, **reason))
         if isinstance(report, str):
             continue
         if COMPILING in report.calls or any("compiled anew" in note for note in report.notes):
             hints.append(
-                f"hint: this run ({name}) included compiling, once on a machine; with another seed it shows its speed"
+                say(
+                    "hint: this run ({name}) included compiling, once on a machine; "
+                    "with another seed it shows its speed",
+                    name=name,
+                )
             )
         if report.backend == "reference" and not why:
             hints.append(
-                f"hint: the PyTorch reference computed attention ({name}), not PARO's GPU kernels: right, but slow"
+                say(
+                    "hint: the PyTorch reference computed attention ({name}), not PARO's GPU kernels: right, but slow",
+                    name=name,
+                )
             )
     later = statistics.median(first.steps[1:]) if len(first.steps) > 2 else math.inf
     if first.steps and first.steps[0] > SLOW_START * later:
         hints.append(
-            f"hint: the first step {names.first} took {seconds_text(first.steps[0])}, later ones "
-            f"{seconds_text(later)}: it loaded or compiled something, which flatters the second run; "
-            "run it again with another seed"
+            say(
+                "hint: the first step {how} took {first}, later ones {later}: it loaded or compiled something, which "
+                "flatters the second run; run it again with another seed",
+                how=names.first,
+                first=seconds_text(first.steps[0]),
+                later=seconds_text(later),
+            )
         )
     return hints
 
@@ -162,10 +208,15 @@ def _times(rate: float) -> str:
 
 
 def _decibels(value: float) -> str:
-    return "infinite" if math.isinf(value) else f"{value:.1f} dB"
+    return say("infinite") if math.isinf(value) else f"{value:.1f} dB"
 
 
 def _size(clips: int, frames: int, height: int, width: int) -> str:
+    size = {"clips": clips, "frames": frames, "width": width, "height": height}
+    if frames == 1 and clips == 1:
+        return say("{clips} image of {width} x {height}", **size)
     if frames == 1:
-        return f"{clips} image{'s' * (clips > 1)} of {width} x {height}"
-    return f"{f'{clips} clips of ' if clips > 1 else ''}{frames} frames of {width} x {height}"
+        return say("{clips} images of {width} x {height}", **size)
+    if clips == 1:
+        return say("{frames} frames of {width} x {height}", **size)
+    return say("{clips} clips of {frames} frames of {width} x {height}", **size)

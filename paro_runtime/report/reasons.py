@@ -126,7 +126,7 @@ def layer_words(name: str) -> str:
 
 def plain(text: str) -> str:
     """Text with the names of its layers in plain words."""
-    return _SITE.sub(lambda found: layer_words(found[0]), text)
+    return _SITE.sub(lambda found: layer_words(found[0]), text) if _SITE.search(text) else text
 
 
 def without_layer(reason: str) -> tuple[str, str | None]:
