@@ -19,6 +19,8 @@ from typing import Any
 LOCALES = Path(__file__).resolve().parents[2] / "locales"
 FILE = "paro.json"
 ENGLISH = "en"
+LONGEST = 1000
+"""Characters of a plain text that is looked for among the templates: an error of another's may be of any length."""
 
 
 class Sentence(str):
@@ -85,7 +87,7 @@ class Table:
         if isinstance(text, Sentence):
             translation = self._said.get(text.template, text.template)
             return text.shaped(translation.format(**self._fields(text.fields)))
-        for pattern, translation in self._found:
+        for pattern, translation in self._found if len(text) <= LONGEST else ():
             match = pattern.fullmatch(text)
             if match:
                 return translation.format(**self._fields(match.groupdict()))
