@@ -51,7 +51,7 @@ class ComfyServer:
         self._arguments = ["--cpu"] if cpu else []
         self._python = python
         self._process: subprocess.Popen | None = None
-        self._client = uuid.uuid4().hex
+        self.client = uuid.uuid4().hex
         self.url = ""
 
     def __enter__(self) -> ComfyServer:
@@ -96,7 +96,7 @@ class ComfyServer:
 
         Raises ComfyError with one line that names the node when the graph is refused or fails.
         """
-        body = {"prompt": graph, "client_id": self._client, "extra_data": extra or {}}
+        body = {"prompt": graph, "client_id": self.client, "extra_data": extra or {}}
         try:
             prompt_id = self.json("/prompt", body)["prompt_id"]
         except urllib.error.HTTPError as error:
