@@ -107,6 +107,7 @@ class PAROPatchModel(io.ComfyNode):
     ) -> io.NodeOutput:
         show = status_line(cls.hidden.unique_id)
         if not enabled:
+            log.info("PARO: %s", not_used(OFF))
             show(not_used(OFF))
             return io.NodeOutput(model)
         with told(show):

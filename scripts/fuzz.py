@@ -61,7 +61,7 @@ SELDOM = {"PAROCalibrate": 40, "PAROCompare": 40, "PAROCheck": 100}
 SAMPLED = 40  # one in so many patched models is sampled with
 # Functions that are the guard itself, or are the host's own call passing through.
 GUARDS = {"Lifecycle.outer_sample", "Lifecycle.apply_model", "Lifecycle._begin", "Lifecycle._end", "Lifecycle._finish",
-          "Lifecycle._run_of", "Lifecycle._stop", "Lifecycle._conclude", "Lifecycle._or", "Lifecycle._no_report",
+          "Lifecycle._lost", "Lifecycle._stop", "Lifecycle._conclude", "Lifecycle._or", "Lifecycle._no_report",
           "HostEvaluation.trouble", "RunLog.log_once",
           "make_override.<locals>.paro_attention", "make_override.<locals>.paro_attention.<locals>.dense", "_attend",
           "_attend.<locals>.host", "run_host", "_ours", "one_line"}  # fmt: skip

@@ -81,7 +81,7 @@ def patch_model(
             "take one of them away"
         )
         _say(on_status, notes[-1])
-    install(clone, Lifecycle(family, start, settings.strict))
+    install(clone, Lifecycle(family, start, settings.strict, on_status))
     return clone
 
 
@@ -104,7 +104,7 @@ def calibration_model(
         common = {"on_status": on_status, "lasting": not_recorded()}
         return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=watched, **common)
 
-    install(clone, Lifecycle(family, start, strict=True))
+    install(clone, Lifecycle(family, start, strict=True, on_status=on_status))
     return clone
 
 

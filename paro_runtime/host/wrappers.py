@@ -41,7 +41,6 @@ APPLY_MODEL: dict[str, Any] = {
 ATTEMPTS = 4
 """Times one evaluation is run at most when its results are not finite."""
 
-
 NOT_RUN = "PARO has not run yet: sample with this model first"
 
 KEPT_REPORTS = 16
@@ -153,12 +152,20 @@ class Lifecycle:
 
     start     makes the session of a run from its sigmas (the final one included).
     strict    trouble at the end of a run is an error, not a line in the log.
+    on_status gets the line that a run without a report leaves on the node.
     """
 
-    def __init__(self, family: Family, start: Callable[[list[float]], Session], strict: bool = False) -> None:
+    def __init__(
+        self,
+        family: Family,
+        start: Callable[[list[float]], Session],
+        strict: bool = False,
+        on_status: Callable[[str], None] | None = None,
+    ) -> None:
         self.family = family
         self.strict = strict
         self.start = start
+        self._show = on_status or (lambda text: None)
         self.last_report: Report | None = None
         self.why_no_report = NOT_RUN
         self._reports: dict[Hashable, Report] = {}
@@ -185,7 +192,7 @@ class Lifecycle:
             if self.strict:
                 raise
             log.error("PARO: the run goes on without it, it could not begin", exc_info=error)
-            self.why_no_report = not_used(f"the run could not begin ({type(error).__name__}: {error})")
+            self._no_report(not_used(f"the run could not begin ({type(error).__name__}: {error})"))
             return executor(*args, **kwargs)
         try:
             result = executor(*args, **kwargs)
@@ -201,7 +208,7 @@ class Lifecycle:
             # The pictures are made.
             if self.strict:
                 raise
-            self._no_report(error)
+            self._lost(error)
         return result
 
     def _conclude(self, run: HostRun, result: Any) -> None:
@@ -233,7 +240,7 @@ class Lifecycle:
         run = (bound["transformer_options"] or {}).get(OPTIONS_KEY)
         if not isinstance(run, HostRun):
             return executor(*args, **kwargs)
-        its = self._run_of(run, executor.class_obj)
+        its = self._or(None, run, "the beginning of a run beside another", run.of, executor.class_obj)
         if its is None:
             run.session.decline("an evaluation of another model than the one that was patched")
             return executor(*args, **kwargs)
@@ -275,15 +282,6 @@ class Lifecycle:
             run.session.log.log_once(where, error)
             return otherwise
 
-    def _run_of(self, run: HostRun, model: Any) -> HostRun | None:
-        try:
-            return run.of(model)
-        except Exception as error:
-            if self.strict:
-                raise
-            run.session.log.log_once("the beginning of a run beside another", error)
-            return None
-
     def _end(self, evaluation: HostEvaluation, number: int) -> bool:
         try:
             return evaluation.end(number)
@@ -308,16 +306,14 @@ class Lifecycle:
 
     def _stop(self, session: Session) -> None:
         """The sampling was cancelled or failed: there is no report, and the node says so."""
-        self.why_no_report = stopped(session.log.clock.step, session.steps)
-        try:
-            session.say(self.why_no_report)
-        except Exception as error:  # what ended the sampling is what its user must see
-            log.warning("PARO: the status could not be shown (%s: %s)", type(error).__name__, error)
-        log.info("PARO: %s", self.why_no_report)
+        if not session.quiet:
+            self._no_report(stopped(session.log.clock.step, session.steps))
 
     def _finish(self, session: Session) -> Report | None:
         try:
             report = session.finish()
+            if session.quiet:  # of a copy on another GPU: the run's own report is of all copies
+                return report
             log.info("PARO: %s", report.status())
             made_with = saved.add(report, session.policy.identity)
             if made_with is not None:
@@ -330,12 +326,20 @@ class Lifecycle:
             # The pictures are made; nothing that goes wrong afterwards may cost them.
             if self.strict:
                 raise
-            self._no_report(error)
+            self._lost(error)
             return None
 
-    def _no_report(self, error: Exception) -> None:
-        self.why_no_report = f"The run's report could not be made ({type(error).__name__}: {error})"
-        log.warning("PARO: %s", self.why_no_report)
+    def _lost(self, error: Exception) -> None:
+        self._no_report(f"The run's report could not be made ({type(error).__name__}: {error})", logging.WARNING)
+
+    def _no_report(self, why: str, level: int = logging.INFO) -> None:
+        """The same sentence for the report, the console and the node."""
+        self.why_no_report = why
+        log.log(level, "PARO: %s", why)
+        try:
+            self._show(why)
+        except Exception as error:  # what ended the sampling, or the pictures, are what the user must see
+            log.warning("PARO: the status could not be shown (%s: %s)", type(error).__name__, error)
 
 
 def repeatable(model: Any, options: dict[str, Any]) -> bool:

@@ -366,3 +366,34 @@ def test_what_is_done_around_a_call_costs_no_generation(comfy, wan, monkeypatch)
             assert torch.isfinite(comfy.sample(comfy.patched(wan, strict=False, **SPARSE), GRID, steps=3)).all()
             with pytest.raises(OwnBugError):
                 comfy.sample(comfy.patched(wan, strict=True, **SPARSE), GRID, steps=3)
+
+
+def test_one_verdict_for_all_copies_of_a_model(monkeypatch, caplog):
+    """Sessions of a model's copies on other GPUs neither log nor record what the run's own report says of all."""
+    monkeypatch.setattr(wrappers.saved, "add", lambda *given: pytest.fail("recorded"))
+    said, report = [], SimpleNamespace(status=lambda: "a verdict", plan=None)
+    clock = SimpleNamespace(step=0)
+    copy = SimpleNamespace(
+        quiet=True, finish=lambda: report, log=SimpleNamespace(clock=clock), steps=2, say=said.append
+    )
+    life = wrappers.Lifecycle("wan", None, on_status=said.append)
+    with caplog.at_level(logging.INFO, "paro"):
+        assert life._finish(copy) is report
+        life._stop(copy)
+    assert not said and not caplog.records and life.why_no_report == wrappers.NOT_RUN
+
+
+def test_a_run_that_cannot_begin_says_so_everywhere(comfy, wan, monkeypatch, caplog):
+    """The node, the report and the console have the same sentence, and the picture is made."""
+
+    def raising(*given, **more):
+        raise OwnBugError("no session")
+
+    said = []
+    model = comfy.patched(wan, strict=False, said=said, **SPARSE)
+    monkeypatch.setattr(patching, "Session", raising)
+    with caplog.at_level(logging.INFO, "paro"):
+        assert torch.equal(comfy.sample(model, GRID, steps=2), comfy.sample(wan, GRID, steps=2))
+    why = comfy.report(model)
+    assert why.startswith("Not used: the run could not begin (OwnBugError: no session)") and said[-1] == why
+    assert [each.getMessage() for each in caplog.records].count(f"PARO: {why}") == 1
