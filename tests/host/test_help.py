@@ -1,4 +1,5 @@
-"""Every node has names, tooltips and help pages in English and Chinese, where the page looks for them."""
+"""Every node has names and tooltips in four languages and help pages in English and Chinese, where the page looks for
+them."""
 
 from __future__ import annotations
 
@@ -25,14 +26,14 @@ def _inputs(info: dict) -> dict:
 
 
 def test_names_and_tooltips_for_every_node(ours, server):
-    """English and Chinese names for all inputs and outputs; tooltips everywhere."""
+    """Names of all inputs and outputs in every language; tooltips everywhere."""
     assert {"PAROSettings", "PAROPatchModel", "PAROCalibrate", "PAROReport", "PAROCompare", "PAROCheck"} <= set(ours)
     translated = server.json("/i18n")
     for name, info in ours.items():
         declared = _inputs(info)
         assert all(d[1].get("tooltip") for d in declared.values()), name
         assert all(info["output_tooltips"]), name
-        for language in ("en", "zh"):
+        for language in ("en", "zh", "ja", "ko"):
             entry = translated[language]["nodeDefs"][name]
             assert set(entry["inputs"]) == set(declared), (language, name)
             assert set(entry["outputs"]) == {str(i) for i in range(len(info["output"]))}, (language, name)
