@@ -79,8 +79,8 @@ class PAROCheck(io.ComfyNode):
     ) -> io.NodeOutput:
         show = status_line(cls.hidden.unique_id)
         found = check(Wanted(model, latent, positive, settings, sigmas, steps, denoise, plan_store()), show)
-        text, chart = check_text(found), check_chart(found)
-        show(text)
-        text = for_user(text)
+        told, chart = check_text(found), check_chart(found)
+        show(told)
+        text = for_user(told)
         shown = {"text": (text,), **ui.PreviewImage(chart, cls=cls).as_dict()}
         return io.NodeOutput(text, json.dumps(found.as_dict(), indent=1), chart, ui=shown)

@@ -166,7 +166,7 @@ def _about(name: str, run: Timed) -> list[str]:
 
 
 def _hints(names: Names, first: Timed, second: Timed) -> list[str]:
-    hints = []
+    hints: list[str] = []
     for name, run in _reported(names, first, second):
         why, report = why_not_sparse(run.report), run.report
         if why:

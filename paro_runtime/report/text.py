@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from ...kernels.core.precision import PRECISIONS
 from ..plan.plan import IN_PASSING
@@ -36,7 +36,7 @@ def report_text(report: Report) -> Sentence:
     return in_groups(verdict(report), groups)
 
 
-def in_groups(first: str, groups: dict[str, Iterable[str]]) -> Sentence:
+def in_groups(first: str, groups: Mapping[Any, Iterable[str]]) -> Sentence:
     """A sentence, then the lines of each group under its title; groups without lines are left out."""
     lines = [first]
     for title, found in groups.items():
@@ -221,10 +221,10 @@ def _reasons(report: Report) -> Iterable[str]:
     for reason, count in calls.items():
         dense = say("{calls} dense: {reason}", calls=_calls(count), reason=words_of(reason))
         yield dense if report.facts.sparse_steps else say("{line}; {hint}", line=dense, hint=hint_of(reason))
-    for calls, reasons in _grouped(report.fallbacks):
-        yield say("{calls} fell back to ComfyUI's attention: {reasons}", calls=calls, reasons=reasons)
-    for calls, reasons in _grouped(report.passed):
-        yield say("{calls} left to ComfyUI: {reasons}", calls=calls, reasons=reasons)
+    for number, reasons in _grouped(report.fallbacks):
+        yield say("{calls} fell back to ComfyUI's attention: {reasons}", calls=number, reasons=reasons)
+    for number, reasons in _grouped(report.passed):
+        yield say("{calls} left to ComfyUI: {reasons}", calls=number, reasons=reasons)
 
 
 def _grouped(counts: list[tuple[str, int]]) -> Iterable[tuple[Sentence, Sentence]]:

@@ -155,6 +155,7 @@ NAMES = {
     "steps",
     "bit",
     "vace",
+    "double",
 }
 """Words that Chinese sentences have too: of inputs, options and models."""
 
