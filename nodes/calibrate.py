@@ -139,7 +139,7 @@ def _check_name(name: str) -> None:
     """Raises PlanError, before anything is sampled, for a name that no file can have; empty is one of PARO's own."""
     try:
         if name:
-            plan_store().locate(name)
+            plan_store().path_to_write(name)
     except PlanError as error:
         reason = str(error).removeprefix("plan: ")
         raise PlanError(f"plan_name: {reason}; give a name such as my_plan, or none") from None

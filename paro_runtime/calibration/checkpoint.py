@@ -15,10 +15,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from ...kernels.core.layout import TokenLayout
-from ..plan.file import file_digest
+from ..plan.file import file_digest, write_whole
 from ..plan.orders import ALL_ORDERS
 from ..plan.plan import ModelIdentity, PlanError, Site
 from .accumulator import SiteSums
@@ -49,12 +48,9 @@ class PartialStore:
             "candidates": list(sums.candidates),
             "done": sorted(sums.done),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{site.name}{SUFFIX}"
-        unfinished = path.with_name(path.name + ".part")
         text, tensors = json.dumps(header), {k: v.contiguous() for k, v in sums.tensors().items()}
-        save_file(tensors, unfinished, metadata={KEY: text, DIGEST: file_digest(text, tensors)})
-        unfinished.replace(path)
+        path = self.folder / f"{site.name}{SUFFIX}"
+        write_whole(path, tensors, {KEY: text, DIGEST: file_digest(text, tensors)})
 
     def read(self) -> tuple[TokenLayout | None, dict[Site, SiteSums]]:
         """What the folder holds. Raises PlanError if it belongs to another calibration."""

@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -67,10 +69,21 @@ def save_plan(plan: Plan, path: Path) -> None:
         "made": plan.made,
     }
     text = json.dumps(header)
+    write_whole(path, tensors, {"paro": text, "paro_sha256": file_digest(text, tensors)})
+
+
+def write_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write a safetensors file that appears whole or not at all, also where others write the same one at that time.
+    Makes the folder. Raises OSError or SafetensorError."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    save_file(tensors, partial, metadata={"paro": text, "paro_sha256": file_digest(text, tensors)})
-    partial.replace(path)
+    # Not `tempfile`: its files may be read by nobody else, and plans lie in folders that are shared.
+    partial = path.with_name(f"{path.name}.{os.getpid():x}-{threading.get_ident():x}.part")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def file_digest(text: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -21,6 +21,8 @@ log = logging.getLogger("paro")
 SUFFIX = ".safetensors"
 # In bytes: most file systems take 255, the suffix and a temporary one included.
 LONGEST_NAME = 200
+# Windows gives these to devices, whatever comes behind a dot.
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in "123456789¹²³")}
 
 
 class PlanStore:
@@ -67,13 +69,23 @@ class PlanStore:
         except OSError as error:
             raise PlanError(f"plan: {self.writable} cannot be read ({error.strerror or error})") from None
 
+    def path_to_write(self, name: str) -> Path:
+        """Where a plan of this name is written. Raises PlanError for what no file of every system can be called."""
+        try:
+            path = self.writable / self._path(name).name
+        except OSError as error:
+            raise PlanError(f"plan: {self.writable} cannot be read ({error.strerror or error})") from None
+        if not name.isprintable() or name.partition(".")[0].rstrip().lower() in DEVICES:
+            raise PlanError(f"plan: {name!r} cannot be the name of a file on every system")
+        return path
+
     def load(self, name: str) -> Plan:
         """Read a plan. Raises PlanError."""
         return load_plan(self._path(name))
 
     def save(self, plan: Plan, name: str | None = None) -> Path:
         """Write a plan to the user's folder, under its automatic name by default; returns the path."""
-        path = self.writable / self._path(name or automatic_name(plan)).name
+        path = self.path_to_write(name or automatic_name(plan))
         save_plan(plan, path)
         return path
 

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -193,7 +194,7 @@ def test_stopping_at_any_moment_leaves_what_a_resumption_completes(tmp_path, mon
     whole = Calibrator(IDENTITY, OPTIONS)
     feed(whole)
     expected = whole.plan({"by": "test"})
-    chance, real = random.Random(0), partial_module.save_file
+    chance, real = random.Random(0), plan_file_module.save_file
     for number in range(20):
         folder, stop_at = tmp_path / str(number), chance.randrange(8)
         calls = 0
@@ -210,13 +211,13 @@ def test_stopping_at_any_moment_leaves_what_a_resumption_completes(tmp_path, mon
             calls += 1
             real(tensors, path, metadata=metadata)
 
-        monkeypatch.setattr(partial_module, "save_file", save)
+        monkeypatch.setattr(plan_file_module, "save_file", save)
         with pytest.raises(StoppedError):
             feed(Calibrator(IDENTITY, OPTIONS, partial=folder))
         for path in folder.iterdir():
             with pytest.raises(PlanError):
                 load_plan(path)
-        monkeypatch.setattr(partial_module, "save_file", real)
+        monkeypatch.setattr(plan_file_module, "save_file", real)
         resumed = Calibrator(IDENTITY, OPTIONS, partial=folder)
         assert resumed.observations == stop_at
         feed(resumed)
@@ -407,9 +408,55 @@ def test_what_is_no_plain_name_is_refused_in_one_line(tmp_path, name):
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 200
 
 
+@pytest.mark.parametrize("name", ["con", "NUL.safetensors", "aux .v2", "COM1", "lpt¹", "a\nb", "\t", "a\x7f", "\ud800"])
+def test_no_plan_is_written_under_a_name_that_not_every_system_takes(tmp_path, name):
+    """One that has such a name all the same, and is read here, still opens."""
+    store = PlanStore([], tmp_path)
+    with pytest.raises(PlanError, match="cannot be the name of a file on every system") as raised:
+        store.save(make_plan(1), name)
+    assert "\n" not in str(raised.value) and not list(tmp_path.iterdir())
+    if name != "\ud800":
+        save_plan(make_plan(1), tmp_path / f"{name.removesuffix('.safetensors')}.safetensors")
+        assert same(store.load(name), make_plan(1))
+    for good in ("console", "nullify", "a.con", "稀疏 2", ".con"):
+        assert store.path_to_write(good).parent == tmp_path
+
+
+def test_saves_at_one_time_do_not_meet(tmp_path):
+    """Two runs of one model may end together; what fails leaves nothing behind."""
+    store, plans, errors = PlanStore([], tmp_path), [make_plan(1), make_plan(3)], []
+
+    def save(plan):
+        try:
+            for _ in range(25):
+                store.save(plan, "same")
+                read = store.load("same")
+                assert any(same(read, each) for each in plans)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=save, args=(plans[number % 2],)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors and [file.name for file in tmp_path.iterdir()] == ["same.safetensors"]
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        path.write_bytes(b"the beginning of a file")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(plan_file_module, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_plan(make_plan(1), tmp_path / "p.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_name_of_many_bytes_can_be_saved(tmp_path):
     store = PlanStore([], tmp_path)
-    name = "é" * 90
+    name = "é" * 100
     store.save(make_plan(1), name)
     assert store.names() == [name + ".safetensors"]
 
