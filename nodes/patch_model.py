@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 
 from comfy_api.latest import io
@@ -14,7 +15,7 @@ from ..paro_runtime.report.reasons import OFF, not_used
 from ..paro_runtime.report.sentences import say
 from .errors import checked, told
 from .schema import ALIASES, CATEGORY, DENSITY, SPEED, PlanType, SettingsType, density_input, schema
-from .storage import plan_store
+from .storage import plan_store, read_plan
 
 log = logging.getLogger("paro")
 AUTO, REMEMBERED = "auto", "remembered"
@@ -82,10 +83,10 @@ class PAROPatchModel(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, plan_file: str | None = None) -> bool | str:
+    async def validate_inputs(cls, plan_file: str | None = None) -> bool | str:
         # Naming plan_file lifts the host's list check on purpose: a workflow from another machine, whose plan file is
-        # not here, runs and calibrates anew.
-        return checked(cls.hidden.unique_id, lambda: _load(plan_file))
+        # not here, runs and calibrates anew. A large file takes a second, in which the server must answer others.
+        return await asyncio.to_thread(checked, cls.hidden.unique_id, lambda: _load(plan_file, to_check=True))
 
     @classmethod
     def fingerprint_inputs(cls, plan_file: str | None = None, **others: object) -> str:
@@ -113,7 +114,7 @@ class PAROPatchModel(io.ComfyNode):
         with told(show):
             settings, note = _chosen(settings, speed, density, precision)
             if plan is None and plan_file not in (AUTO, REMEMBERED):
-                plan = _load(plan_file)
+                plan = _load(plan_file, to_check=False)
                 if plan is None:
                     missing = f"plan_file: {plan_file} is not in models/paro, so a plan is made on the way; {COPY}"
                     note = missing if note is None else say("{first}; {second}", first=missing, second=note)
@@ -139,14 +140,13 @@ def _chosen(settings: Settings | None, speed: str, density: float, precision: st
     return Settings(preset=speed, density=density if own else None, precision=precision).validated(), note
 
 
-def _load(name: str | None) -> Plan | None:
+def _load(name: str | None, to_check: bool) -> Plan | None:
     """The plan, or None where no file is named and for one that is not there. Raises PlanError, which names the input
     and says what to do, for a file it cannot use."""
     if name in (None, AUTO, REMEMBERED):
         return None
-    store = plan_store()
     try:
-        return None if store.locate(name) is None else store.load(name)
+        return read_plan(name, to_check=to_check)
     except PlanError as error:
         reason = str(error).removeprefix("plan: ").removeprefix("plan ")
         raise PlanError(f"plan_file: {reason}; choose another plan, or auto") from None
