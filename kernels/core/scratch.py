@@ -1,4 +1,5 @@
-"""Scratch memory of the kernels: small calls share a buffer per device and stream, large ones take theirs for the call.
+"""Scratch memory of the kernels: small calls share a buffer per device, stream and thread, large ones take theirs for
+the call.
 
 Memory that were kept between calls would stand beside the activations of the model's other layers, where its peak is.
 """
@@ -55,9 +56,10 @@ _lock = threading.Lock()
 
 
 def _key(device: torch.device) -> tuple:
-    # Launches on one stream run one after the other, so they may share a buffer; other streams may not.
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else threading.get_ident()
-    return device, stream
+    # Calls on one stream run one after the other, so they may share a buffer; other streams may not, and two threads
+    # may launch parts of their calls in turn on the stream that both have by default.
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return device, stream, threading.get_ident()
 
 
 def allocate(layout: ScratchLayout, device: torch.device) -> dict[str, torch.Tensor]:
@@ -83,7 +85,7 @@ def allocate(layout: ScratchLayout, device: torch.device) -> dict[str, torch.Ten
 
 
 def scratch_bytes() -> int:
-    """Bytes that are kept between calls, all devices and streams together."""
+    """Bytes that are kept between calls, all devices, streams and threads together."""
     with _lock:
         return sum(buffer.memory.numel() for buffer in _buffers.values())
 

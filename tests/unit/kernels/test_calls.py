@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +157,27 @@ class TestScratch:
         assert scratch.scratch_bytes() == held > 0
         scratch.release_scratch()
         assert scratch.scratch_bytes() == 0
+
+    def test_threads_share_a_stream_and_no_buffer(self, monkeypatch):
+        """One may launch its attention between the preparation and the attention of the other."""
+        empty, stream = torch.empty, SimpleNamespace(cuda_stream=0)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+        monkeypatch.setattr(torch, "empty", lambda *shape, device, **more: empty(*shape, **more))
+        layout, found, both = scratch.ScratchLayout({"k": ((64,), torch.float32)}), [], threading.Barrier(2, timeout=60)
+
+        def call():
+            both.wait()  # a thread that is over may leave another one its number
+            first, again = (scratch.allocate(layout, torch.device("cuda"))["k"] for _ in range(2))
+            found.append((first, again))
+            both.wait()
+
+        threads = [threading.Thread(target=call) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(first is again for first, again in found)
+        assert found[0][0].data_ptr() != found[1][0].data_ptr()
 
     @pytest.mark.ordinary_tensors  # others do not tell whose memory they are a view of
     @pytest.mark.parametrize("larger", [True, False])
