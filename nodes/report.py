@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 
 from comfy_api.latest import io, ui
 from comfy_execution.graph import ExecutionBlocker
@@ -10,9 +11,11 @@ from comfy_execution.graph import ExecutionBlocker
 from ..paro_runtime.host.language import for_user
 from ..paro_runtime.host.patching import is_of_another_run, last_report
 from ..paro_runtime.host.status import status_line
+from ..paro_runtime.report.report import Report
 from ..paro_runtime.report.sentences import joined
 from .schema import ALIASES, CATEGORY, schema
 
+log = logging.getLogger("paro")
 UNKNOWN_LATENT = "Which run made this latent is not known: this is about the model's last one."
 
 
@@ -46,18 +49,30 @@ class PAROReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: object, samples: dict) -> io.NodeOutput:
-        latent = samples.get("samples")
-        report = last_report(model, latent)
         # No report is not an error: it would take the pictures down with it.
-        text = report if isinstance(report, str) else report.text()
-        values = {"reason": report} if isinstance(report, str) else report.as_dict()
-        if not isinstance(report, str) and is_of_another_run(model, latent):
-            text = joined("\n\n", (text, UNKNOWN_LATENT))
-        picture = None if isinstance(report, str) else report.picture()
-        # The page draws the text of progress on any node, the text of a result on none of ours. An empty list takes the
-        # picture of an earlier run away, and nothing that waits for a picture runs without one.
+        try:
+            latent = samples.get("samples")
+            found = last_report(model, latent)
+            text, values, images, shown = _read(found, cls)
+            if not isinstance(found, str) and is_of_another_run(model, latent):
+                text = joined("\n\n", (text, UNKNOWN_LATENT))
+        except Exception as error:
+            log.error("PARO: the report cannot be shown", exc_info=error)
+            text, values, images, shown = _read(f"The report cannot be shown ({type(error).__name__}: {error})", cls)
+        # The page draws the text of progress on any node, the text of a result on none of ours.
         status_line(cls.hidden.unique_id)(text)
         text = for_user(text)
-        images = {"images": []} if picture is None else ui.PreviewImage(picture, cls=cls).as_dict()
-        shown = ExecutionBlocker(None) if picture is None else picture
-        return io.NodeOutput(text, json.dumps(values), shown, ui={"text": (text,), **images})
+        return io.NodeOutput(text, values, shown, ui={"text": (text,), **images})
+
+
+def _read(report: Report | str, node: type) -> tuple[str, str, dict, object]:
+    """Text, JSON for programs, what the page shows, and the picture, of a report or of the reason why there is none.
+
+    An empty list takes the picture of an earlier run away, and nothing that waits for a picture runs without one.
+    """
+    nothing: tuple[dict, object] = {"images": []}, ExecutionBlocker(None)
+    if isinstance(report, str):
+        return report, json.dumps({"reason": report}), *nothing
+    picture = report.picture()
+    images = nothing if picture is None else (ui.PreviewImage(picture, cls=node).as_dict(), picture)
+    return report.text(), json.dumps(report.as_dict()), *images

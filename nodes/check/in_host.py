@@ -155,7 +155,7 @@ def _session(wanted: Wanted, parts: Parts) -> Session | None:
     if not isinstance(found, Lifecycle):
         parts.notes.append(say("the model: {reason}", reason=found))
         return None
-    return found.start(_sigmas(wanted))
+    return found.start(_sigmas(wanted), model)
 
 
 def _sigmas(wanted: Wanted) -> list[float]:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from ..plan.plan import Site
+from ..report.reasons import SKIPPED
 from ..run.attempt import Attempt
 from ..run.evaluation import Evaluation, one_line
 from .attention_call import AttentionCall, key_bias
@@ -60,6 +61,7 @@ class HostEvaluation:
         self._positions: Counter = Counter()
         self._other_lengths: Counter = Counter()
         self._inside = False
+        self.reached = True  # False: other nodes stand around the model, and none has called it so far
 
     def claim(self, call: AttentionCall) -> Claim | None:
         """PARO's claim on a call. Calls of other lengths (text, audio, cross-attention) pass in silence; one of the
@@ -130,7 +132,9 @@ class HostEvaluation:
         if any(evaluation.end(attempt) for evaluation in self._evaluations):
             return True
         layouts = [e.layout for e in self._evaluations]
-        if not self._calls:
+        if not self.reached:
+            self._attempt.decline(SKIPPED)
+        elif not self._calls:
             seen = ", ".join(map(str, sorted(+self._other_lengths))) or "none"
             expected = " or ".join(f"{layout.length} tokens ({layout.describe()})" for layout in layouts)
             self._attempt.decline(f"no self-attention over the {expected} expected; seen: {seen}")

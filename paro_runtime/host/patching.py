@@ -67,8 +67,9 @@ def patch_model(
         clone.set_attachments(KEY, reason)
         return clone
 
-    def start(sigmas: list[float]) -> Session:
-        sampling = clone.get_model_object("model_sampling")
+    def start(sigmas: list[float], sampled: Any) -> Session:
+        # A node behind this one may have given the model another schedule.
+        sampling = (clone if sampled is None else sampled).get_model_object("model_sampling")
         scale = {"highest_noise": float(sampling.sigma_max), "time_gone": time_gone(sampling)}
         session = Session(policy, sigmas=sigmas, on_status=on_status, lasting=not_recorded(), **scale)
         session.log.notes.extend(notes)
@@ -99,7 +100,7 @@ def calibration_model(
     """
     clone = remove(model)
 
-    def start(sigmas: list[float]) -> Session:
+    def start(sigmas: list[float], sampled: Any) -> Session:
         watched = steps(len(sigmas) - 1)
         common = {"on_status": on_status, "lasting": not_recorded()}
         return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=watched, **common)

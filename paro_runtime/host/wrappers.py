@@ -92,7 +92,7 @@ class HostRun:
         if not isinstance(its, Lifecycle):
             return None
         its.last_report = None
-        session = its.start(self.session.sigmas)
+        session = its.start(self.session.sigmas, getattr(model, "current_patcher", None))
         session.quiet = is_copy
         return HostRun(session, its.family, lifecycle=its)
 
@@ -150,7 +150,8 @@ class HostRun:
 class Lifecycle:
     """The two wrappers of one patched model.
 
-    start     makes the session of a run from its sigmas (the final one included).
+    start     makes the session of a run from its sigmas (the final one included) and the host's patcher that is sampled
+              (None: not known), which may be a later clone of the patched one, with other nodes on it.
     strict    trouble at the end of a run is an error, not a line in the log.
     on_status gets the line that a run without a report leaves on the node.
     """
@@ -158,7 +159,7 @@ class Lifecycle:
     def __init__(
         self,
         family: Family,
-        start: Callable[[list[float]], Session],
+        start: Callable[[list[float], Any], Session],
         strict: bool = False,
         on_status: Callable[[str], None] | None = None,
     ) -> None:
@@ -185,7 +186,8 @@ class Lifecycle:
         try:
             sigmas = kwargs["sigmas"] if "sigmas" in kwargs else args[3]
             options = executor.class_obj.model_options.setdefault("transformer_options", {})
-            session = self.start([float(sigma) for sigma in sigmas])
+            patcher = getattr(executor.class_obj, "model_patcher", None)
+            session = self.start([float(sigma) for sigma in sigmas], patcher)
             run = options[OPTIONS_KEY] = HostRun(session, self.family, executor.class_obj, self)
             _stand_first(options)
         except Exception as error:
@@ -259,8 +261,7 @@ class Lifecycle:
             # Always a new dict: the host hands the same one to every evaluation of a step.
             options = {**given, OPTIONS_KEY: evaluation}
             if evaluation is not None:
-                _stand_first(options)
-                _stand_last(options)
+                self._or(None, run, "standing before another attention", _stand_around, evaluation, options)
             control = bound["control"]  # what another node gives in place of a dict goes on as it is
             control = self._or(control, run, "copying a control net's results", _copied, control)
             passed = {**bound, "control": control, "transformer_options": options}
@@ -378,19 +379,27 @@ def _stand_first(options: dict[str, Any]) -> None:
         options[SLOT] = make_override(current)
 
 
-def _stand_last(options: dict[str, Any]) -> None:
-    """Wrappers that come after PARO's may put an attention into the slot too: a last one, next to the model, stands
-    first once more. Only where there are others, since it would be compiled with the model."""
+def _stand_around(evaluation: HostEvaluation, options: dict[str, Any]) -> None:
+    """Stand before an attention that was put into the slot since. Wrappers behind PARO's may do so too: where there are
+    any, a last one, next to the model, stands first again. Else there is none, since it would be compiled with the
+    model."""
+    _stand_first(options)
     if not _others_around(options):
         return
     wrappers = options["wrappers"]
     inner = {name: given for name, given in wrappers.get("diffusion_model", {}).items() if name != KEY}
     options["wrappers"] = {**wrappers, "diffusion_model": {**inner, KEY: [_next_to_the_model]}}
+    evaluation.reached = False
 
 
 def _next_to_the_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """Wrapper of DIFFUSION_MODEL, whose arguments are each model's own."""
     for given in (*args, *kwargs.values()):
-        if isinstance(given, dict) and isinstance(given.get(OPTIONS_KEY), HostEvaluation):
-            _stand_first(given)
+        evaluation = given.get(OPTIONS_KEY) if isinstance(given, dict) else None
+        if isinstance(evaluation, HostEvaluation):
+            evaluation.reached = True
+            try:
+                _stand_first(given)
+            except Exception as error:
+                evaluation.trouble("standing before another attention", error)
     return executor(*args, **kwargs)

@@ -11,6 +11,7 @@ from .sentences import Sentence, clipped, say
 NOTHING = "nothing to do"
 NO_CALL = "no self-attention call was seen"
 NOT_FINITE_SITE = "the result is not finite"
+SKIPPED = "another node, such as a cache of steps, answered without the model"
 OFF = "PARO is switched off"
 NOT_ON_IT = "PARO is not on this model, or is switched off"
 
@@ -74,6 +75,7 @@ REASONS = (
     Reason("an evaluation of another model", f"{NOTHING}, or patch that model too"),
     Reason(r"an evaluation whose results were not finite", "set precision to 16bit in PARO Settings"),
     Reason("the token layout could not be read", f"{_OTHER_NODE}; else report it"),
+    Reason(SKIPPED, NOTHING),
     Reason("no self-attention over the", f"{_OTHER_NODE}; else report it"),
     Reason(NO_CALL, f"{_OTHER_NODE}, or it skipped every step"),
     Reason(r"\d+ self-attention calls where", _OTHER_NODE),
@@ -101,7 +103,10 @@ REASONS = (
     Reason("is not in the plan", "make the plan anew with PARO Calibrate, or set plan_file to auto"),
     Reason(r"(calibration: )?\w*OutOfMemory\w*:", "use less memory: a smaller size, or fewer frames"),
     Reason("calibration: ", _REPORT_IT),
-    Reason(r"(a call could not be told apart|the end of an evaluation): ", f"{_OTHER_NODE}; else report it"),
+    Reason(
+        r"(a call could not be told apart|the end of an evaluation|standing before another attention): ",
+        f"{_OTHER_NODE}; else report it",
+    ),
     Reason(r"\w+: ", _REPORT_IT),
 )
 

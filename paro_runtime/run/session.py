@@ -237,9 +237,15 @@ class Session:
         return self.readiness.reason(q, k, layout, step, biased=biased, **call)
 
     def say(self, text: str) -> None:
-        """Show one line on the node."""
-        if self._on_status is not None and not self.quiet:
+        """Show one line on the node. Trouble with that is no trouble of the run, but with `strict`."""
+        if self._on_status is None or self.quiet:
+            return
+        try:
             self._on_status(text)
+        except Exception as error:
+            if self.settings.strict:
+                raise
+            self.log.log_once("the line on the node", error)
 
     def too_short_to_drop(self, tokens: int, device: torch.device) -> str | None:
         """Why a grid this small keeps every block, in PARO's own precision, or None. Where the user gives a density,

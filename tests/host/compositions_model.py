@@ -335,7 +335,13 @@ SKIPS = "steps that the cache skips have no attention at all"
 
 
 @node(
-    CACHES, "core `EasyCache`", "Wan, batch of three", why=SKIPS, steps=10, skips=True, passed="no self-attention over"
+    CACHES,
+    "core `EasyCache`",
+    "Wan, batch of three",
+    why=SKIPS,
+    steps=10,
+    skips=True,
+    passed="another node, such as a cache",
 )
 def easy_cache(bed: Any, model: Any) -> Any:
     return _cache(bed, model, "EasyCacheNode")

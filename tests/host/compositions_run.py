@@ -181,6 +181,12 @@ row(
     "`KSamplerAdvanced` one after the other, two experts",
     elsewhere=("test_stages.py::test_stages_have_the_sparse_calls_of_the_whole_schedule"),
 )
+row(
+    SAMPLING,
+    "core `ModelSamplingSD3`",
+    "another schedule for the model, before PARO and after it, in stages",
+    elsewhere="test_stages.py::test_a_schedule_of_a_node_behind_paro",
+)
 row(SAMPLING, "rising sigmas", "unsampling with `FlipSigmas`", elsewhere="test_stages.py::test_rising_sigmas")
 row(
     SAMPLING,

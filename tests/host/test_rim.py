@@ -1,16 +1,20 @@
 """Whatever goes wrong in PARO's own code or in what other nodes hand it, the host's attention answers and the run ends:
 with a reason in its report, and an error only with `strict`."""
 
+import json
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.host import attention_call as calls_module
 from comfyui_paro.paro_runtime.host import override, patching, wrappers
 from comfyui_paro.paro_runtime.host.claims import HostEvaluation
 from comfyui_paro.paro_runtime.host.override import SLOT
 from comfyui_paro.paro_runtime.host.wrappers import HostRun
+from comfyui_paro.paro_runtime.report.reasons import SKIPPED
 from comfyui_paro.paro_runtime.run.evaluation import Evaluation
 from comfyui_paro.paro_runtime.run.session import Session
 
@@ -113,6 +117,88 @@ def test_what_the_hosts_own_attention_gives_is_not_judged(kind):
     given = SimpleNamespace(attend=lambda call, claim, dense, plain: q.to(kind), trouble=lambda *args: calls.append(2))
     out = override._attend((given, call, SimpleNamespace(site=SimpleNamespace(name="it"))), theirs, True)
     assert out.dtype == kind and calls == [1, 2, 1]
+
+
+def test_standing_first_next_to_the_model_costs_no_generation(comfy, wan, monkeypatch):
+    """Where another node's wrapper stands behind PARO's."""
+    from comfy.patcher_extension import WrappersMP
+
+    def wrap(executor, *args, **kwargs):
+        monkeypatch.setattr(wrappers, "_stand_first", raising)
+        try:
+            return executor(*args, **kwargs)
+        finally:
+            monkeypatch.setattr(wrappers, "_stand_first", stand_first)
+
+    stand_first = wrappers._stand_first
+    for strict in (False, True):
+        model = comfy.patched(wan, strict=strict, **SPARSE)
+        model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "theirs", wrap)
+        if strict:
+            with pytest.raises(OwnBugError):
+                comfy.sample(model, GRID, steps=2)
+        else:
+            assert torch.isfinite(comfy.sample(model, GRID, steps=2)).all()
+            ((reason, count),) = comfy.report(model).fallbacks
+            assert reason.startswith("standing before another attention: OwnBugError") and count == 2
+
+
+def test_a_line_that_cannot_be_shown_costs_nothing(comfy, wan, caplog):
+    """Neither a dense step nor the report."""
+    from comfyui_paro.paro_runtime.host.patching import last_report, patch_model
+
+    expected = comfy.sample(comfy.patched(wan, **SPARSE), GRID, steps=3)
+    model = patch_model(wan, Settings(strict=False, **SPARSE), on_status=raising)
+    assert torch.equal(comfy.sample(model, GRID, steps=3), expected)
+    assert last_report(model).calls == {"sparse": 2 * comfy.LAYERS, "dense step": comfy.LAYERS}
+    assert sum(record.exc_info is not None for record in caplog.records) == 1
+    with pytest.raises(OwnBugError):
+        comfy.sample(patch_model(wan, Settings(strict=True, **SPARSE), on_status=raising), GRID, steps=3)
+
+
+def test_a_server_that_shows_nothing_costs_nothing(comfy, monkeypatch):
+    from comfyui_paro.paro_runtime.host.status import status_line
+
+    instance = SimpleNamespace(send_progress_text=raising)
+    monkeypatch.setitem(sys.modules, "server", SimpleNamespace(PromptServer=SimpleNamespace(instance=instance)))
+    status_line("7")("a line")
+    monkeypatch.delattr(instance, "send_progress_text")
+    status_line("7")("a line")
+
+
+@pytest.mark.parametrize("what", ["text", "as_dict", "picture", "PreviewImage"])
+def test_a_report_that_cannot_be_shown_leaves_the_pictures_alone(comfy, wan, monkeypatch, what):
+    from comfyui_paro.nodes import report as module
+    from comfyui_paro.paro_runtime.report.report import Report
+
+    model = comfy.patched(wan, **SPARSE)
+    latent = {"samples": comfy.sample(model, GRID, steps=3)}
+    hidden = SimpleNamespace(unique_id="7", prompt=None, extra_pnginfo=None)
+    monkeypatch.setattr(module.PAROReport, "hidden", hidden, raising=False)
+    monkeypatch.setattr(module.ui if what == "PreviewImage" else Report, what, raising)
+    made = module.PAROReport.execute(model, latent)
+    assert made.args[0] == "The report cannot be shown (OwnBugError: an index out of range)"
+    assert json.loads(made.args[1]) == {"reason": made.args[0]} and made.ui["images"] == []
+
+
+def test_an_evaluation_that_another_node_answers_says_so(comfy, wan):
+    """As caches of steps do."""
+    from comfy.patcher_extension import WrappersMP
+
+    calls, last = [], []
+
+    def cache(executor, *args, **kwargs):
+        calls.append(1)
+        last[:] = last if len(calls) == 3 else [executor(*args, **kwargs)]
+        return last[0]
+
+    for kind in (WrappersMP.DIFFUSION_MODEL, WrappersMP.APPLY_MODEL):
+        calls.clear()
+        model = comfy.patched(wan, **SPARSE)
+        model.add_wrapper_with_key(kind, "theirs", cache)
+        comfy.sample(model, GRID, steps=4)
+        assert comfy.report(model).passed == [(SKIPPED, 1)]
+        assert comfy.report(model).calls == {"sparse": 2 * comfy.LAYERS, "dense step": comfy.LAYERS}
 
 
 @pytest.mark.parametrize("index", ["seven", (1, 2), None])
@@ -266,7 +352,7 @@ def test_a_run_for_each_copy_and_each_patched_model():
     started = []
 
     def life(name):
-        def start(sigmas):
+        def start(sigmas, sampled):
             started.append((name, sigmas))
             return SimpleNamespace(sigmas=sigmas, quiet=False)
 
@@ -359,6 +445,8 @@ def test_what_is_done_around_a_call_costs_no_generation(comfy, wan, monkeypatch)
         (HostRun, "compiles_anew", raising),
         (calls_module, "_read", raising),
         (HostRun, "beside", property(raising)),
+        (wrappers, "_others_around", raising),
+        (wrappers, "_stand_around", raising),
     ]
     for where, what, fault in around:
         with monkeypatch.context() as patch:

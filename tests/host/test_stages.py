@@ -179,3 +179,25 @@ def test_a_schedule_is_placed_by_the_models_own_scale(comfy, wan, flux):
         shares = [time_gone(scale)(float(sigma)) for sigma in sigmas]
         assert shares == pytest.approx([n / 8 for n in range(9)], abs=2e-3) and shares[0] < 1e-6
     assert time_gone(object()) is None
+
+
+@pytest.mark.parametrize("shift", [1.0, 12.0])
+@pytest.mark.parametrize("steps, first, end", [(20, 0, 6), (8, 2, 8)])
+def test_a_schedule_of_a_node_behind_paro(comfy, wan, shift, steps, first, end):
+    """Another shift puts a stage elsewhere in the whole schedule; before PARO or after it is the same."""
+    pytest.importorskip("av", reason="NO av: the host's own nodes cannot be imported")
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    import nodes
+
+    def shifted(model):
+        return ModelSamplingSD3().patch(model, shift)[0]
+
+    outs, latent = [], {"samples": comfy.latent(GRID)}
+    for model in (comfy.patched(shifted(wan), **SPARSE), shifted(comfy.patched(wan, **SPARSE))):
+        fixed = (steps, 1.0, "euler", "simple", comfy.text(1), comfy.text(2))
+        with torch.inference_mode():
+            found = nodes.KSamplerAdvanced().sample(model, "enable", 0, *fixed, latent, first, end, "enable")[0]
+        outs.append((found["samples"], comfy.report(model).calls))
+    assert torch.equal(outs[0][0], outs[1][0]) and outs[0][1] == outs[1][1]
+    assert outs[0][1].get("dense step", 0) == {0: 4, 2: 0}[first] * comfy.LAYERS

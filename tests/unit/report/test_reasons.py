@@ -69,8 +69,17 @@ def _returned() -> set[str]:
     return {text for text in found if text.count(" ") > 2}  # others are titles
 
 
-REST = {COMPILING, reasons.NO_CALL, OFF, NOT_ON_IT, "the run could not begin (E: 7)", "RuntimeError: 7"}
+REST = {
+    COMPILING,
+    reasons.NO_CALL,
+    reasons.SKIPPED,
+    OFF,
+    NOT_ON_IT,
+    "the run could not begin (E: 7)",
+    "RuntimeError: 7",
+}
 REST |= {"no plan: it was dropped, 7", "no plan: it could not be made (E: 7)", "calibration: OutOfMemoryError: 7"}
+REST |= {"standing before another attention: E: 7"}
 REST |= {"double.0.0: OutOfMemoryError: 7", "the end of an evaluation: E: 7", "double.0.0 is not in the plan"}
 """Made of parts, or not counted."""
 
