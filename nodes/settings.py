@@ -127,7 +127,9 @@ class PAROSettings(io.ComfyNode):
                     io.Boolean.Input,
                     "strict",
                     default=_DEFAULT.strict,
-                    tooltip="Stop with an error where PARO would otherwise fall back to dense attention: for tests.",
+                    tooltip="For tests: stop with an error where a call that should be sparse, or a plan, cannot be "
+                    "had (no memory, a result that is not finite, no plan, any trouble of PARO's own). What PARO leaves to "
+                    "ComfyUI by rule is no error: other models, short sequences, masks, GPUs without its kernels.",
                 ),
                 advanced(
                     io.Boolean.Input,

@@ -132,7 +132,7 @@ def paro_rows(
             return with_bias(pattern, _measured_bias(call, pattern, how))
 
         pattern = measured()
-        precision = site_precision(how.precision, entry.rotate, call.q, how.backend, plan.block_q, plan.pool)
+        precision, _ = site_precision(how.precision, entry.rotate, call.q, how.backend, plan.block_q, plan.pool)
 
         def attend(pattern=pattern, precision=precision) -> torch.Tensor:
             return sparse_attention(call.q, call.k, call.v, pattern, precision, backend=how.backend)

@@ -145,10 +145,14 @@ def _pattern(known: Problem, masked: bool, block_q: int, pool: int | None, devic
     return build_pattern(LAYOUT, ORDERS, known.mask if masked else None, bias, device=device, **sizes)
 
 
-def site_precision(name: str, rotate: bool, q: torch.Tensor, backend: str, block_q: int, pool: int | None) -> Precision:
-    """Precision of a site: INT8 is rotated where the plan says so and the rotated kernel passes its self-check."""
+def site_precision(
+    name: str, rotate: bool, q: torch.Tensor, backend: str, block_q: int, pool: int | None
+) -> tuple[Precision, str | None]:
+    """Precision of a site: INT8 is rotated where the plan says so and the rotated kernel passes its self-check; and why
+    it is not, where the plan says so, or None."""
     plain = PRECISIONS[name]
     rotated = plain.rotated if rotate else None
     if rotated is None:
-        return plain
-    return plain if self_check(q.device, q.dtype, q.shape[3], rotated, backend, block_q=block_q, pool=pool) else rotated
+        return plain, None
+    reason = self_check(q.device, q.dtype, q.shape[3], rotated, backend, block_q=block_q, pool=pool)
+    return (rotated, None) if reason is None else (plain, reason)

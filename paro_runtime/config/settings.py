@@ -39,7 +39,8 @@ class Settings:
     backend         Triton kernels, the PyTorch reference, or whichever fits the device.
     min_tokens      shorter sequences run on the host's attention; None takes the recipe's.
     calibrate       calibrate on the way when no plan fits; False passes through instead.
-    strict          every fallback is an error: for benchmarks.
+    strict          every fallback and every trouble of PARO's own is an error: for benchmarks. What PARO leaves to the
+                    host by rule (other models, short sequences, masks, other GPUs) is none.
     verbose         log each reason every time, not once.
     recipe          a family whose recipe to use, or `auto` for the model's own.
     mass_target     share of the attention to keep, 0 to 1: the density is then what that takes, and `density` or the
@@ -80,21 +81,29 @@ class Settings:
         ):
             value = getattr(self, name)
             if value not in allowed:
-                raise SettingsError(f"{name}: {value!r} is none of {', '.join(allowed)}")
+                raise SettingsError(f"{name}: {_shown(value)} is none of {', '.join(allowed)}")
         if self.preset == "custom" and self.density is None:
             raise SettingsError("density: the preset custom needs a density between 0 and 1")
         if self.density is not None and not (
             isinstance(self.density, (int, float)) and math.isfinite(self.density) and 0 < self.density <= 1
         ):
-            raise SettingsError(f"density: {self.density} is no share; give a number above 0 and up to 1, such as 0.3")
+            raise SettingsError(
+                f"density: {_shown(self.density)} is no share; give a number above 0 and up to 1, such as 0.3"
+            )
         if not (isinstance(self.mass_target, (int, float)) and 0 <= self.mass_target <= 1):
             raise SettingsError(
-                f"mass_target: {self.mass_target!r} is no share; give a number from 0 to 1, such as 0.97"
+                f"mass_target: {_shown(self.mass_target)} is no share; give a number from 0 to 1, such as 0.97"
             )
         for name in ("dense_steps", "min_tokens"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or value < 0):
-                raise SettingsError(f"{name}: {value!r} is not a whole number of 0 or more")
+                raise SettingsError(f"{name}: {_shown(value)} is not a whole number of 0 or more")
+        for name in ("calibrate", "strict", "verbose"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise SettingsError(f"{name}: {_shown(value)} is neither true nor false")
+        if not isinstance(self.recipe, str):
+            raise SettingsError(f"recipe: {_shown(self.recipe)} is no text; give the name of a family, or auto")
         parse_blocks(self.dense_blocks)
         return self
 

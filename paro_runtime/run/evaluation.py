@@ -105,6 +105,8 @@ class Evaluation:
                 return out
             why = WhyDense("fallbacks", session.off_sites[site])
         self._attempt.count(why.kind, why.reason)
+        if why.kind == "fallbacks" and session.settings.strict:
+            raise RuntimeError(f"strict: {words_of(why.reason)}; {hint_of(why.reason)}")
         return self._dense(call, why.by_paro)
 
     def _why_no_claim(self, call: SiteCall, blocks: int | None) -> WhyDense | None:
@@ -136,11 +138,7 @@ class Evaluation:
         session, grid, site = self.session, self._grid, call.site
         seen = grid.plan is None and self._observe(grid.calibrator, call)
         if grid.plan is None and grid.calibrator is None:
-            why = WhyDense("fallbacks", grid.lost or "no plan and calibration is off", by_paro=None)
-            if session.settings.strict:
-                self._attempt.count(why.kind, why.reason)
-                raise RuntimeError(f"strict: {words_of(why.reason)}; {hint_of(why.reason)}")
-            return why
+            return WhyDense("fallbacks", grid.lost or "no plan and calibration is off", by_paro=None)
         if session.schedule.is_dense_step(self.step):
             return WhyDense("dense", "dense step", by_paro=None)
         if grid.plan is None and not (seen and self._plan_alone(site)):
@@ -325,11 +323,14 @@ class Evaluation:
         self, site: Site | None, call: SiteCall, pattern: SparsePattern, out: torch.Tensor
     ) -> torch.Tensor | None:
         """The result, in `out`; None if it is known not to be finite. site: None for dense attention."""
-        session, q = self.session, call.q
-        rotate = site is not None and self._grid.present_plan.sites[site].rotate and session.readiness.late_ready
+        session, q, log = self.session, call.q, self.session.log
         pool = None if pattern.tail_bias is None else pattern.pool
-        log = session.log
-        precision = site_precision(log.precision, rotate, q, log.backend, pattern.geometry.block_q, pool)
+        marked = site is not None and self._grid.present_plan.sites[site].rotate and session.readiness.late_ready
+        sizes = (pattern.geometry.block_q, pool)
+        precision, unrotated = site_precision(log.precision, marked and session.rotates, q, log.backend, *sizes)
+        if unrotated is not None:
+            session.rotates = False  # and not asked again: from here on all steps of a run are alike
+            log.note(f"queries and keys are not rotated where the plan wants it: {unrotated}")
         flag = self._attempt.flag(q.device)
         options = {**self._options(call), "nonfinite": flag.on_device, "out": out}
         out = run_kernel(q, call.k, call.v, pattern, precision, **options)

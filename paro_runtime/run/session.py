@@ -76,6 +76,7 @@ class Session:
         self.course = Course(policy, sigmas, highest_noise, time_gone)
         self.off_sites: dict[Site, str] = {}
         self.dense_off = False
+        self.rotates = True  # False: the rotated kernel failed its self-check
         self.quiet = False  # shows nothing and keeps no plan: another session of the same model does
         self._on_status = on_status
         self.patterns = PatternCache()

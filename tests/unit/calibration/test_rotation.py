@@ -130,10 +130,10 @@ def test_a_rotated_site_is_more_exact_in_a_run(plan):
 
 def test_only_int8_follows_the_plan():
     q = torch.randn(1, 1, 8, 64)
-    assert site_precision("int8_pv8", True, q, "reference", 64, 64).hadamard
-    assert not site_precision("int8_pv8", False, q, "reference", 64, 64).hadamard
-    assert not site_precision("16bit", True, q, "reference", 64, 64).hadamard
-    assert site_precision("int4", False, q, "reference", 64, 64).hadamard
+    assert site_precision("int8_pv8", True, q, "reference", 64, 64)[0].hadamard
+    assert not site_precision("int8_pv8", False, q, "reference", 64, 64)[0].hadamard
+    assert not site_precision("16bit", True, q, "reference", 64, 64)[0].hadamard
+    assert site_precision("int4", False, q, "reference", 64, 64)[0].hadamard
 
 
 def test_a_rotated_kernel_that_fails_its_check_is_not_used(monkeypatch):
@@ -141,4 +141,20 @@ def test_a_rotated_kernel_that_fails_its_check_is_not_used(monkeypatch):
         return "wrong" if precision.hadamard else None
 
     monkeypatch.setattr(self_check_module, "self_check", check)
-    assert not site_precision("int8", True, torch.randn(1, 1, 8, 64), "reference", 64, 64).hadamard
+    precision, reason = site_precision("int8", True, torch.randn(1, 1, 8, 64), "reference", 64, 64)
+    assert not precision.hadamard and reason == "wrong"
+
+
+def test_a_run_without_the_rotation_that_its_plan_wants_says_so(monkeypatch, plan):
+    """For want of memory, say: told once, and not tried again, so that all sites and steps are alike."""
+    asked, never = [], run_error(with_everything_kept(plan, False))[0]
+    reason = "self-check: the kernels cannot run (OutOfMemoryError: no memory)"
+
+    def check(device, dtype, head_dim, precision, backend, **sizes):
+        asked.append(precision)
+        return reason
+
+    monkeypatch.setattr(self_check_module, "self_check", check)
+    errors, session = run_error(with_everything_kept(plan, True))
+    assert errors == never and [precision.hadamard for precision in asked] == [True]
+    assert session.finish().notes == [f"queries and keys are not rotated where the plan wants it: {reason}"]

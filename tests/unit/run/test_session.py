@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -248,6 +249,19 @@ def test_trouble_in_the_kernel_falls_back_and_strict_raises(monkeypatch):
     assert dict(report.fallbacks)["double.0.0: RuntimeError: no such kernel"] == 3
     with pytest.raises(RuntimeError, match="no such kernel"):
         sample(Session(policy(Settings(dense_steps=2, strict=True)), sigmas=SIGMAS))
+
+
+def test_a_site_that_the_plan_lacks_falls_back_and_strict_raises():
+    made = Session(policy(Settings(density=0.3, dense_steps=2)), sigmas=SIGMAS)
+    sample(made)
+    (grid,) = made.grids()
+    lacking = replace(grid.plan, sites={site: entry for site, entry in grid.plan.sites.items() if site != SITES[1]})
+    session = Session(policy(Settings(density=0.3, dense_steps=2), plan=lacking), sigmas=SIGMAS)
+    results = sample(session)
+    assert {site for (_, site), result in results.items() if not was_dense(result)} == set(SITES) - {SITES[1]}
+    assert session.finish().fallbacks == [(f"{SITES[1].name} is not in the plan", len(SIGMAS) - 3)]
+    with pytest.raises(RuntimeError, match=r"^strict: is not in the plan; make the plan anew"):
+        sample(Session(policy(Settings(density=0.3, dense_steps=2, strict=True), plan=lacking), sigmas=SIGMAS))
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), ScratchOutOfMemory("too small")])
