@@ -128,7 +128,7 @@ class PAROSettings(io.ComfyNode):
                     "strict",
                     default=_DEFAULT.strict,
                     tooltip="For tests: stop with an error where a call that should be sparse, or a plan, cannot be "
-                    "had (no memory, a result that is not finite, no plan, any trouble of PARO's own). What PARO leaves to "
+                    "had (no memory, a result that is not finite, no plan, any trouble of PARO's own). What is left to "
                     "ComfyUI by rule is no error: other models, short sequences, masks, GPUs without its kernels.",
                 ),
                 advanced(

@@ -8,7 +8,7 @@ from unittest.mock import patch
 
 import torch
 
-from .compositions import UNTESTED, row, sampled
+from .compositions import DENSE, UNTESTED, row, sampled
 
 CONDITIONING = "conditioning"
 
@@ -144,6 +144,16 @@ row(
     "the guider calls its second model with the first one's options",
     why="the second model runs as it was given",
     elsewhere="test_rim.py::test_a_guider_of_two_models_keeps_each_as_it_was_patched",
+)
+
+
+row(
+    SAMPLING,
+    "`DualModelGuider`, the second model alone patched",
+    "the guider calls its second model with the first one's options",
+    expected=DENSE,
+    why="the host asks nothing of the second model's own options: patch the first one too",
+    elsewhere="test_rim.py::test_a_guider_whose_second_model_alone_is_patched_runs_as_without_paro",
 )
 
 

@@ -398,6 +398,49 @@ def test_a_report_belongs_to_the_run_that_made_the_latent(comfy, wan):
     assert comfy.report(model, first).steps == 2 and len(model.get_attachment("paro")._reports) == wrappers.KEPT_REPORTS
 
 
+def test_clones_of_a_patched_model_have_reports_of_their_own(comfy, wan):
+    """Nodes behind PARO make clones that share what PARO keeps: every run has its own report, whichever of the models
+    PARO Report is connected to."""
+    from comfyui_paro.paro_runtime.host.patching import last_report
+
+    patched = comfy.patched(wan, **SPARSE)
+    clones = [patched.clone() for _ in range(2)]
+    found = [(comfy.sample(clone, GRID, steps=steps), steps) for clone, steps in zip(clones, (3, 5), strict=True)]
+    for out, steps in found:
+        for model in (patched, *clones):
+            report = last_report(model, out)
+            assert (report.steps, report.calls["sparse"]) == (steps, (steps - 1) * comfy.LAYERS)
+
+
+def test_a_clone_that_is_stopped_takes_no_report_from_another(comfy, wan):
+    from comfyui_paro.paro_runtime.host.patching import last_report
+
+    def stop(step, *_):
+        raise OwnBugError
+
+    patched = comfy.patched(wan, **SPARSE)
+    out = comfy.sample(patched.clone(), GRID, steps=3)
+    with pytest.raises(OwnBugError):
+        comfy.sample(patched.clone(), GRID, steps=4, callback=stop)
+    assert last_report(patched, out).steps == 3
+    assert last_report(patched, out * 2).startswith("Not finished: the sampling was stopped in step 1 of 4")
+
+
+def test_a_guider_whose_second_model_alone_is_patched_runs_as_without_paro(comfy, wan, wan_file):
+    """The host asks nothing of the second model's own options; PARO has no part in it, and says that it has not run."""
+    nodes = pytest.importorskip("comfy_extras.nodes_custom_sampler", reason="NO av: the host's own nodes")
+    if not hasattr(nodes, "Guider_DualModel"):
+        pytest.skip("this ComfyUI has no guider of two models")
+    sigmas = comfy.comfy.samplers.calculate_sigmas(wan.get_model_object("model_sampling"), "simple", 3)
+    noise, other, outs = comfy.comfy.sample.prepare_noise(comfy.latent(GRID), 0), comfy.load(wan_file), []
+    for second in (other, model := comfy.patched(other, strict=True, **SPARSE)):
+        guider = nodes.DualModelGuider.execute(wan, comfy.text(1), 3.0, second, comfy.text(2))[0]
+        given = (comfy.comfy.samplers.sampler_object("euler"), sigmas)
+        with torch.inference_mode():
+            outs.append(guider.sample(noise, comfy.latent(GRID), *given, disable_pbar=True, seed=0))
+    assert torch.equal(*outs) and comfy.report(model).startswith("PARO has not run yet")
+
+
 def test_a_model_that_was_compiled_without_paro_is_compiled_anew(comfy, wan):
     """The host's compile node drops every guard that would tell the old graph that the options are others."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
