@@ -2,7 +2,8 @@
 
     python scripts/fuzz.py [--prompts 5000] [--plans 10000] [--faults 100] [--seed N] [--host CHECKOUT] [--json FILE]
 
-prompts  inputs of the nodes drawn from the wrong and the right, through the host's own validation and into the node.
+prompts  inputs of the nodes drawn from the wrong and the right, through the host's own validation and into the node;
+         with every model that a node patches a short run is sampled, and its report read.
 plans    plan files that were damaged or made to deceive.
 faults   functions of PARO's own that raise, and memory that is out, at random moments of a short run.
 
@@ -58,13 +59,18 @@ SPARSE = {"preset": "custom", "density": 0.4, "dense_steps": 1, "backend": "refe
 MISSING = "required_input_missing"
 # These sample by themselves or take long to look at a machine: their inputs are checked, one in so many is run.
 SELDOM = {"PAROCalibrate": 40, "PAROCompare": 40, "PAROCheck": 100}
-SAMPLED = 40  # one in so many patched models is sampled with
+PATCHING = 6  # PARO Patch Model comes so many times as often as another node
+# Of the runs: the second size is too small for PARO, the third is no video's.
+GRIDS = (GRID, (1, 5, 6), (1, 12, 11), (5, 6, 8))
+SAMPLERS = ("euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde", "uni_pc", "lcm", "ddim")
+SCHEDULERS = ("simple", "karras", "sgm_uniform", "beta")
 # Functions that are the guard itself, or are the host's own call passing through.
 GUARDS = {"Lifecycle.outer_sample", "Lifecycle.apply_model", "Lifecycle._begin", "Lifecycle._end", "Lifecycle._finish",
           "Lifecycle._lost", "Lifecycle._stop", "Lifecycle._conclude", "Lifecycle._or", "Lifecycle._no_report",
           "HostEvaluation.trouble", "RunLog.log_once",
           "make_override.<locals>.paro_attention", "make_override.<locals>.paro_attention.<locals>.dense", "_attend",
-          "_attend.<locals>.host", "run_host", "_ours", "one_line"}  # fmt: skip
+          "_attend.<locals>.host", "run_host", "_ours", "options_of", "one_line",
+          "_next_to_the_model", "Lifecycle.apply_model.<locals>.<dictcomp>"}  # fmt: skip
 
 
 class Found:
@@ -94,9 +100,12 @@ def one_sentence(error: BaseException) -> bool:
 class Prompts:
     """Nodes with inputs at random. Needs the booted host."""
 
-    def __init__(self, tiny: Any, wan: Any, chance: random.Random, found: Found, plan: Any) -> None:
+    def __init__(self, tiny: Any, wan: Any, chance: random.Random, found: Found, foreign: Any, folder: Path) -> None:
+        """foreign: a plan of another model; folder: where plans are kept."""
         import execution
+        import torch
         from comfyui_paro.nodes.extension import PAROExtension
+        from comfyui_paro.paro_runtime.plan.store import PlanStore
 
         import nodes
 
@@ -105,13 +114,21 @@ class Prompts:
         for node in asyncio.run(PAROExtension().get_node_list()):
             self.names.append(node.GET_SCHEMA().node_id)
             self.classes[self.names[-1]] = node
-        self.tiny, self.wan, self.chance, self.found, self.plan = tiny, wan, chance, found, plan
+        self.tiny, self.wan, self.chance, self.found = tiny, wan, chance, found
         self.settings: list[Any] = [None]
+        self.hostile = 0.0  # share of the values that are drawn from HOSTILE
+        store = PlanStore([], folder)
+        with torch.inference_mode():
+            tiny.sample(tiny.patched(wan, store=store, **SPARSE), GRID, steps=3, cfg=1.0)
+        (own,) = (store.load(name) for name in store.names() if name.startswith("auto-"))
+        self.plans = (foreign, own)
+        self.models = (wan, wan, wan, tiny.patched(wan, **SPARSE))
 
     def run(self, count: int) -> None:
         """So many nodes, each once."""
-        for _ in range(count):
-            name = self.chance.choice(self.names)
+        weights = [PATCHING if name == "PAROPatchModel" else 1 for name in self.names]
+        for name in self.chance.choices(self.names, weights, k=count):
+            self.hostile = self.chance.choice((0.02, 0.25))
             node = self.classes[name]
             inputs = {each.id: self._widget(each) for each in node.GET_SCHEMA().inputs if hasattr(each, "default")}
             inputs = {key: value for key, value in inputs.items() if self.chance.random() < 0.9}
@@ -133,7 +150,7 @@ class Prompts:
 
     def _widget(self, each: Any) -> Any:
         options = getattr(each, "options", None)
-        if self.chance.random() < 0.75:
+        if self.chance.random() >= self.hostile:
             return self.chance.choice(options) if options else each.default
         return self.chance.choice(HOSTILE)
 
@@ -155,34 +172,45 @@ class Prompts:
         self.found.counts["taken"] += 1
         if name == "PAROSettings":
             self.settings = [*self.settings[-20:], made.args[0]]
-        elif name == "PAROPatchModel" and self.chance.randrange(SAMPLED) == 0:
+        elif name == "PAROPatchModel":
             self._sample(made.args[0], inputs)
 
     def _socket(self, name: str) -> Any:
         import torch
 
         if name in ("model", "other"):
-            return self.chance.choice((self.wan, self.tiny.patched(self.wan, **SPARSE)))
+            return self.chance.choice(self.models)
         if name in ("latent", "latent_image", "samples"):
             return {"samples": torch.zeros(self.chance.choice(LATENTS) if name != "latent_image" else LATENTS[0])}
         if name == "settings":
             return self.chance.choice(self.settings)
         given = {
-            "plan": self.plan,
+            "plan": self.chance.choice(self.plans),
             "sigmas": torch.tensor(self.chance.choice(([1.0, 0.5, 0.0], [], [float("nan")] * 3))),
         }
         return given[name] if name in given else None if name == "vae" else self.tiny.text(1)
 
     def _sample(self, model: Any, inputs: dict[str, Any]) -> None:
+        """A short run, and what PARO Report says of it."""
         self.found.counts["sampled"] += 1
+        drawn = {"steps": self.chance.choice((1, 2, 2, 3)), "cfg": self.chance.choice((1.0, 1.0, 3.0))}
+        drawn |= {"sampler": self.chance.choice(SAMPLERS), "scheduler": self.chance.choice(SCHEDULERS)}
+        drawn |= {"batch": self.chance.choice((1, 1, 2)), "grid": self.chance.choice(GRIDS)}
+        about = {**inputs, **drawn}
         try:
-            out = self.tiny.sample(model, GRID, steps=3, cfg=1.0)
+            out = self.tiny.sample(model, **drawn)
+            report = self.classes["PAROReport"].PREPARE_CLASS_CLONE({"hidden_inputs": {}})
+            told = report.EXECUTE_NORMALIZED(model=model, samples={"samples": out}).args
         except Exception as error:
             if not getattr(inputs.get("settings"), "strict", False):
-                self.found.wrong("lost", "prompt", error, inputs)
-        else:
-            if not out.isfinite().all():
-                self.found.wrong("lost", "prompt: not finite", None, inputs)
+                self.found.wrong("lost", "prompt", error, about)
+            return
+        if not out.isfinite().all():
+            self.found.wrong("lost", "prompt: not finite", None, about)
+        if told[0].startswith("The report cannot be shown"):
+            self.found.wrong("lost", f"report: {told[0]}", None, about)
+        calls = json.loads(told[1]).get("calls", {})
+        self.found.counts["sampled with sparse calls"] += calls.get("sparse", 0) > 0
 
 
 def mutated_plans(count: int, chance: random.Random, found: Found, folder: Path) -> None:
@@ -280,7 +308,7 @@ def main() -> int:
         (plans / "folder.safetensors").mkdir()
         mutated_plans(arguments.plans, chance, found, folder)
         faults(arguments.faults, chance, found, tiny, wan, host)
-        prompts = Prompts(tiny, wan, chance, found, make_plan())
+        prompts = Prompts(tiny, wan, chance, found, make_plan(), plans)
         # After the nodes registered the user's own: nothing is read or written there.
         folder_paths.folder_names_and_paths[FOLDER][0][:] = [str(plans)]
         prompts.run(arguments.prompts)

@@ -50,8 +50,9 @@ class AttentionCall:
 
 
 def options_of(kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The `transformer_options` of a call; the host passes them by keyword only."""
-    return kwargs.get("transformer_options") or _NO_OPTIONS
+    """The `transformer_options` of a call; the host passes them by keyword only. What is no mapping has none."""
+    given = kwargs.get("transformer_options")
+    return given if isinstance(given, Mapping) else _NO_OPTIONS
 
 
 def read_call(*args: Any, **kwargs: Any) -> AttentionCall | None:

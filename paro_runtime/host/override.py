@@ -24,6 +24,7 @@ Attention = Callable[..., torch.Tensor]
 
 def make_override(previous: Attention | None) -> Attention:
     """The override that stands before `previous` (another node's override), or before the host's own attention."""
+    alone = without_paro(previous) is None
 
     def paro_attention(func: Attention, *args: Any, **kwargs: Any) -> torch.Tensor:
         def dense() -> torch.Tensor:
@@ -32,8 +33,7 @@ def make_override(previous: Attention | None) -> Attention:
         ours = _ours(args, kwargs)
         if ours is None:
             return dense()
-        plain = without_paro(previous) is None and getattr(func, "__name__", "") == HOST_SDPA
-        return _attend(ours, dense, plain)
+        return _attend(ours, dense, alone and getattr(func, "__name__", "") == HOST_SDPA)
 
     # Step-dependent choices inside a compiled graph would be frozen at trace time: the host's compile node drops every
     # guard on transformer_options.
@@ -105,12 +105,12 @@ def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention,
 
     def host() -> torch.Tensor:
         try:
-            out = call.from_caller(dense())
+            out = dense()
         except BaseException as error:
             of_host.append(error)
             raise
         of_host.append(None)
-        return out
+        return call.from_caller(out)
 
     try:
         out = evaluation.attend(call, claim, host, plain)

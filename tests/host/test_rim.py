@@ -201,6 +201,29 @@ def test_an_evaluation_that_another_node_answers_says_so(comfy, wan):
         assert comfy.report(model).calls == {"sparse": 2 * comfy.LAYERS, "dense step": comfy.LAYERS}
 
 
+def test_what_the_hosts_own_attention_gives_goes_to_the_caller_as_it_is(caplog):
+    """Also where it has no form that PARO knows."""
+    q, calls, troubles = torch.randn(1, 9, 16), [], []
+    call = calls_module.read_call(q, q, q, 2)
+
+    def theirs():
+        calls.append(1)
+        return q[0, 0]
+
+    given = SimpleNamespace(attend=lambda call, claim, dense, plain: dense(), trouble=lambda *about: troubles.append(1))
+    out = override._attend((given, call, SimpleNamespace(site=SimpleNamespace(name="it"))), theirs, True)
+    assert torch.equal(out, q[0, 0]) and len(calls) == 2 and len(troubles) == 1
+
+
+@pytest.mark.parametrize("options", [7, "text", [], torch.ones(2)])
+def test_options_that_are_none_carry_no_run(options):
+    q = torch.randn(1, 9, 16)
+    made = override.make_override(None)
+    assert (
+        made(lambda *args, **kwargs: kwargs["transformer_options"], q, q, q, 2, transformer_options=options) is options
+    )
+
+
 @pytest.mark.parametrize("index", ["seven", (1, 2), None])
 def test_a_block_number_that_is_none(comfy, wan, index):
     """Another node writes what it likes into the options of a call."""
