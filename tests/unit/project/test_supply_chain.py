@@ -79,6 +79,17 @@ def test_an_installation_replaces_neither_torch_nor_its_triton():
     assert all(re.search(r">=[\d.]+,<[\d.]+", each) for each in wanted), "a range has two ends"
 
 
+def test_the_oldest_of_every_range_is_tested():
+    """Those of other systems' packages are not to be had where the tests run."""
+    job = text(".github/workflows/test.yml").partition("  oldest:")[2].partition("\n  docs:")[0]
+    ranges = [each for each in requirements("requirements.txt") if "sys_platform" not in each]
+    oldest = {re.sub(r">=([\d.]+),.*", r"==\1", each) for each in ranges}
+    assert set(re.findall(r"[\w-]+==[\d.]+", job)) == oldest
+    assert {each for each in re.findall(r"tests/\S+", job) if not each.endswith(".txt")} <= {
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "unit").iterdir()
+    }
+
+
 def test_licences_are_of_what_is_used():
     listed = licences()
     for file in ("requirements.txt", "tests/requirements.txt"):
