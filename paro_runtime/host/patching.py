@@ -49,23 +49,39 @@ def patch_model(
     if several_ranks():
         store, remember = None, False
     clone = remove(model)
-    family = family_of(clone.model.diffusion_model)
-    if isinstance(family, str):
-        _say(on_status, not_used(family))
-        clone.set_attachments(KEY, family)
-        return clone
     try:
-        policy = replace(policy_for(clone, family, settings, plan, store), remember=remember)
+        found = _lifecycle(model, clone, settings, (plan, store, remember), on_status, note)
+        if isinstance(found, Lifecycle):
+            install(clone, found)
+            return clone
     except (PlanError, SettingsError, RecipeError):  # what the user gave
         raise
     except Exception as error:
         if settings.strict:
             raise
-        reason = f"the model could not be read ({type(error).__name__}: {error})"
-        log.error("PARO: %s", reason, exc_info=error)
-        _say(on_status, not_used(reason))
-        clone.set_attachments(KEY, reason)
-        return clone
+        found = f"the model could not be read ({type(error).__name__}: {error})"
+        log.error("PARO: %s", found, exc_info=error)
+        clone = remove(model)  # nothing stays of half an installation
+    _say(on_status, not_used(found))
+    clone.set_attachments(KEY, found)
+    return clone
+
+
+def _lifecycle(
+    model: Any,
+    clone: Any,
+    settings: Settings,
+    plans: tuple[Plan | None, PlanStore | None, bool],
+    on_status: Callable[[str], None] | None,
+    note: str | None,
+) -> Lifecycle | str:
+    """What goes onto the clone of a model, or why PARO leaves it alone. plans: plan, store and remember of
+    `patch_model`."""
+    family = family_of(clone.model.diffusion_model)
+    if isinstance(family, str):
+        return family
+    plan, store, remember = plans
+    policy = replace(policy_for(clone, family, settings, plan, store), remember=remember)
 
     def start(sigmas: list[float], sampled: Any) -> Session:
         # A node behind this one may have given the model another schedule.
@@ -82,8 +98,7 @@ def patch_model(
             "take one of them away"
         )
         _say(on_status, notes[-1])
-    install(clone, Lifecycle(family, start, settings.strict, on_status))
-    return clone
+    return Lifecycle(family, start, settings.strict, on_status)
 
 
 def calibration_model(

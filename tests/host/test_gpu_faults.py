@@ -8,6 +8,7 @@ PARO's or the host's, can compute anything in that process afterwards.
 
 from __future__ import annotations
 
+import random
 import threading
 from contextlib import nullcontext
 
@@ -15,9 +16,10 @@ import pytest
 import torch
 from comfyui_paro.paro_runtime.compiling import self_check
 from comfyui_paro.paro_runtime.run import evaluation
+from comfyui_paro.scripts.fuzz import GUARDS
 from comfyui_paro.tests.allocations import forget_everything
 from comfyui_paro.tests.host.cases import BACKEND, DEVICE, relative_error
-from comfyui_paro.tests.host.failing import OutOfMemory
+from comfyui_paro.tests.host.failing import OutOfMemory, Raising
 
 GRID = (3, 7, 9)
 STEPS = 4
@@ -72,6 +74,26 @@ def test_memory_is_out_once(wan, run, short_of_memory):
         if not torch.equal(out, whole):
             assert "OutOfMemory" in told(report), where
             assert report.calls.get("sparse", 0) > 0 or torch.equal(out, dense), where
+
+
+def test_a_function_that_raises(comfy, wan, monkeypatch):
+    """Any of PARO's own, but for those that are the guard; scripts/fuzz.py takes any call of them."""
+
+    def sample(fault):
+        monkeypatch.setattr(self_check, "_checked", {})
+        forget_everything()
+        model = comfy.patched(wan, **SPARSE)
+        with fault:
+            return comfy.sample(model, GRID, steps=STEPS, cfg=1.0)
+
+    counted = Raising()
+    sample(counted)
+    places = sorted(place for place in counted.calls if place[1] not in GUARDS)
+    assert len(places) > 200
+    for place in random.Random(0).sample(places, MOST):
+        fault = Raising(RuntimeError("a fault that was put here"), place)
+        out = sample(fault)
+        assert fault.failed and torch.isfinite(out).all(), place
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.7])

@@ -32,6 +32,12 @@ def raising(*args, **kwargs):
     raise OwnBugError("an index out of range")
 
 
+class Unmade(wrappers.Lifecycle):
+    """One that cannot be made."""
+
+    __init__ = raising
+
+
 def of_other_shape(self, call, *rest):
     return call.q[:, :, 1:]
 
@@ -360,9 +366,10 @@ def test_copies_on_other_gpus_count_with_the_first_and_show_nothing(comfy, wan, 
     assert sum("step 2/3" in line for line in said) == 1 and len(store.names()) == 1
 
 
-def test_a_model_that_cannot_be_read_passes_through(comfy, wan, monkeypatch):
+@pytest.mark.parametrize("what", ["identify", "family_of", "make_override", "Lifecycle"])
+def test_a_model_that_cannot_be_read_passes_through(comfy, wan, monkeypatch, what):
     said = []
-    monkeypatch.setattr(patching, "identify", raising)
+    monkeypatch.setattr(patching, what, raising if what != "Lifecycle" else Unmade)
     model = comfy.patched(wan, strict=False, said=said, **SPARSE)
     assert torch.equal(comfy.sample(model, GRID, steps=2), comfy.sample(wan, GRID, steps=2))
     assert "Not used: the model could not be read (OwnBugError: an index" in said[0]
