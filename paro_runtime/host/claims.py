@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from ..plan.plan import Site
 from ..report.reasons import SKIPPED
@@ -27,6 +28,15 @@ class Claim:
     site: Site
     key_bias: torch.Tensor | None
     stream: int = 0
+
+
+class Stream(NamedTuple):
+    """evaluation: of the runtime. first: tokens of its layout in front that do not ask. blocks: how many transformer
+    blocks there are, None where that is not known."""
+
+    evaluation: Evaluation
+    first: int
+    blocks: int | None
 
 
 class HostEvaluation:
@@ -87,32 +97,20 @@ class HostEvaluation:
             return None
         return Claim(site, bias, stream)
 
-    def attend(self, call: AttentionCall, claim: Claim, dense: Callable[[], torch.Tensor], plain: bool) -> torch.Tensor:
-        """`[B, H, queries, D]` in q's dtype. `dense` runs what would have run without PARO; plain: torch's own
-        attention and nothing else."""
-        first = self._first_queries[claim.stream]
+    def stream_of(self, call: AttentionCall, claim: Claim) -> Stream:
+        """Who answers the call."""
+        blocks = call.options.get("total_blocks", self._counts and self._counts[claim.stream])
+        return Stream(self._evaluations[claim.stream], self._first_queries[claim.stream], blocks)
 
-        def outside() -> torch.Tensor:
-            # What runs without PARO may itself lead back here, when another node wrapped PARO's override.
-            self._inside = True
-            try:
-                return _with_front(dense(), first)
-            finally:
-                self._inside = False
-
-        out = self._evaluations[claim.stream].attend(
-            claim.site,
-            _with_front(call.q, first),
-            call.k,
-            call.v,
-            scale=call.scale,
-            key_bias=claim.key_bias,
-            dense=outside,
-            # Rows in front are no part of what the host would compute.
-            plain=plain and not first,
-            blocks=call.options.get("total_blocks", self._counts and self._counts[claim.stream]),
-        )
-        return out[:, :, first:]
+    @contextmanager
+    def without_claims(self) -> Iterator[None]:
+        """No call is PARO's inside: what runs without PARO may itself lead back here, when another node wrapped PARO's
+        override."""
+        self._inside = True
+        try:
+            yield
+        finally:
+            self._inside = False
 
     @property
     def saw_nothing(self) -> bool:
@@ -144,11 +142,6 @@ class HostEvaluation:
             for evaluation in self._evaluations:
                 evaluation.abandon(reason)
         return False
-
-
-def _with_front(rows: torch.Tensor, first: int) -> torch.Tensor:
-    """`[B, H, L, D]` with `first` rows of zeros in front: the runtime knows only calls where every token asks."""
-    return F.pad(rows, (0, 0, first, 0)) if first else rows
 
 
 def _recording(call: AttentionCall) -> str | None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from .attention_call import AttentionCall, options_of, read_call
 from .claims import OPTIONS_KEY, Claim, HostEvaluation
@@ -105,15 +106,28 @@ def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention,
 
     def host() -> torch.Tensor:
         try:
-            out = dense()
+            with evaluation.without_claims():
+                out = dense()
         except BaseException as error:
             of_host.append(error)
             raise
         of_host.append(None)
-        return call.from_caller(out)
+        return _with_front(call.from_caller(out), stream.first)
 
     try:
-        out = evaluation.attend(call, claim, host, plain)
+        stream = evaluation.stream_of(call, claim)
+        out = stream.evaluation.attend(
+            claim.site,
+            _with_front(call.q, stream.first),
+            call.k,
+            call.v,
+            scale=call.scale,
+            key_bias=claim.key_bias,
+            dense=host,
+            # Rows in front are no part of what the host would compute.
+            plain=plain and not stream.first,
+            blocks=stream.blocks,
+        )[:, :, stream.first :]
         wrong = None if of_host else call.unlike_result(out)
         if wrong is None:
             return call.to_caller(out)
@@ -123,3 +137,8 @@ def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention,
             raise
         evaluation.trouble(claim.site.name, error)
     return dense()
+
+
+def _with_front(rows: torch.Tensor, first: int) -> torch.Tensor:
+    """`[B, H, L, D]` with `first` rows of zeros in front: the runtime knows only calls where every token asks."""
+    return F.pad(rows, (0, 0, first, 0)) if first else rows

@@ -1,4 +1,23 @@
-"""One evaluation of the model within a run: every self-attention call is answered here."""
+"""One evaluation of the model within a run: every self-attention call is answered here.
+
+The way of one sparse call, in this file unless another is named:
+
+1. The host's call reaches `host/override.py`. Where it is self-attention over the layout's tokens, which a claim says,
+   it comes to `Evaluation.attend` with its site, as `[B, H, L, D]`; `dense` runs what would have run without PARO.
+2. `_why_no_claim` and `_why_no_plan` say why the call keeps every block, if it does, in this order: PARO cannot serve
+   it, the grid is short, kernels are being compiled, it is only observed, its block is kept dense, there is no plan
+   yet, this step is dense, the site is at fault. Reasons are counted; `_dense` answers.
+3. Else `_run_sparse`. `_pattern`: the plan's orders as tables and the kept blocks as bits, on the device; where the
+   plan has no masks, `routed_bits` finds this call's in the first step of a group of steps. `_observe_bias`: in that
+   step the tail's bias is measured on some of the call's rows, with their exact output.
+4. `_launch`: the precision, rotated or not, and a flag that the kernel raises if the result is not finite. Then
+   `kernels/attention/api.py` checks the call and asks `kernels/core/dispatch.py` what serves it, and
+   `kernels/attention/launch.py` does the heads in pieces that fit scratch memory: `prepare` reorders, quantises and
+   pools K and V, `forward` takes Q and writes the result in the model's own order.
+5. Back in `_run_sparse` the result is compared with the exact rows. It goes to the host; where PARO failed or the
+   result is not finite, `dense` answers, and the site is dense from then on. If the evaluation can be made again, its
+   flags are read at its end (`Attempt.end`).
+"""
 
 from __future__ import annotations
 
@@ -282,6 +301,7 @@ class Evaluation:
         return self._launch(None, call, pattern, out)
 
     def _run_sparse(self, call: SiteCall, out: torch.Tensor) -> torch.Tensor | None:
+        """See 3 to 5 above."""
         update, key = self.session.refresh, (call.site, self.layout.grid)
         pattern = self._pattern(call)
         seen = self._observe_bias(call, pattern)
