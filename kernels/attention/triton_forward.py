@@ -189,7 +189,7 @@ def attention_forward(
             accumulator, total = pooled_tail(
                 accumulator, total, maximum, q, q_high, q_scale, q_base,
                 kept_words + (head * q_blocks_grid + q_block) * ((k_blocks_grid + 63) // 64 + 1),
-                tl.load(tail_bias + head) * 1.4426950408889634,
+                tail_bias + head,
                 pooled_k + pool_block * (BLOCK * PADDED_D // 2 if PACKED else BLOCK * PADDED_D),
                 pooled_scales + pool_block * BLOCK, pool_bias + pool_block * BLOCK,
                 pooled_v + pool_block * (BLOCK * PADDED_D), pools, columns,

@@ -10,6 +10,7 @@ from ..core.settled import settle
 from ..core.triton_math import MAGIC, MAGIC_BITS, halves, round_to_int8
 
 BLOCK = tl.constexpr(64)
+LOG2E = tl.constexpr(1.4426950408889634)
 # INT8 P is scaled to 127 at the row's maximum; the rounding of the folded constant can push it past 127.5, which
 # wraps to -128. Lowering everything by four units of the integer score costs nothing and rules that out.
 WRAP_MARGIN = tl.constexpr(4.0)
@@ -233,18 +234,20 @@ def two_blocks(
 
 @triton.jit
 def pooled_tail(
-    accumulator, total, maximum, q, q_high, q_scale, q_base, kept_words, bias, pooled_k, pooled_scales, pool_bias,
+    accumulator, total, maximum, q, q_high, q_scale, q_base, kept_words, tail_bias, pooled_k, pooled_scales, pool_bias,
     pooled_v, pools, columns, PADDED_D: tl.constexpr, QK: tl.constexpr, P_LOG2: tl.constexpr, POOL: tl.constexpr,
     PACKED: tl.constexpr, SEPARATE: tl.constexpr, HALVES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the pooled keys of dropped blocks: score + the pool's bias + the head's.
+    """Online softmax over the pooled keys of dropped blocks: score + the pool's bias + the head's, in log2 units.
 
+    tail_bias: at the head's, in natural logarithms (`SparsePattern.tail_bias`); pool_bias is in log2 units already.
     kept_words: this row's mask as int64 words, bit b of word w for key block 64 w + b. Behind the last pool, up to a
     multiple of 64, biases are minus infinity.
     """
     K_ROW: tl.constexpr = PADDED_D // 2 if PACKED else PADDED_D
     PER_BLOCK: tl.constexpr = BLOCK // POOL
     word = tl.load(kept_words)
+    bias = tl.load(tail_bias) * LOG2E
     for start in tl.range(0, pools, BLOCK, num_stages=STAGES):
         next_word = tl.load(kept_words + (start + BLOCK) // (PER_BLOCK * 64))
         # A column's bit by 32-bit shifts: 64-bit ones would cost more than the exponential.

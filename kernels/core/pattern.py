@@ -27,7 +27,9 @@ class SparsePattern:
     order_of_head int32 [kv_heads]: the order of each key/value head; the query heads of a group share it.
     kept_words    int64 [q_heads, q_blocks, row_words(k_blocks)]: the kept blocks in bits (`block_mask`), at least one
                   in every row; None keeps every block.
-    tail_bias     float32 [q_heads]: adds the pooled tail with this bias per head; None drops what is not kept.
+    tail_bias     float32 [q_heads]: c of each head. Beside its kept keys a query q sees every pooled key k of the
+                  blocks that it drops, with the logit scale * q.k + b + c: b is the pool's own bias
+                  (`pooling.reference`), and e^c what the head's whole tail is weighed with. None: no tail.
     pool          tokens per pooled key; divides block_k.
     expansions    mean queries per head at most around which the pools are expanded (`pooling.reference`); 0: the pools
                   are plain means.
