@@ -16,32 +16,12 @@ def reordered_index(pattern: SparsePattern, heads: int) -> torch.Tensor:
     g = pattern.geometry
     per_kv = pattern.tables.long()[pattern.order_of_head.long()] + g.prefix
     grid = per_kv.repeat_interleave(heads // pattern.kv_heads, 0)
-    device = pattern.tables.device
-    context = torch.cat(
-        [
-            torch.arange(g.prefix, device=device),
-            torch.arange(g.prefix + g.grid_tokens, g.length, device=device),
-        ]
-    )
-    return torch.cat([grid, context.expand(heads, -1)], 1)
+    return torch.cat([grid, context_index(g, pattern.tables.device).expand(heads, -1)], 1)
 
 
 def take_rows(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Rows of `x [B, H, L, D]` in the order `index [H, L]`, per head."""
     return x.gather(2, index[None, :, :, None].expand(x.shape[0], -1, -1, x.shape[3]))
-
-
-def pool_rows(x: torch.Tensor, pool: int) -> torch.Tensor:
-    """Means over `pool` consecutive rows of `x [..., N, D]`; the last one over what is there."""
-    n = x.shape[-2]
-    padded = torch.nn.functional.pad(x, (0, 0, 0, -n % pool)).unflatten(-2, (-1, pool))
-    return padded.sum(-2) / pool_counts(n, pool, x.device).to(x.dtype)[:, None]
-
-
-def pool_counts(n: int, pool: int, device=None) -> torch.Tensor:
-    """Real tokens in each pool of `pool` out of n, int64 `[ceil(n / pool)]`."""
-    starts = torch.arange(0, n, pool, device=device)
-    return (n - starts).clamp_max(pool)
 
 
 def context_index(g: Geometry, device) -> torch.Tensor:

@@ -167,12 +167,3 @@ def tables_on(names: tuple[str, ...], grid: tuple[int, int, int], device: torch.
 def order_tables(grid: tuple[int, int, int], device: torch.device) -> torch.Tensor:
     """int32 `[len(ALL_ORDERS), F*H*W]`: every order's table on the device, which all sites share."""
     return torch.stack([order_table(name, grid) for name in ALL_ORDERS]).to(device)
-
-
-@lru_cache(maxsize=64)
-def token_coordinates(name: str, grid: tuple[int, int, int]) -> torch.Tensor:
-    """float32 `[F*H*W, 3]`: centre of each token in the order, in fractions of the grid's extent along F, H, W."""
-    index = order_table(name, grid).long()
-    _, h, w = grid
-    columns = [index // (h * w), index // w % h, index % w]
-    return torch.stack([(c.float() + 0.5) / n for c, n in zip(columns, grid, strict=True)], 1)

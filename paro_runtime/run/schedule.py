@@ -90,11 +90,6 @@ class Schedule:
     dense_blocks: tuple[tuple[int, int], ...] = ()
 
     @classmethod
-    def create(cls, steps: int, dense_steps: int, dense_blocks: str) -> Schedule:
-        """Of a run that is a whole schedule; `dense_steps` is cut to the number of steps there are."""
-        return cls(steps, steps, 0, min(dense_steps, steps), parse_blocks(dense_blocks))
-
-    @classmethod
     def of_run(
         cls,
         sigmas: Sequence[float],

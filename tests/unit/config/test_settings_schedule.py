@@ -78,7 +78,7 @@ def test_blocks_that_are_no_text_or_too_long_are_refused_in_one_sentence(wrong):
 
 def test_dense_steps_follow_few_step_and_full_schedules():
     assert [default_dense_steps(n, 0.2) for n in (1, 4, 8, 20, 50)] == [1, 1, 2, 4, 10]
-    schedule = Schedule.create(4, 9, "")
+    schedule = Schedule(4, 4, 0, 9)
     assert all(schedule.is_dense_step(i) for i in range(4))
 
 
@@ -107,7 +107,7 @@ GROUPED = [
 
 @pytest.mark.parametrize("steps, dense, counts", GROUPED)
 def test_groups_of_sparse_steps_keep_the_mean_density(steps, dense, counts):
-    schedule = Schedule.create(steps, dense, "")
+    schedule = Schedule(steps, steps, 0, dense)
     groups = [schedule.group(step, 3) for step in range(dense, steps)]
     assert groups == sorted(groups) and tuple(map(groups.count, range(3))) == counts
     densities = falling_densities(0.3)

@@ -14,7 +14,6 @@ from comfyui_paro.paro_runtime.plan.orders import (
     order_table,
     order_tables,
     tiled_orders,
-    token_coordinates,
 )
 
 GRIDS = [(5, 7, 9), (3, 17, 11), (1, 6, 4), (4, 1, 3), (1, 1, 5), (2, 2, 2)]
@@ -64,13 +63,6 @@ def test_the_tables_of_all_orders_are_made_once(grid):
     assert order_tables(grid, torch.device("cpu")) is tables
     for name in ALL_ORDERS:
         assert torch.equal(tables[order_number(name)], order_table(name, grid))
-
-
-def test_coordinates_follow_the_order():
-    places = token_coordinates("WHF", (2, 3, 4))
-    assert places.shape == (24, 3)
-    assert torch.equal(places[0], torch.tensor([0.25, 1 / 6, 0.125]))
-    assert torch.equal(places[1], torch.tensor([0.75, 1 / 6, 0.125]))  # F is fastest
 
 
 @pytest.mark.parametrize("wrong", [(0, (0, 2, 2), 0), (-1, (1, 2, 2), 0), (0, (1, 2, 2), -3)])
