@@ -14,7 +14,8 @@ from comfyui_paro.paro_runtime.plan.options import GROUPS
 from comfyui_paro.paro_runtime.plan.store import PlanStore
 from comfyui_paro.paro_runtime.run.session import Session
 from comfyui_paro.paro_runtime.run.tail_bias import TailBiasUpdate
-from comfyui_paro.tests.unit.run.test_session import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
+
+from .cases import IDENTITY, LAYOUT, SIGMAS, SITES, policy, sample, tensors, was_dense
 
 
 def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
@@ -41,6 +42,7 @@ def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
     assert budgets == [1] * len(SITES) + [len(SITES)] and {step for step, *_ in measured} == {1}
     report = session.finish()
     assert report.calls == {"sparse": 15} and not report.notes
+    assert (report.plan_source, report.plan.made["step"]) == ("calibrated on the way", 0)
     assert all(torch.equal(mask, report.plan.sites[site].mask()) for _, site, mask in measured)
     assert report.density == pytest.approx(0.3, abs=0.02)
 
