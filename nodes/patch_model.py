@@ -121,8 +121,11 @@ class PAROPatchModel(io.ComfyNode):
             if note is not None:
                 log.warning("PARO: %s", note)
                 show(note)
-            rest = {"store": plan_store(), "remember": plan_file == REMEMBERED}
-            return io.NodeOutput(patch_model(model, settings, plan=plan, on_status=show, note=note, **rest))
+            patched = patch_model(
+                model, settings, plan=plan, store=plan_store(), remember=plan_file == REMEMBERED, on_status=show,
+                note=note,
+            )  # fmt: skip
+            return io.NodeOutput(patched)
 
 
 def _chosen(settings: Settings | None, speed: str, density: float, precision: str) -> tuple[Settings, str | None]:

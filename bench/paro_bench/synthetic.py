@@ -17,7 +17,7 @@ from ...kernels.core.pattern import MOST_EXPANSIONS
 from ...kernels.core.precision import PRECISIONS
 from ...kernels.statistics.reference import BlockStatistics
 from ...paro_runtime.attention.patterns import build_pattern
-from ...paro_runtime.calibration.mask_choice import per_head_masks, shared_masks
+from ...paro_runtime.calibration.mask_choice import PerHeadBudget, SharedBudget, masks_by
 from ...paro_runtime.calibration.observe import observe
 from ...paro_runtime.calibration.options import StatisticsOptions
 from ...paro_runtime.calibration.order_choice import first_best, mass_kept_scores, sums_under_orders
@@ -109,18 +109,18 @@ class SyntheticCase:
         result = {}
         for name, orders in named.items():
             mass = self._gather(self.calibration, orders)
-            mask = per_head_masks([mass], density)[0]
+            mask = masks_by(PerHeadBudget, [mass], density)[0]
             result[name] = Choice(orders, mask)
             if name in ("original order", "ours"):
                 result[f"{name} + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)
             if name == "ours":
                 result["ours + tail of plain means"] = self._with_tail(orders, mask, density, 0)
-                mask = shared_masks([mass], density)[0]
+                mask = masks_by(SharedBudget, [mass], density)[0]
                 result["ours, shared budget"] = Choice(orders, mask)
                 result["ours, shared budget + tail"] = self._with_tail(orders, mask, density, MOST_EXPANSIONS)
         for name, orders in (("oracle, original order", original), ("oracle, our orders", ours)):
             mass = self._gather(self.held_out, orders)
-            result[name] = Choice(orders, per_head_masks([mass], density)[0])
+            result[name] = Choice(orders, masks_by(PerHeadBudget, [mass], density)[0])
         result["radial"] = self._fixed(original, radial_mask(self.geometry, density))
         result["window"] = self._window(density)
         result["random"] = self._fixed(original, random_mask(self.geometry, density, self.seed))

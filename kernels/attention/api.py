@@ -119,7 +119,8 @@ def attention_operator(
     backend: str,
 ) -> torch.Tensor:
     """`sparse_attention` with the pattern and the precision in pieces; result as `empty_output`."""
-    geometry = Geometry(prefix, tuple(grid), suffix, block_q)
+    frames, height, width = grid
+    geometry = Geometry(prefix, (frames, height, width), suffix, block_q)
     pattern = SparsePattern(geometry, tables, order_of_head, kept_words, tail_bias, pool, expansions)
     precision = Precision(qk, pv, hadamard)
     return sparse_attention(q, k, v, pattern, precision, scale=scale, key_bias=key_bias, backend=backend)

@@ -147,7 +147,7 @@ def _scratch_layout(
     sets = (heads * key.group, stretches)
     pools = (*sets, pool_rows)
     key_row = padded // 2 if packs(key.precision, padded) else padded
-    shapes = {
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
         "blocks": (list_shape(g, key.kv_heads * key.group) if key.lists else (1,), torch.int16),
         "k": ((heads, blocks, 64, key_row), k_type),
         "v": ((heads, blocks, 64, padded), v_type),

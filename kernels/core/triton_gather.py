@@ -73,9 +73,9 @@ def units_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor 
     if q.dtype != torch.float32:
         return None
     # Smallest and largest value: the largest magnitude without a copy of the tensor.
-    largest = [torch.maximum(x.amax((2, 3)), -x.amin((2, 3))) for x in (q, k, v)]
+    of_q, *of_keys = (torch.maximum(x.amax((2, 3)), -x.amin((2, 3))) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
-    largest = torch.stack([largest[0], *(x.repeat_interleave(group, 1) for x in largest[1:])]).clamp_min(1e-20)
+    largest = torch.stack([of_q, *(x.repeat_interleave(group, 1) for x in of_keys)]).clamp_min(1e-20)
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent).flatten(1)
 
 

@@ -183,7 +183,8 @@ def block_costs_reference(
                 found = found.unflatten(1, (-1, rows)).sum(2)
                 tables_of_costs[:, h, part] += (found / batch).float()
                 energy[h] += seen.out.square().sum() / batch
-    return BlockCosts(*tables_of_costs, energy)
+    moved, cross, pooled_moved, mass, pooled = tables_of_costs
+    return BlockCosts(moved, cross, pooled_moved, mass, pooled, energy)
 
 
 def row_moments_reference(
@@ -219,4 +220,5 @@ def row_moments_reference(
                 found += [(dropped @ each[..., None])[..., 0] for each in (seen.mass, seen.pooled)]
                 result[:, b, h, :, part] = torch.stack(found).transpose(1, 2).float()
                 exact[b, h, part] = seen.out.float()
-    return RowMoments(*result, exact)
+    moved, cross, pooled_moved, mass, pooled = result
+    return RowMoments(moved, cross, pooled_moved, mass, pooled, exact)

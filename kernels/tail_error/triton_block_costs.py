@@ -312,7 +312,8 @@ def launch_block_costs(
                 PER_BLOCK=per_block, POOL=pool, ACCUMULATE=b > 0, **options,
             )  # fmt: skip
             energy[start : start + count] += memory.energy[:count].sum(1) / batch
-    return BlockCosts(*costs, energy)
+    moved, cross, pooled_moved, mass, pooled = costs
+    return BlockCosts(moved, cross, pooled_moved, mass, pooled, energy)
 
 
 settle(globals())

@@ -341,7 +341,8 @@ def launch_row_moments(
                 scale_log2, ROWS=second.rows, POOLS=second.pools, PER_BLOCK=g.block_k // pool, **constants,
                 num_warps=second.warps, num_stages=2,
             )  # fmt: skip
-    return RowMoments(*result, exact)
+    moved, cross, pooled_moved, mass, pooled_mass = result
+    return RowMoments(moved, cross, pooled_moved, mass, pooled_mass, exact)
 
 
 settle(globals())

@@ -104,8 +104,7 @@ def check_kernels(
     q = torch.empty(1, size.heads, 1, size.head_dim, dtype=size.dtype, device=device)
     while True:
         between()
-        call = {"biased": False, "precision": precision, "backend": "triton"}
-        reason = readiness.reason(q, q, size.layout, step, **call)
+        reason = readiness.reason(q, q, size.layout, step, biased=False, precision=precision, backend="triton")
         waiting = reason == COMPILING or (reason is None and not readiness.late_ready)
         seconds, step = time.perf_counter() - began, step + 1
         if not waiting or seconds > WAIT_SECONDS:

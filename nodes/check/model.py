@@ -129,7 +129,7 @@ def _call(model: Any, latents: torch.Tensor, shapes: list, positive: Any) -> Mod
     import comfy.sampler_helpers
     import comfy.samplers
 
-    prompt = positive if positive is not None else [[torch.zeros(1, TEXT_TOKENS, 1), {}]]
+    prompt: list[list[Any]] = positive if positive is not None else [[torch.zeros(1, TEXT_TOKENS, 1), {}]]
     text = prompt[0][0]
     plain = {"latent_shapes": shapes} if len(shapes) > 1 else {}
     given = {"latent_image": latents, "denoise_mask": None, "seed": 0, "latent_shapes": shapes}

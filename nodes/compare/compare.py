@@ -189,10 +189,9 @@ def _chunks(
     least, each chunk beginning with the last `overlap` frames of the one before."""
     step = max(1, values // ours[0].numel())
     for start in range(0, len(ours) - overlap, step):
-        yield tuple(
-            frames[start : start + step + overlap].to(device=device or frames.device, dtype=torch.float32).clamp(0, 1)
-            for frames in (ours, theirs)
-        )
+        both = (frames[start : start + step + overlap] for frames in (ours, theirs))
+        one, other = (x.to(device=device or x.device, dtype=torch.float32).clamp(0, 1) for x in both)
+        yield one, other
 
 
 def _channels_first(frames: torch.Tensor) -> torch.Tensor:

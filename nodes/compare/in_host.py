@@ -149,8 +149,8 @@ def compare(
         denoise=sampling.denoise,
         seed=sampling.seed,
     )
-    said = text(names, *runs, figures, compared=how, size=size, trouble=trouble)
-    return Comparison(*latents, said, pictures, size is not None and size[1] > 1)
+    said = text(names, runs[0], runs[1], figures, compared=how, size=size, trouble=trouble)
+    return Comparison(latents[0], latents[1], said, pictures, size is not None and size[1] > 1)
 
 
 def check(model: Any, vae: Any) -> None:

@@ -91,7 +91,7 @@ def text(
     figures: Figures | None,
     *,
     compared: str,
-    size: tuple[int, int, int, int] | None,
+    size: Sequence[int] | None,
     trouble: str = "",
 ) -> Sentence:
     """The sentence, then hints, figures, PARO's own report, and what was compared: a line each, as a Markdown list,

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 
 from .observe import Observation
+from .tables import Worth
 
 # Where a run has one or two observations, larger tables of blocks are kept in 16 bits: it has them all on its GPU.
 # bfloat16, since errors span many powers of ten.
 FULL_PRECISION_ELEMENTS = 1 << 18
+Table = TypeVar("Table", torch.Tensor, Worth)
 # Query blocks whose mass is kept where blocks are not chosen by it.
 MASS_BLOCKS = 128
 
@@ -54,18 +57,22 @@ class SiteSums:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
 
+    def _with(self, tensors: dict[str, torch.Tensor]) -> SiteSums:
+        """The same with these tensors in place of `tensors()`."""
+        return SiteSums(self.candidates, done=self.done, **tensors)
+
     def on_cpu(self) -> SiteSums:
         """The same on the CPU."""
-        return replace(self, **{name: value.cpu() for name, value in self.tensors().items()})
+        return self._with({name: value.cpu() for name, value in self.tensors().items()})
 
     @classmethod
     def joined(cls, parts: Sequence[SiteSums]) -> SiteSums:
         """Those of all heads, from those of some heads each, in order, of the same observations."""
         columns = [part.tensors() for part in parts]
-        return replace(parts[0], **{name: torch.cat([its[name] for its in columns]) for name in columns[0]})
+        return parts[0]._with({name: torch.cat([its[name] for its in columns]) for name in columns[0]})
 
-    def mask_of_mass(self, mask: torch.Tensor) -> torch.Tensor:
-        """The rows of a mask `[H, q_blocks, k_blocks]` that `mass` is about."""
+    def mask_of_mass(self, mask: Table) -> Table:
+        """The rows of a mask or of worths `[H, q_blocks, k_blocks]` that `mass` is about."""
         if mask.shape[1] == self.mass.shape[1]:
             return mask
         return mask[:, some_blocks(mask.shape[1], mask.device)]

@@ -126,21 +126,16 @@ def _threshold(values: torch.Tensor, density: float) -> float:
     return values.kthvalue(values.numel() - count + 1).values.item()
 
 
-def shared_masks(
-    masses: Sequence[torch.Tensor], density: float, device: torch.device | str = "cpu"
+def masks_by(
+    budget: type[SharedBudget] | type[PerHeadBudget],
+    worths: Sequence[torch.Tensor],
+    density: float,
+    device: torch.device | str = "cpu",
 ) -> list[torch.Tensor]:
-    """Masks of several sites by one threshold; each mass is `[H, q_blocks, k_blocks]`, each mask bool alike, on
-    `device`. See `SharedBudget`."""
-    budget = SharedBudget([Worth(mass) for mass in masses], [density], device)
-    return [budget.masks(site)[0] for site in range(len(masses))]
-
-
-def per_head_masks(
-    masses: Sequence[torch.Tensor], density: float, device: torch.device | str = "cpu"
-) -> list[torch.Tensor]:
-    """Masks with the same density in every head; otherwise as `shared_masks`."""
-    budget = PerHeadBudget([Worth(mass) for mass in masses], [density], device)
-    return [budget.masks(site)[0] for site in range(len(masses))]
+    """Masks of several sites for one density; each worth is `[H, q_blocks, k_blocks]`, each mask bool alike, on
+    `device`."""
+    made = budget([Worth(worth) for worth in worths], [density], device)
+    return [made.masks(site, device)[0] for site in range(len(worths))]
 
 
 def masks_of_counts(worth: torch.Tensor, counts: torch.Tensor) -> list[torch.Tensor]:
@@ -166,7 +161,7 @@ def density_for(
     worths: Sequence[Worth],
     target: float,
     most: float,
-    choose: Callable[[Sequence[torch.Tensor], float], list[torch.Tensor]],
+    choose: Callable[[list[torch.Tensor], float], list[torch.Tensor]],
     groups: Callable[[float], Sequence[float]] = lambda density: (density,),
     device: torch.device | str = "cpu",
 ) -> float:
@@ -177,13 +172,13 @@ def density_for(
     density, each group counts alike. Large tables are judged by every n-th row of blocks.
     """
     stride = max(1, math.ceil(sum(mass.numel() for mass in masses) / TARGET_VALUES))
-    masses, worths = ([table[:, ::stride].on(device) for table in tables] for tables in (masses, worths))
+    seen, judged = ([table[:, ::stride].on(device) for table in tables] for tables in (masses, worths))
 
     def kept(density: float) -> float:
         found = [
             mass_kept(mass, mask)
             for its in groups(density)
-            for mass, mask in zip(masses, choose(worths, its), strict=True)
+            for mass, mask in zip(seen, choose(judged, its), strict=True)
         ]
         return torch.cat(found).mean().item()
 

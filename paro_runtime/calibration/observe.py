@@ -19,6 +19,7 @@ import torch
 
 from ...kernels.core.inputs import ScoreInputs
 from ...kernels.core.layout import Geometry, TokenLayout, geometry_of
+from ...kernels.core.sampling import ROWS_PER_BLOCK
 from ...kernels.statistics.api import block_statistics, row_logsumexp
 from ...kernels.statistics.logit_errors import logit_errors
 from ...kernels.statistics.mean_queries import mean_query_masses
@@ -92,14 +93,22 @@ def observe(
         mass = mean_query_masses(scores, geometry, tables, q_blocks=seen, backend=backend)
     if v is not None and options.pool is not None:
         inputs = scores.with_values(v, geometry, tables)
-        pools = {"pool": options.pool, "expansions": options.expansions, "backend": backend}
+        pool, expansions = options.pool, options.expansions
         if large and options.by_mass and mass is not None:
             if options.curves:
                 seen = torch.arange(geometry.q_blocks, device=device) if seen is None else seen
-                tail = TailObservation(curves=bias_curves(inputs, mass, seen, **pools))
+                curves = bias_curves(inputs, mass, seen, pool=pool, expansions=expansions, backend=backend)
+                tail = TailObservation(curves)
         else:
-            sizes = {"curves": options.curves} | ({"rows": LARGE_TAIL_ROWS} if large else {})
-            tail = observe_tail(inputs, density=options.density, **sizes, **pools)
+            tail = observe_tail(
+                inputs,
+                density=options.density,
+                pool=pool,
+                expansions=expansions,
+                rows=LARGE_TAIL_ROWS if large else ROWS_PER_BLOCK,
+                curves=options.curves,
+                backend=backend,
+            )
     if mass is None and tail is not None and not options.by_mass:
         mass = tail.mass
     if mass is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -49,14 +49,14 @@ def order_scores(
         return torch.zeros(scores.heads, 1, device=device), None
     if options.order == "paper":
         count = PAPER_BLOCKS_OF_FEW if g.q_blocks <= FEW_BLOCKS else PAPER_BLOCKS
-        looks = {"q_blocks": order_sample(g.q_blocks, count, device), "epsilon": 1 / g.grid_tokens, "backend": backend}
         lse = row_logsumexp(scores, backend)
-        tables = tables_on(names, g.grid, device)
-        seen = [block_statistics(scores, lse, g, table.expand(scores.heads, -1), **looks) for table in tables]
+        look = partial(block_statistics, q_blocks=order_sample(g.q_blocks, count, device), backend=backend)
+        of_heads = (table.expand(scores.heads, -1) for table in tables_on(names, g.grid, device))
+        seen = [look(scores, lse, g, tables, epsilon=1 / g.grid_tokens) for tables in of_heads]
         return paper_scores(seen, options.alpha, options.sigma), None
     if not is_large(g.grid_tokens):
-        sums = sums_under_orders(scores, g, names)
-        return mass_kept_scores([BlockStatistics(mass) for mass in sums], options.density), None
+        masses = sums_under_orders(scores, g, names)
+        return mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density), None
     sums = sampled_sums(scores, g, names, ORDER_BLOCKS, ORDER_ROWS, backend)
     return estimated_mass_kept(sums, options.density).T, None
 
@@ -133,15 +133,15 @@ def paper_scores(seen: Sequence[BlockStatistics], alpha: float, sigma: float = 1
     Its example sigma of 0.9 prefers the wrong orders on our bench: a stride-64 diagonal leaves 63 of 64 weights of
     every block tiny, so 90 % tiny is no sign of an empty block. The default counts blocks whose weights are all tiny.
     """
-    dense, incoherence = [], []
+    of_dense, of_peaks = [], []
     for s in seen:
         nearly_empty = (s.small >= sigma - 1e-6).float().mean((1, 2))
-        dense.append(1 - nearly_empty)
+        of_dense.append(1 - nearly_empty)
         cell = s.mass / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
         peak = s.maximum / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
         # An all-zero block has no incoherence; the guard keeps 0/0 out of the mean.
-        incoherence.append((peak / cell.clamp_min(1e-12)).where(cell > 0, 0).mean((1, 2)))
-    dense, incoherence = torch.stack(dense, 1), torch.stack(incoherence, 1)
+        of_peaks.append((peak / cell.clamp_min(1e-12)).where(cell > 0, 0).mean((1, 2)))
+    dense, incoherence = torch.stack(of_dense, 1), torch.stack(of_peaks, 1)
     metric = alpha * dense / dense.sum(1, keepdim=True).clamp_min(1e-12)
     metric = metric + (1 - alpha) * incoherence / incoherence.sum(1, keepdim=True).clamp_min(1e-12)
     return -metric

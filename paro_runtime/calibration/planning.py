@@ -7,16 +7,17 @@ together, and nothing but masks is brought to the CPU one site at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from ...kernels.core.block_mask import pack_bits
-from ...kernels.core.layout import BLOCK_K, TokenLayout
+from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.statistics.logit_errors import CASES
 from ..plan.options import MaskOptions, query_block
 from ..plan.plan import Site, SitePlan
 from .accumulator import SiteSums
-from .mask_choice import PerHeadBudget, SharedBudget, density_for, mass_kept
+from .mask_choice import PerHeadBudget, SharedBudget, density_for, masks_by, mass_kept
 from .options import Method
 from .outlier_rotation import root_means, rotates
 from .tables import Worth
@@ -117,8 +118,7 @@ class Planner:
 
     def _joined(self, made: list[_Masks], orders: list[str], curves) -> dict[Site, SitePlan]:
         heads = [each.density.shape[1] for each in made]
-        block_q = query_block(self.layout.grid_tokens)
-        blocks = tuple(-(-self.layout.grid_tokens // size) for size in (block_q, BLOCK_K))
+        g = geometry_of(self.layout, query_block(self.layout.grid_tokens))
         device = made[0].density.device  # a GPU if there was room at all
         biases = {}
         if self.options.pool is not None:
@@ -136,7 +136,7 @@ class Planner:
             entries[site] = SitePlan(
                 tuple(orders[some]),
                 each.packed,
-                (heads[number], *blocks),
+                (heads[number], g.q_blocks, g.k_blocks),
                 # Copies: a slice would hold every site's numbers as long as one of them lives.
                 None if bias is None else bias.clone(),
                 density[number].clone(),
@@ -151,14 +151,10 @@ class Planner:
         if not target:
             return density
 
-        def choose(worths: list[torch.Tensor], its: float) -> list[torch.Tensor]:
-            made = budget([Worth(worth) for worth in worths], [its], device)
-            return [made.masks(site, device)[0] for site in range(len(worths))]
-
+        masses = [Worth(s.mass) for s in self._sums]
         judged = [s.mask_of_mass(self._worth(s)) for s in self._sums]
-        return density_for(
-            [Worth(s.mass) for s in self._sums], judged, target, density, choose, self.options.densities, device
-        )
+        choose = partial(masks_by, budget, device=device)
+        return density_for(masses, judged, target, density, choose, self.options.densities, device)
 
     def _by_mass(self, s: SiteSums) -> bool:
         method = self.method

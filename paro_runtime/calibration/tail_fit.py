@@ -96,7 +96,7 @@ def _levels(error: torch.Tensor) -> torch.Tensor:
     blocks = error.shape[-1]
     ranks = torch.arange(blocks, device=error.device)
     counts = [max(1, round(share * blocks)) for share in MASK_DENSITIES]
-    level_of_rank = sum((ranks >= count).to(torch.uint8) for count in counts)
+    level_of_rank = torch.stack([ranks >= count for count in counts]).sum(0, dtype=torch.uint8)
     best = error.argsort(-1, descending=True)
     return torch.empty_like(error, dtype=torch.uint8).scatter_(-1, best, level_of_rank.expand_as(best))
 

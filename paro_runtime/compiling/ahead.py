@@ -20,6 +20,7 @@ import time
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import IO
 
 from ...kernels.core.layout import TokenLayout
 from ..plan.options import query_block
@@ -69,7 +70,7 @@ class Ahead:
         self._markers = [folder / f"paro-{name}-{part}" for part in ("compiled", "late")]
         self._lock = threading.Lock()
         self._process: subprocess.Popen | None = None
-        self._errors = None
+        self._errors: IO[bytes] | None = None
         self._began = time.perf_counter()
         if not all(marker.is_file() for marker in self._markers):
             self._start(task, folder)
@@ -80,11 +81,14 @@ class Ahead:
         environment = {**os.environ, **WITHOUT_GPU, "TRITON_CACHE_DIR": str(folder)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  closed in _end
-        options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": self._errors}
-        if os.name == "nt":
-            options["creationflags"] = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS
+        flags, nowhere = 0, subprocess.DEVNULL
+        if sys.platform == "win32":
+            flags = subprocess.CREATE_NO_WINDOW | subprocess.BELOW_NORMAL_PRIORITY_CLASS
         log.info("PARO: compiling kernels in the background (once on this machine)")
-        self._process = subprocess.Popen([sys.executable, str(WORKER), text], env=environment, **options)
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), text], env=environment, creationflags=flags,
+            stdin=nowhere, stdout=nowhere, stderr=self._errors,
+        )  # fmt: skip
 
     def ready(self) -> bool:
         """Whether a run may use the kernels. Also once the worker has given up: then they are compiled as they come."""

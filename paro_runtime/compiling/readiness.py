@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -96,14 +97,14 @@ class Readiness:
     def _decide(self, kind: _Kind, q, layout, precision, backend) -> str | None:
         if kind.ahead is not None and not kind.ahead.ready():
             return COMPILING
-        sizes = {"block_q": query_block(layout.grid_tokens), "pool": self._options.pool}
-        call = (q.device, q.dtype, q.shape[3], precision, backend)
-        found = self_check(*call, **sizes)
+        block_q, pool = query_block(layout.grid_tokens), self._options.pool
+        check = partial(self_check, q.device, q.dtype, q.shape[3], precision, backend, block_q=block_q, pool=pool)
+        found = check()
         kind.checked = True
         late = kind.ahead is None or kind.ahead.late_ready()
         gluon_launch.hold(not late)
         if late and backend == "triton" and found is None:
-            wrong = self_check(*call, **sizes, special=True)
+            wrong = check(special=True)
             if wrong is not None:
                 gluon_launch.forbid(wrong)
         kind.checked_special = late

@@ -6,7 +6,8 @@ held. What is called is what `evaluation` calls, with sizes in the same classes,
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 
@@ -64,9 +65,7 @@ class Job:
     @classmethod
     def from_dict(cls, values: dict) -> Job:
         """Inverse of `dataclasses.asdict`, also after JSON."""
-        names = {f.name for f in fields(cls)}
-        tuples = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        return cls(**{name: value for name, value in tuples.items() if name in names})
+        return cls(**values | {name: tuple(value) for name, value in values.items() if isinstance(value, list)})
 
 
 def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None:
@@ -80,11 +79,11 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
         for n in (q_heads, heads, heads)
     )
     bias = torch.zeros(job.batch, layout.length) if job.biased else None
-    precision, rest = PRECISIONS[job.precision], {"key_bias": bias, "backend": "triton"}
-    flag = torch.zeros(4, dtype=torch.int32)
+    precision, flag = PRECISIONS[job.precision], torch.zeros(4, dtype=torch.int32)
+    run = partial(run_kernel, q, k, v, key_bias=bias, nonfinite=flag, backend="triton")
     dense = dense_pattern(layout, q_heads, heads, q.device)
     with gluon_launch.set_aside():
-        run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
+        run(dense, precision)
 
     block_q = query_block(layout.grid_tokens)
     g = geometry_of(layout, block_q)
@@ -97,24 +96,24 @@ def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None
         g, tables, torch.zeros(heads, dtype=torch.int32), mask, tail, job.pool or g.block_k, expansions
     )
     with gluon_launch.set_aside():
-        run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
-    check = {"block_q": block_q, "pool": job.pool}
-    errors_of(q.device, dtype, job.head_dim, precision, "triton", **check)
+        run(pattern, precision)
+    check = partial(errors_of, q.device, dtype, job.head_dim, backend="triton", block_q=block_q, pool=job.pool)
+    check(precision)
     scores = ScoreInputs(q, k, key_bias=bias)
     # Errors of blocks are measured on small grids only.
     for by_mass in (True,) if is_large(layout.grid_tokens) else (False, True):
         options = StatisticsOptions(COMPARED_DENSITY, job.order, job.pool, by_mass=by_mass)
         observe(scores, layout, block_q, options, v=v, backend="triton")
     if tail is not None:
-        sizes = {"pool": job.pool, "expansions": expansions, "rows": LEAST_ROWS}
-        observe_bias(scores.with_values(v, g, of_heads), mask, **sizes, backend="triton")
+        inputs = scores.with_values(v, g, of_heads)
+        observe_bias(inputs, mask, pool=job.pool, expansions=expansions, rows=LEAST_ROWS, backend="triton")
     mean_query_masses(scores, g, of_heads, backend="triton")
     # The kernel of one GPU generation and rotated queries: the general kernel and plain queries stand in for them.
     launches.late_from_now = True
-    run_kernel(q, k, v, dense, precision, nonfinite=flag, **rest)
-    run_kernel(q, k, v, pattern, precision, nonfinite=flag, **rest)
-    errors_of(q.device, dtype, job.head_dim, precision, "triton", **check, special=True)
+    run(dense, precision)
+    run(pattern, precision)
+    check(precision, special=True)
     rotated = precision.rotated
     if rotated is not None:
-        run_kernel(q, k, v, pattern, rotated, nonfinite=flag, **rest)
-        errors_of(q.device, dtype, job.head_dim, rotated, "triton", **check)
+        run(pattern, rotated)
+        check(rotated)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 
@@ -132,11 +132,11 @@ def problem(dtype: torch.dtype, head_dim: int, block_q: int, pool: int | None) -
     q = (q + draw(1, len(ORDERS), 1, head_dim)) * QUERY_SCALE
     blocks = (-(-LAYOUT.grid_tokens // block_q), -(-LAYOUT.grid_tokens // 64))
     mask = torch.rand(len(ORDERS), *blocks, generator=generator) < DENSITY
-    asked = Problem(*(x.to(dtype) for x in (q, k, v)), mask)
-    rows = [x.float() for x in (asked.q, asked.k, asked.v)]
-    rest = {"precision": PRECISIONS["16bit"], "backend": "reference"}
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    asked = Problem(q, k, v, mask)
+    run = partial(run_kernel, q.float(), k.float(), v.float(), precision=PRECISIONS["16bit"], backend="reference")
     patterns = [_pattern(asked, masked, block_q, pool, torch.device("cpu")) for masked in (True, False)]
-    return replace(asked, exact=tuple(run_kernel(*rows, pattern, **rest) for pattern in patterns))
+    return replace(asked, exact=tuple(run(pattern=pattern) for pattern in patterns))
 
 
 def _pattern(known: Problem, masked: bool, block_q: int, pool: int | None, device: torch.device) -> SparsePattern:

@@ -91,11 +91,12 @@ class HostEvaluation:
         uncountable = self._uncountable if key is None else None
         self._counted += key is None and uncountable is None
         bias = key_bias(call.mask, call.q.shape[0], keys)
-        reason = next((r for r in (uncountable, site, call.exact, bias, _recording(call)) if isinstance(r, str)), None)
-        if reason is not None:
-            self._attempt.decline(reason)
-            return None
-        return Claim(site, bias, stream)
+        match uncountable, site, call.exact, bias, _recording(call):
+            case None, Site() as its_site, None, None | torch.Tensor() as its_bias, None:
+                return Claim(its_site, its_bias, stream)
+            case found:
+                self._attempt.decline(next(reason for reason in found if isinstance(reason, str)))
+                return None
 
     def stream_of(self, call: AttentionCall, claim: Claim) -> Stream:
         """Who answers the call."""
@@ -137,8 +138,8 @@ class HostEvaluation:
             expected = " or ".join(f"{layout.length} tokens ({layout.describe()})" for layout in layouts)
             self._attempt.decline(f"no self-attention over the {expected} expected; seen: {seen}")
         elif self._counted and self._counts is not None and self._counted != sum(self._counts):
-            expected = sum(self._counts)
-            reason = f"{self._counted} self-attention calls where {expected} were expected: sites are not certain"
+            wanted = sum(self._counts)
+            reason = f"{self._counted} self-attention calls where {wanted} were expected: sites are not certain"
             for evaluation in self._evaluations:
                 evaluation.abandon(reason)
         return False

@@ -8,7 +8,7 @@ arguments untouched, to what would have run without PARO.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,15 @@ HOST_SDPA = "attention_pytorch"
 Attention = Callable[..., torch.Tensor]
 
 
-def make_override(previous: Attention | None) -> Attention:
+class Override(Protocol):
+    """What `make_override` makes. paro_previous: the override that it stands before, or None."""
+
+    paro_previous: Attention | None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor: ...
+
+
+def make_override(previous: Attention | None) -> Override:
     """The override that stands before `previous` (another node's override), or before the host's own attention."""
     alone = without_paro(previous) is None
 
@@ -71,7 +79,7 @@ def _container_function(previous: Attention) -> Attention:
     return torch.compiler.disable(paro_container_attention)
 
 
-def is_override(function: Any) -> bool:
+def is_override(function: object) -> TypeGuard[Override]:
     """Whether `function` was made here."""
     return hasattr(function, "paro_previous")
 

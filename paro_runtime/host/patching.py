@@ -86,8 +86,10 @@ def _lifecycle(
     def start(sigmas: list[float], sampled: Any) -> Session:
         # A node behind this one may have given the model another schedule.
         sampling = (clone if sampled is None else sampled).get_model_object("model_sampling")
-        scale = {"highest_noise": float(sampling.sigma_max), "time_gone": time_gone(sampling)}
-        session = Session(policy, sigmas=sigmas, on_status=on_status, lasting=not_recorded(), **scale)
+        session = Session(
+            policy, sigmas=sigmas, on_status=on_status, lasting=not_recorded(),
+            highest_noise=float(sampling.sigma_max), time_gone=time_gone(sampling),
+        )  # fmt: skip
         session.log.notes.extend(notes)
         return session
 
@@ -117,8 +119,10 @@ def calibration_model(
 
     def start(sigmas: list[float], sampled: Any) -> Session:
         watched = steps(len(sigmas) - 1)
-        common = {"on_status": on_status, "lasting": not_recorded()}
-        return Session(policy, sigmas=sigmas, calibrator=calibrator, calibrate_steps=watched, **common)
+        return Session(
+            policy, sigmas=sigmas, on_status=on_status, lasting=not_recorded(),
+            calibrator=calibrator, calibrate_steps=watched,
+        )  # fmt: skip
 
     install(clone, Lifecycle(family, start, strict=True, on_status=on_status))
     return clone

@@ -91,7 +91,7 @@ def file_digest(text: str, tensors: dict[str, torch.Tensor]) -> str:
     total = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         total.update(name.encode())
-        total.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        total.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
@@ -287,13 +287,13 @@ def _read_site(
 def _kept_blocks(packed: torch.Tensor, shape: tuple[int, int, int]) -> tuple[torch.Tensor, int]:
     """Kept blocks of each head, int64 `[heads]`, and of the row that keeps fewest. Takes a few times the memory of the
     bits of HEADS_AT_ONCE heads, which begin at a whole byte each time."""
-    heads, counts = shape[0], []
+    heads, parts = shape[0], []
     for first in range(0, heads, HEADS_AT_ONCE):
         some = min(HEADS_AT_ONCE, heads - first)
         start, stop = (number * math.prod(shape[1:]) for number in (first, first + some))
         words = words_of_rows(packed[start // 8 : -(-stop // 8)], (some, *shape[1:]))
-        counts.append(count_bits(words).sum(2))
-    counts = torch.cat(counts)
+        parts.append(count_bits(words).sum(2))
+    counts = torch.cat(parts)
     return counts.sum(1), int(counts.min())
 
 

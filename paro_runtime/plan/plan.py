@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from ...kernels.core.block_mask import pack_bits, unpack_bits
-from ...kernels.core.layout import BLOCK_K, TokenLayout
+from ...kernels.core.layout import BLOCK_K, TokenLayout, geometry_of
 from .options import query_block
 from .orders import ALL_ORDERS, nearest_order
 
@@ -72,20 +72,11 @@ class SitePlan:
     def create(cls, orders, mask: torch.Tensor, tail_bias, mass_kept: torch.Tensor, rotate: bool = False) -> SitePlan:
         """One group of steps, from a bool mask `[heads, q_blocks, k_blocks]` on any device; tail_bias and mass_kept
         are [heads]."""
-        density = mask.float().mean((1, 2))
-        bias = None if tail_bias is None else [tail_bias]
-        return cls.of_groups(orders, [pack_bits(mask)], mask.shape, [density], bias, [mass_kept], rotate)
-
-    @classmethod
-    def of_groups(cls, orders, packed, shape, density, tail_bias, mass_kept, rotate=False) -> SitePlan:
-        """From what each group of steps has, in lists, on any device."""
-
-        def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-            return torch.stack([part.float() for part in parts]).cpu()
-
-        bias = None if tail_bias is None else joined(tail_bias)
-        rest = (bias, joined(density), joined(mass_kept), rotate)
-        return cls(tuple(orders), torch.stack(list(packed)).cpu(), tuple(shape), *rest)
+        heads, q_blocks, k_blocks = mask.shape
+        numbers = (tail_bias, mask.float().mean((1, 2)), mass_kept)
+        bias, density, kept = (None if x is None else x.float()[None].cpu() for x in numbers)
+        shape = (heads, q_blocks, k_blocks)
+        return cls(tuple(orders), pack_bits(mask)[None].cpu(), shape, bias, density, kept, rotate)
 
     @classmethod
     def joined(cls, groups: Sequence[SitePlan]) -> SitePlan:
@@ -95,7 +86,7 @@ class SitePlan:
             return first
         columns = {name: [getattr(group, name) for group in groups] for name in PER_GROUP}
         whole = {name: None if parts[0] is None else torch.cat(parts) for name, parts in columns.items()}
-        return replace(first, **whole)
+        return SitePlan(first.orders, shape=first.shape, rotate=first.rotate, **whole)
 
     @property
     def groups(self) -> int:
@@ -178,14 +169,13 @@ class Plan:
         and runs measure their masks themselves; mass_kept is still that of the grid the plan was made on."""
         if self.layout.grid == layout.grid:
             return replace(self, layout=layout)
-        block_q = query_block(layout.grid_tokens)
-        blocks = tuple(-(-layout.grid_tokens // size) for size in (block_q, BLOCK_K))
+        g = geometry_of(layout, query_block(layout.grid_tokens))
         sites = {}
         for site, entry in self.without_masks().sites.items():
             orders = tuple(nearest_order(name, layout.grid) for name in entry.orders)
-            sites[site] = replace(entry, orders=orders, shape=(len(orders), *blocks))
+            sites[site] = replace(entry, orders=orders, shape=(len(orders), g.q_blocks, g.k_blocks))
         made = {**self.made, "moved_from": _grid(self.layout)}
-        return replace(self, layout=layout, block_q=block_q, sites=sites, made=made)
+        return replace(self, layout=layout, block_q=g.block_q, sites=sites, made=made)
 
     def of_rank(self, rank: int, ranks: int) -> Plan:
         """What one of several processes needs that share the heads of every site (`heads_of_rank`). Raises

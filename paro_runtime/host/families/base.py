@@ -147,7 +147,8 @@ def patches(extent: int, patch: int) -> int:
 def grid_of(shape: Sequence[int], patch: Sequence[int]) -> tuple[int, int, int]:
     """Token grid of a latent `[..., (F,) H, W]` for a patch of as many numbers; F is 1 for an image."""
     sizes = [patches(n, p) for n, p in zip(shape[-len(patch) :], patch, strict=True)]
-    return (1, *sizes) if len(sizes) == 2 else tuple(sizes)
+    frames, height, width = (1, *sizes) if len(sizes) == 2 else sizes
+    return frames, height, width
 
 
 def tokens_of(latents: Sequence[Any] | None, patch: Sequence[int]) -> int:

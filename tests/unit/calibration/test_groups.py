@@ -8,7 +8,7 @@ from comfyui_paro.kernels.core.layout import TokenLayout, geometry_of
 from comfyui_paro.kernels.statistics.api import block_statistics, row_logsumexp
 from comfyui_paro.paro_runtime.attention.patterns import PatternCache
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
-from comfyui_paro.paro_runtime.calibration.mask_choice import shared_masks
+from comfyui_paro.paro_runtime.calibration.mask_choice import SharedBudget, masks_by
 from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.file import load_plan
@@ -81,7 +81,7 @@ def test_a_constant_density_has_one_group_of_plain_masks(planted):
     tables = torch.stack([order_table(name, LAYOUT.grid) for name in entry.orders])
     q, k = planted.q[:1], planted.k[:1]
     mass = block_statistics(ScoreInputs(q, k), row_logsumexp(ScoreInputs(q, k)), geometry_of(LAYOUT, 64), tables).mass
-    assert plan.groups == 1 and torch.equal(entry.mask(), shared_masks([mass], 0.25)[0])
+    assert plan.groups == 1 and torch.equal(entry.mask(), masks_by(SharedBudget, [mass], 0.25)[0])
 
 
 def begin(session, step, planted, layout=LAYOUT):

@@ -2,6 +2,7 @@
 
 import pkgutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.sampling import spread_positions
 from comfyui_paro.paro_runtime.attention.patterns import build_pattern
 from comfyui_paro.paro_runtime.calibration.calibrator import Calibrator, Method
-from comfyui_paro.paro_runtime.calibration.mask_choice import SharedBudget, density_for, per_head_masks, shared_masks
+from comfyui_paro.paro_runtime.calibration.mask_choice import PerHeadBudget, SharedBudget, density_for, masks_by
 from comfyui_paro.paro_runtime.calibration.observe import observe
 from comfyui_paro.paro_runtime.calibration.options import StatisticsOptions
 from comfyui_paro.paro_runtime.calibration.order_choice import sums_under_orders
@@ -99,7 +100,7 @@ def test_sums_from_some_rows_stand_for_all(planted):
 
 def test_masks_have_their_density_and_no_empty_row():
     mass = [torch.rand(3, 7, 9) ** 4, torch.rand(2, 7, 9) ** 4]
-    for masks in (shared_masks(mass, 0.3), per_head_masks(mass, 0.3)):
+    for masks in (masks_by(budget, mass, 0.3) for budget in (SharedBudget, PerHeadBudget)):
         assert all(mask.any(2).all() for mask in masks)
         assert torch.cat([m.float().mean((1, 2)) for m in masks]).mean() == pytest.approx(0.3, abs=0.03)
 
@@ -284,7 +285,7 @@ def test_thresholds_over_many_values_come_from_a_sample(monkeypatch):
     mass = [torch.rand(3, 37, 41) ** 4, torch.rand(2, 37, 41).bfloat16() ** 2]
     before = [m.clone() for m in mass]
     monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.THRESHOLD_VALUES", 4000)
-    masks = shared_masks(mass, 0.3)
+    masks = masks_by(SharedBudget, mass, 0.3)
     assert torch.cat([m.flatten() for m in masks]).float().mean() == pytest.approx(0.3, abs=0.03)
     # One threshold: whatever is kept beyond the musts is above whatever is dropped.
     assert all(torch.equal(a, b) for a, b in zip(mass, before, strict=True))
@@ -373,9 +374,9 @@ def test_a_mass_target_is_judged_where_the_mass_is_known(planted, monkeypatch):
 def test_the_density_of_a_target_can_be_judged_by_some_rows(monkeypatch):
     masses = [Worth(torch.rand(2, 64, 64) ** 6), Worth(torch.rand(3, 64, 64) ** 2)]
 
-    every = density_for(masses, masses, 0.8, 1.0, shared_masks)
+    every = density_for(masses, masses, 0.8, 1.0, partial(masks_by, SharedBudget))
     monkeypatch.setattr("comfyui_paro.paro_runtime.calibration.mask_choice.TARGET_VALUES", 5 * 64 * 16)
-    assert density_for(masses, masses, 0.8, 1.0, shared_masks) == pytest.approx(every, abs=0.03)
+    assert density_for(masses, masses, 0.8, 1.0, partial(masks_by, SharedBudget)) == pytest.approx(every, abs=0.03)
 
 
 def test_fixed_masks_have_the_density_and_the_diagonal():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_paro.kernels.core.block_mask import mask_of_words, pack_bits, unpack_bits, words_of_bits
 from comfyui_paro.kernels.core.layout import Geometry, TokenLayout
-from comfyui_paro.paro_runtime.calibration.mask_choice import masks_of_counts, shared_masks
+from comfyui_paro.paro_runtime.calibration.mask_choice import SharedBudget, masks_by, masks_of_counts
 from comfyui_paro.paro_runtime.plan.file import load_plan, save_plan
 from comfyui_paro.paro_runtime.plan.options import GROUPS, MaskOptions, falling_densities, query_block
 from comfyui_paro.paro_runtime.plan.orders import candidate_orders, order_table, tiled_orders
@@ -73,7 +73,7 @@ def test_heads_keep_their_heaviest_blocks(heads, rows, columns, wanted, ties, se
 def test_a_shared_budget_is_kept(sites, density, seed):
     generator = drawn(seed)
     masses = [torch.rand(heads, side, side, generator=generator).square() for heads, side in sites]
-    masks = shared_masks(masses, density)
+    masks = masks_by(SharedBudget, masses, density)
     blocks, rows = sum(m.numel() for m in masks), sum(m.shape[0] * m.shape[1] for m in masks)
     kept = sum(int(mask.sum()) for mask in masks)
     assert all(mask.any(2).all() for mask in masks)
