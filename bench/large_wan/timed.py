@@ -14,7 +14,6 @@ import torch
 
 from ...kernels.attention.cudnn import cudnn_attention, cudnn_serves
 from ...paro_runtime.plan.plan import Plan, Site
-from ...paro_runtime.run.attempt import Attempt
 from ...paro_runtime.run.evaluation import Evaluation
 from ...paro_runtime.run.session import Session
 from .bed import LargeBench
@@ -190,7 +189,7 @@ class TimedBench(LargeBench):
             if evaluation is not None:
                 evaluation.end()
             with watch.measure("begin", step):
-                attempt = Attempt(session, can_redo=True)
+                attempt = session.attempt(can_redo=True)
                 evaluation = session.begin(layout=self.layout, sigma=sigma, attempt=attempt)
             grid = session._grids[self.layout.grid]
             if not edited and grid.plan is not None:

@@ -120,10 +120,9 @@ class HostEvaluation:
 
     def trouble(self, where: str, error: Exception) -> None:
         """A call goes to the host because of an error of PARO's own, which is counted. Raises it with `strict`."""
-        session = self._attempt.session
-        if session.settings.strict:
+        if self._attempt.strict:
             raise error
-        session.log.log_once(where, error)
+        self._attempt.log.log_once(where, error)
         self._attempt.count("fallbacks", f"{where}: {one_line(error)}")
 
     def end(self, attempt: int = 0) -> bool:

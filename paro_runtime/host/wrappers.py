@@ -19,7 +19,6 @@ from ...kernels.core.layout import TokenLayout
 from ..report.reasons import not_used, stopped
 from ..report.report import Report
 from ..report.sentences import joined
-from ..run.attempt import Attempt
 from ..run.session import Session
 from ..run.ulysses import several_ranks
 from . import saved
@@ -132,7 +131,7 @@ class HostRun:
         uncountable = None if counts is None else self.family.uncountable(call)
         self._follow(options.get("sample_sigmas"))
         sigma = float(sigma.flatten()[0])
-        attempt = Attempt(self.session, can_redo)
+        attempt = self.session.attempt(can_redo)
         evaluations = (self.session.begin(layout=layout, sigma=sigma, attempt=attempt) for layout in layouts)
         return HostEvaluation(attempt, self.family, *evaluations, counts=counts, uncountable=uncountable)
 

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..attention.patterns import pinned_like
 from ..plan.plan import Site
-from .run_log import Counts
-
-if TYPE_CHECKING:
-    from .session import Session
+from .run_log import Counts, RunLog
 
 FLAGS_AT_ONCE = 64
 
@@ -47,12 +44,17 @@ class _Result:
 class Attempt:
     """Shared by the streams of one evaluation of the model; used by one thread.
 
-    can_redo: the caller makes the evaluation again when `end` says so; else every call looks at its own result.
+    log       of the run; sites at fault are switched off in it.
+    save      gives what puts back all that sparse calls measure for later ones to how it is now.
+    strict    a result that is not finite is an error.
+    can_redo  the caller makes the evaluation again when `end` says so; else every call looks at its own result.
     """
 
-    def __init__(self, session: Session, can_redo: bool = False) -> None:
-        self.session = session
+    def __init__(self, log: RunLog, save: Callable[[], Callable[[], None]], strict: bool, can_redo: bool) -> None:
+        self.log = log
+        self.strict = strict
         self.can_redo = can_redo
+        self._save = save
         self.counts = Counts()
         self._new_sparse_sites: set[Site] = set()
         self._results: list[_Result] = []
@@ -63,7 +65,7 @@ class Attempt:
     def count(self, kind: str, reason: str) -> None:
         """As `RunLog.count`; taken back if the attempt fails."""
         self.counts.add(kind, reason)
-        self.session.log.count(kind, reason)
+        self.log.count(kind, reason)
 
     def decline(self, reason: str) -> None:
         """Count a call that is not PARO's."""
@@ -71,13 +73,12 @@ class Attempt:
 
     def count_sparse(self, site: Site) -> None:
         """A call of the site was sparse."""
-        log = self.session.log
-        with log.lock:
+        with self.log.lock:
             self.counts.sparse += 1
-            log.counts.sparse += 1
-            if site not in log.sparse_sites:
+            self.log.counts.sparse += 1
+            if site not in self.log.sparse_sites:
                 self._new_sparse_sites.add(site)
-                log.sparse_sites.add(site)
+                self.log.sparse_sites.add(site)
 
     def flag(self, device: torch.device) -> Flag:
         """A flag for one result. Many are made at once."""
@@ -102,7 +103,7 @@ class Attempt:
     def save_once(self) -> None:
         """Sparse calls may measure something for later ones: nothing of it stays if the attempt fails."""
         if self.can_redo and self._restore is None:
-            self._restore = self.session.saved()
+            self._restore = self._save()
 
     def sound(self) -> bool:
         """Whether every result so far is finite; waits for those that nobody has looked at."""
@@ -123,23 +124,22 @@ class Attempt:
         """
         if self.sound():
             return False
-        session = self.session
         at_fault, self._at_fault = self._at_fault, []
         reasons = {site: not_finite(site) for site in (at_fault if number else at_fault[:1])}
-        if session.settings.strict:
+        if self.strict:
             raise FloatingPointError(next(iter(reasons.values())))
         if self._restore is not None:
             self._restore()
-        with session.lock:
-            session.log.counts.take_back(self.counts)
-            session.log.sparse_sites -= self._new_sparse_sites
+        with self.log.lock:
+            self.log.counts.take_back(self.counts)
+            self.log.sparse_sites -= self._new_sparse_sites
         for site, reason in reasons.items():
             if site is None:
                 # Dense steps then run on the host's attention.
-                session.dense_off = True
-                session.log.count("fallbacks", reason)
+                self.log.dense_off = True
+                self.log.count("fallbacks", reason)
             else:
-                session.off_sites[site] = reason
+                self.log.off_sites[site] = reason
         return True
 
 

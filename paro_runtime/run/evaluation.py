@@ -122,7 +122,7 @@ class Evaluation:
             out = self._sparse(call)
             if out is not None:
                 return out
-            why = WhyDense("fallbacks", session.off_sites[site])
+            why = WhyDense("fallbacks", session.log.off_sites[site])
         self._attempt.count(why.kind, why.reason)
         if why.kind == "fallbacks" and session.settings.strict:
             raise RuntimeError(f"strict: {words_of(why.reason)}; {hint_of(why.reason)}")
@@ -162,8 +162,8 @@ class Evaluation:
             return WhyDense("dense", "dense step", by_paro=None)
         if grid.plan is None and not (seen and self._plan_alone(site)):
             return WhyDense("dense", "no plan yet", by_paro=None)
-        if site in session.off_sites:
-            return WhyDense("fallbacks", session.off_sites[site])
+        if site in session.log.off_sites:
+            return WhyDense("fallbacks", session.log.off_sites[site])
         if site not in grid.present_plan.sites:
             return WhyDense("fallbacks", f"{site.name} is not in the plan")
         return None
@@ -254,7 +254,7 @@ class Evaluation:
         """A call that keeps every block, by PARO's kernel at density 1 or the host's attention."""
         if by_paro is None:
             by_paro = self._wants_dense(call.q)
-        if not by_paro or self.session.dense_off:
+        if not by_paro or self.session.log.dense_off:
             return call.dense()
         out = self._guarded(None, call, self._run_dense)
         return call.dense() if out is None else out
@@ -293,7 +293,7 @@ class Evaluation:
         if site is None:
             self._attempt.count("fallbacks", reason)
         else:
-            session.off_sites[site] = reason
+            session.log.off_sites[site] = reason
         return None
 
     def _run_dense(self, call: SiteCall, out: torch.Tensor) -> torch.Tensor | None:

@@ -56,7 +56,8 @@ class RunLog:
     """Safe to call from several threads.
 
     precision: `auto` until the device is known. sites: all that were met; routed_sites: whose masks the run measured
-    itself. verbose: every fallback goes to the console, not only the first with a reason.
+    itself; off_sites: that are dense for the rest of the run, with the reason. dense_off: no dense call is PARO's any
+    more. verbose: every fallback goes to the console, not only the first with a reason.
     """
 
     def __init__(self, precision: str, verbose: bool = False) -> None:
@@ -71,6 +72,8 @@ class RunLog:
         self.sparse_sites: set[Site] = set()
         self.dense_block_sites: set[Site] = set()
         self.routed_sites: set[Site] = set()
+        self.off_sites: dict[Site, str] = {}
+        self.dense_off = False
         self.lock = threading.RLock()
         self._verbose = verbose
         self._logged: set[str] = set()

@@ -22,7 +22,6 @@ from ..calibration.options import Method
 from ..compiling.readiness import Readiness
 from ..config.recipes import mask_options, raised_density
 from ..plan.options import MaskOptions, query_block
-from ..plan.plan import Site
 from ..report.report import Report
 from .attempt import Attempt
 from .course import Course
@@ -74,8 +73,6 @@ class Session:
         self.log = RunLog(self.settings.precision, self.settings.verbose)
         self.lock = self.log.lock
         self.course = Course(policy, sigmas, highest_noise, time_gone)
-        self.off_sites: dict[Site, str] = {}
-        self.dense_off = False
         self.rotates = True  # False: the rotated kernel failed its self-check
         self.quiet = False  # shows nothing and keeps no plan: another session of the same model does
         self._on_status = on_status
@@ -148,7 +145,11 @@ class Session:
                 kind = self._step_kind(step, grid)
                 clock.next(step, kind, self.log.counts.sparse)
                 self.say(f"step {step + 1}/{self.steps} · {layout.grid_tokens:,} tokens · {kind}")
-            return Evaluation(self, layout, grid, step, attempt or Attempt(self))
+            return Evaluation(self, layout, grid, step, attempt or self.attempt())
+
+    def attempt(self, can_redo: bool = False) -> Attempt:
+        """One at an evaluation of the model, for `begin`."""
+        return Attempt(self.log, self.saved, self.settings.strict, can_redo)
 
     def grids(self) -> list[GridRun]:
         """Those that were met, in the order they came."""

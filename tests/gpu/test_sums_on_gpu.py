@@ -10,7 +10,6 @@ from comfyui_paro.paro_runtime.config.recipes import recipe_for
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.plan.options import MaskOptions
 from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Site
-from comfyui_paro.paro_runtime.run.attempt import Attempt
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
 
@@ -81,7 +80,7 @@ def test_steps_that_measure_masks_and_biases_wait_for_nothing(monkeypatch):
             policy = Policy(ModelIdentity("wan", "a", "b"), recipe_for("wan"), settings)
             session = Session(policy, sigmas=sigmas)
             for step, sigma in enumerate(sigmas[:-1]):
-                attempt = Attempt(session, can_redo=True)
+                attempt = session.attempt(can_redo=True)
                 evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt)
                 torch.cuda.set_sync_debug_mode(waits if step > 0 else "default")
                 try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,6 +16,7 @@ from comfyui_paro.paro_runtime.host.families import ModelCall, family_of, flux, 
 from comfyui_paro.paro_runtime.host.override import is_override, make_override, without_paro
 from comfyui_paro.paro_runtime.host.wrappers import HostRun, Lifecycle
 from comfyui_paro.paro_runtime.plan.plan import Site
+from comfyui_paro.paro_runtime.run.attempt import Attempt
 from comfyui_paro.paro_runtime.run.run_log import RunLog
 
 B, H, L, D = 2, 3, 24, 16
@@ -364,7 +366,8 @@ def test_an_evaluation_runs_once_more_with_what_a_model_uses_up():
         return SimpleNamespace(layout=layout, end=lambda attempt: attempt == 0)
 
     layout = TokenLayout(0, (3, 4, 5))
-    session = SimpleNamespace(begin=begin, calibrator=None, log=RunLog("auto"))
+    log = RunLog("auto")
+    session = SimpleNamespace(begin=begin, attempt=partial(Attempt, log, lambda: None, False), calibrator=None, log=log)
     family = SimpleNamespace(layout=lambda model, call: layout, counts=lambda model: None, first_query=lambda its: 0)
     options = {OPTIONS_KEY: HostRun(session, family)}
     x = torch.zeros(2, 16, 3, 8, 10)

@@ -21,7 +21,6 @@ from comfyui_paro.paro_runtime.plan.plan import ModelIdentity, Plan, Site, SiteP
 from comfyui_paro.paro_runtime.plan.store import PlanStore
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
 from comfyui_paro.paro_runtime.run import masks as routing_module
-from comfyui_paro.paro_runtime.run.attempt import Attempt
 from comfyui_paro.paro_runtime.run.masks import routed_bits
 from comfyui_paro.paro_runtime.run.policy import Policy
 from comfyui_paro.paro_runtime.run.session import Session
@@ -235,13 +234,13 @@ def test_nothing_stays_of_an_attempt_that_fails(fails_in):
             q, k, v = torch.randn(3, 1, 4, LAYOUT.length, 32, generator=generator)
             # A site at fault in the first attempt, and with it what comes after.
             for again in (False, True) if fails and step == fails_in else (True,):
-                attempt = Attempt(session, can_redo=True)
+                attempt = session.attempt(can_redo=True)
                 evaluation = session.begin(layout=LAYOUT, sigma=sigma, attempt=attempt)
                 bad = v if again else v * torch.nan
                 evaluation.attend(Site("block", 1), q, k, bad, dense=lambda v=v: v.clone(), blocks=2)
                 evaluation.attend(SITE, q if again else q * torch.nan, k, bad, dense=lambda v=v: v.clone(), blocks=2)
                 assert evaluation.end(0) is not again
-                session.off_sites.clear()
+                session.log.off_sites.clear()
         runs.append(session)
     clean, redone = runs
     key = (SITE, LAYOUT.grid)

@@ -10,7 +10,6 @@ from comfyui_paro.kernels.core.precision import PRECISIONS
 from comfyui_paro.kernels.core.scratch import ScratchOutOfMemory
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.run import evaluation as evaluation_module
-from comfyui_paro.paro_runtime.run.attempt import Attempt
 from comfyui_paro.paro_runtime.run.session import Session
 
 from .cases import SIGMAS, SITES, policy, sample, was_dense
@@ -35,7 +34,7 @@ def test_a_result_that_is_not_finite_is_redone_dense_and_the_site_stays_dense(ca
 
 
 def test_every_call_has_a_flag_of_its_own():
-    attempt = Attempt(Session(policy(), sigmas=SIGMAS))
+    attempt = Session(policy(), sigmas=SIGMAS).attempt()
     flags = [attempt.flag(torch.device("cpu")).on_device for _ in range(150)]
     assert len({f.data_ptr() for f in flags}) == 150 and not any(f.any() for f in flags)
     assert all(f.data_ptr() % 16 == 0 for f in flags)  # or Triton would compile a second kernel
@@ -43,7 +42,7 @@ def test_every_call_has_a_flag_of_its_own():
 
 def attempt_with(session, *raised):
     """An attempt that saw a result of each of some sites: (site, whether its flag is up)."""
-    attempt = Attempt(session, can_redo=True)
+    attempt = session.attempt(can_redo=True)
     for site, bad in raised:
         flag = attempt.flag(torch.device("cpu"))
         flag.on_device[0] = bad
@@ -55,11 +54,11 @@ def test_results_looked_at_in_the_end_turn_the_first_site_at_fault_dense():
     """The calls of an evaluation are judged together; what is not finite spreads, so the first is at fault."""
     sample(session := Session(policy(), sigmas=SIGMAS))
     attempt = attempt_with(session, *zip(SITES, (0, 1, 1), strict=True))
-    assert attempt.end(0) and list(session.off_sites) == [SITES[1]]
+    assert attempt.end(0) and list(session.log.off_sites) == [SITES[1]]
     assert not attempt.end(1)  # nothing is left to look at
-    assert attempt_with(session, (SITES[0], 1), (SITES[2], 1)).end(1) and set(session.off_sites) == set(SITES)
+    assert attempt_with(session, (SITES[0], 1), (SITES[2], 1)).end(1) and set(session.log.off_sites) == set(SITES)
     assert not attempt_with(session, (SITES[0], 0)).end(0)
-    assert attempt_with(session, (None, 1)).end(0) and session.dense_off
+    assert attempt_with(session, (None, 1)).end(0) and session.log.dense_off
 
 
 def test_trouble_in_the_kernel_falls_back_and_strict_raises(monkeypatch):
