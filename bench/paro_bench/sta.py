@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 
-from ...kernels.statistics.reference import BlockStatistics
 from ...paro_runtime.calibration.order_choice import first_best, mass_kept_scores
 from ...paro_runtime.plan.orders import AXIS_ORDERS, order_table, tiled_orders
 
@@ -75,7 +74,7 @@ def analyse(block_q: int = 64, orders: tuple[str, ...] = AXIS_ORDERS) -> dict[st
             inside = window_tiles(table["windows"][letter], grid, tile).float()
             mass = rows @ (inside / inside.sum(1, keepdim=True)) @ columns.T
             density = (mass > 0).float().mean().item()
-            score = mass_kept_scores([BlockStatistics(mass[None])], SELECT_AT)[0, 0].item()
+            score = mass_kept_scores([mass[None]], SELECT_AT)[0, 0].item()
             found[letter][order] = density, score
     return found
 

@@ -15,7 +15,6 @@ from ...kernels.core.inputs import AttentionInputs, ScoreInputs
 from ...kernels.core.layout import TokenLayout, geometry_of
 from ...kernels.core.pattern import MOST_EXPANSIONS
 from ...kernels.core.precision import PRECISIONS
-from ...kernels.statistics.reference import BlockStatistics
 from ...paro_runtime.attention.patterns import build_pattern
 from ...paro_runtime.calibration.mask_choice import PerHeadBudget, SharedBudget, masks_by
 from ...paro_runtime.calibration.observe import observe
@@ -66,10 +65,10 @@ class SyntheticCase:
     def _gather(self, seen: dict[str, torch.Tensor], orders: tuple[str, ...]) -> torch.Tensor:
         return torch.stack([seen[name][head] for head, name in enumerate(orders)])
 
-    def selected(self, order: str, density: float, **more) -> tuple[str, ...]:
+    def selected(self, order: str, density: float) -> tuple[str, ...]:
         """What the runtime's own selector chooses from the calibration samples."""
         p = self.problem
-        options = StatisticsOptions(density, order, None, **more)
+        options = StatisticsOptions(density, order, None)
         seen = observe(ScoreInputs(p.q[:-1], p.k[:-1]), self.layout, 64, options)
         return tuple(seen.candidates[i] for i in seen.choice.tolist())
 
@@ -83,7 +82,7 @@ class SyntheticCase:
         return Choice(orders, mask, bias_at(seen.curves, mask.float().mean((1, 2))), expansions)
 
     def _scores(self, density: float) -> torch.Tensor:
-        return mass_kept_scores([BlockStatistics(self.calibration[name]) for name in self.candidates], density)
+        return mass_kept_scores([self.calibration[name] for name in self.candidates], density)
 
     def best_global(self, density: float) -> tuple[str, ...]:
         """The one order that suits all heads best."""

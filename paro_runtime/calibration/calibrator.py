@@ -104,11 +104,9 @@ class Calibrator:
             options.pool,
             method.expansions,
             method.tiles,
-            method.by_mass_alone(layout),
-            method.alpha,
-            method.sigma,
-            not self._bias_later,
-            method.routes(layout),
+            by_mass=method.by_mass_alone(layout),
+            curves=not self._bias_later,
+            sampled=method.routes(layout),
         )
         block_q = query_block(layout.grid_tokens)
         before = (None, None) if previous is None else (previous.scores, previous.choice)

@@ -67,22 +67,14 @@ def observe(
 ) -> Observation:
     """Statistics of one call, with its values `[B, Hkv, L, D]` where there are any.
 
-    previous_scores `[Hq, candidates]` of earlier calls are added before choosing, so that the choice rests on all. A
-    head leaves its previous_choice `[Hq]` only for an order that is better by LEAST_LEAD: what was summed under the old
-    one is lost with it.
-    The query heads that share a key head share its order, since the keys are reordered once.
+    previous_scores `[Hq, candidates]` of earlier calls are added before choosing, so that the choice rests on all;
+    previous_choice `[Hq]`: see `_chosen`.
     """
-    geometry, device, group = geometry_of(layout, block_q), scores.q.device, scores.group
+    geometry, device = geometry_of(layout, block_q), scores.q.device
     candidates = options.candidates(layout.grid)
     fit, masses = order_scores(scores, geometry, options, backend)
     total = fit if previous_scores is None else fit + previous_scores.to(device)
-    per_group = total.unflatten(0, (-1, group)).mean(1)
-    choice = first_best(per_group)
-    if previous_choice is not None:
-        present = previous_choice.to(device).unflatten(0, (-1, group))[:, 0]
-        its, best = per_group.gather(1, present[:, None])[:, 0], per_group.amax(1)
-        choice = choice.where(best - its > LEAST_LEAD * best.abs(), present)
-    choice = choice.repeat_interleave(group)
+    choice = _chosen(total, scores.group, previous_choice)
     tables = tables_on(candidates, layout.grid, device)[choice]
     large = is_large(layout.grid_tokens)
     mass = tail = None
@@ -115,6 +107,21 @@ def observe(
         lse = row_logsumexp(scores, backend)
         mass = block_statistics(scores, lse, geometry, tables, backend=backend).mass
     return Observation(candidates, fit, choice, mass, tail, logit_errors(scores, geometry, tables))
+
+
+def _chosen(total: torch.Tensor, group: int, previous: torch.Tensor | None) -> torch.Tensor:
+    """The order of each head, int64 `[Hq]`, by scores `[Hq, candidates]`.
+
+    A head leaves its previous one `[Hq]` only for one that is better by LEAST_LEAD: what was summed under the old one
+    is lost with it. The `group` query heads that share a key head share its order: the keys are reordered once.
+    """
+    per_group = total.unflatten(0, (-1, group)).mean(1)
+    choice = first_best(per_group)
+    if previous is not None:
+        present = previous.to(total.device).unflatten(0, (-1, group))[:, 0]
+        its, best = per_group.gather(1, present[:, None])[:, 0], per_group.amax(1)
+        choice = choice.where(best - its > LEAST_LEAD * best.abs(), present)
+    return choice.repeat_interleave(group)
 
 
 @lru_cache(maxsize=8)

@@ -28,7 +28,6 @@ class StatisticsOptions:
     by_mass: masks will be chosen by mass: block sums of every row or, on large grids, of mean queries, even where the
     tail's sampled rows would tell them; on large grids no errors of single blocks then. sampled: on large grids, block
     sums of some blocks only (`budget_blocks`), since runs measure their masks themselves.
-    alpha, sigma: of the paper's metric.
     """
 
     density: float
@@ -37,8 +36,6 @@ class StatisticsOptions:
     expansions: int = MOST_EXPANSIONS
     tiles: bool = True
     by_mass: bool = False
-    alpha: float = 0.5
-    sigma: float = 1.0
     curves: bool = True
     sampled: bool = False
 
@@ -58,7 +55,6 @@ class Method:
     in hardly anything but noise (docs/method.md): in plans made in passing from such a step, and in those for runs
     without a dense step. Without a tail or without values it is always mass.
     tiles: offer tiled orders. expansions: of the tail's pools.
-    alpha, sigma: of the paper's metric.
     masks: kept in the `plan`, or measured in the `run` (`routing`); `auto`: in the run on large grids and in plans made
     in passing of little but noise, where criterion is auto.
     """
@@ -66,8 +62,6 @@ class Method:
     criterion: str = "auto"
     tiles: bool = True
     expansions: int = MOST_EXPANSIONS
-    alpha: float = 0.5
-    sigma: float = 1.0
     masks: str = "auto"
 
     def in_passing(self, noisy: bool) -> Method:

@@ -28,6 +28,8 @@ ORDER_BLOCKS, ORDER_ROWS = 24, 16
 PAPER_BLOCKS, PAPER_BLOCKS_OF_FEW, FEW_BLOCKS = 48, 32, 128
 # What an order must be better by, as a share of its score, for a head to leave the one that it was observed under.
 LEAST_LEAD = 0.01
+# Scores that differ by no more are as good as each other.
+TIE = 1e-4
 
 
 def order_sample(q_blocks: int, count: int, device: torch.device) -> torch.Tensor:
@@ -42,10 +44,8 @@ def order_scores(
     """How well each candidate order suits each head, float32 `[Hq, candidates]`, higher is better; and the block sums
     of every row under each of them, `[Hq, q_blocks, k_blocks]`, where comparing orders took those, or None."""
     names, device = options.candidates(g.grid), scores.q.device
-    if options.order != "paper" and g.grid_tokens <= SHARED_ROWS:
-        masses = sums_under_orders(scores, g, names)
-        return mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density), masses
-    if len(names) == 1:
+    every_row = options.order != "paper" and g.grid_tokens <= SHARED_ROWS
+    if len(names) == 1 and not every_row:
         return torch.zeros(scores.heads, 1, device=device), None
     if options.order == "paper":
         count = PAPER_BLOCKS_OF_FEW if g.q_blocks <= FEW_BLOCKS else PAPER_BLOCKS
@@ -53,12 +53,12 @@ def order_scores(
         look = partial(block_statistics, q_blocks=order_sample(g.q_blocks, count, device), backend=backend)
         of_heads = (table.expand(scores.heads, -1) for table in tables_on(names, g.grid, device))
         seen = [look(scores, lse, g, tables, epsilon=1 / g.grid_tokens) for tables in of_heads]
-        return paper_scores(seen, options.alpha, options.sigma), None
-    if not is_large(g.grid_tokens):
-        masses = sums_under_orders(scores, g, names)
-        return mass_kept_scores([BlockStatistics(mass) for mass in masses], options.density), None
-    sums = sampled_sums(scores, g, names, ORDER_BLOCKS, ORDER_ROWS, backend)
-    return estimated_mass_kept(sums, options.density).T, None
+        return paper_scores(seen), None
+    if is_large(g.grid_tokens) and not every_row:
+        sums = sampled_sums(scores, g, names, ORDER_BLOCKS, ORDER_ROWS, backend)
+        return estimated_mass_kept(sums, options.density).T, None
+    masses = sums_under_orders(scores, g, names)
+    return mass_kept_scores(masses, options.density), masses if every_row else None
 
 
 @lru_cache(maxsize=4)
@@ -95,16 +95,17 @@ def _sampled_tokens(
     return tokens.to(device), (block_sizes(g, sample)[:, None] / rows).to(device)
 
 
-def first_best(scores: torch.Tensor, tie: float = 1e-4) -> torch.Tensor:
-    """Index of the first score within `tie` of the best, per row of `[H, n]`: the original order wins ties."""
-    return (scores >= scores.amax(1, keepdim=True) - tie).float().argmax(1)
+def first_best(scores: torch.Tensor) -> torch.Tensor:
+    """Index of the first score within TIE of the best, per row of `[H, n]`: the original order wins ties."""
+    return (scores >= scores.amax(1, keepdim=True) - TIE).float().argmax(1)
 
 
-def mass_kept_scores(seen: Sequence[BlockStatistics], density: float) -> torch.Tensor:
-    """Share of attention that the best `density` of the blocks hold, per head and candidate: float32 `[H, n]`."""
+def mass_kept_scores(masses: Sequence[torch.Tensor], density: float) -> torch.Tensor:
+    """Share of attention that the best `density` of the blocks hold, per head and candidate: float32 `[H, n]`, of
+    block sums `[H, q_blocks, k_blocks]` under each candidate."""
     columns = []
-    for statistics in seen:
-        flat = statistics.mass.flatten(1)
+    for mass in masses:
+        flat = mass.flatten(1)
         count = max(1, round(density * flat.shape[1]))
         columns.append(flat.topk(count, 1).values.sum(1) / flat.sum(1).clamp_min(1e-20))
     return torch.stack(columns, 1)
@@ -123,25 +124,25 @@ def estimated_mass_kept(sums: torch.Tensor, density: float) -> torch.Tensor:
     return (flat.mul(above).sum(-1) + missing * threshold[..., 0]) / flat.sum(-1).clamp_min(1e-20)
 
 
-def paper_scores(seen: Sequence[BlockStatistics], alpha: float, sigma: float = 1.0) -> torch.Tensor:
+def paper_scores(seen: Sequence[BlockStatistics]) -> torch.Tensor:
     """The paper's metric (arXiv 2506.16054, figure 3) with its sign corrected, negated: higher is better, `[H, n]`.
 
-    M = alpha * (1 - M_sparse) / sum(1 - M_sparse) + (1 - alpha) * M_quant / sum(M_quant), where M_sparse is the share
-    of blocks in which at least `sigma` of the weights are tiny and M_quant the mean of max/mean over blocks. As printed
+    M = a (1 - M_sparse) / sum(1 - M_sparse) + (1 - a) M_quant / sum(M_quant), where M_sparse is the share of blocks in
+    which at least sigma of the weights are tiny, M_quant the mean of max/mean over blocks, and a one half. As printed
     the paper adds M_sparse, for which higher is better, and then takes the minimum.
 
     Its example sigma of 0.9 prefers the wrong orders on our bench: a stride-64 diagonal leaves 63 of 64 weights of
-    every block tiny, so 90 % tiny is no sign of an empty block. The default counts blocks whose weights are all tiny.
+    every block tiny, so 90 % tiny is no sign of an empty block. Counted are blocks whose weights are all tiny.
     """
     of_dense, of_peaks = [], []
     for s in seen:
-        nearly_empty = (s.small >= sigma - 1e-6).float().mean((1, 2))
+        nearly_empty = (s.small >= 1 - 1e-6).float().mean((1, 2))
         of_dense.append(1 - nearly_empty)
         cell = s.mass / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
         peak = s.maximum / s.mass.sum((1, 2), keepdim=True).clamp_min(1e-20)
         # An all-zero block has no incoherence; the guard keeps 0/0 out of the mean.
         of_peaks.append((peak / cell.clamp_min(1e-12)).where(cell > 0, 0).mean((1, 2)))
     dense, incoherence = torch.stack(of_dense, 1), torch.stack(of_peaks, 1)
-    metric = alpha * dense / dense.sum(1, keepdim=True).clamp_min(1e-12)
-    metric = metric + (1 - alpha) * incoherence / incoherence.sum(1, keepdim=True).clamp_min(1e-12)
+    metric = 0.5 * dense / dense.sum(1, keepdim=True).clamp_min(1e-12)
+    metric = metric + 0.5 * incoherence / incoherence.sum(1, keepdim=True).clamp_min(1e-12)
     return -metric

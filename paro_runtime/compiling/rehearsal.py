@@ -68,10 +68,10 @@ class Job:
         return cls(**values | {name: tuple(value) for name, value in values.items() if isinstance(value, list)})
 
 
-def rehearse(job: Job, launches: Launches | None = None, heads: int = 2) -> None:
-    """Call everything once; heads: of keys. Only the launches count, so what has none is left out. launches: what can
-    be done without at first is marked as late in it."""
-    launches = launches or Launches()
+def rehearse(job: Job, launches: Launches | None = None) -> None:
+    """Call everything once. Only the launches count, so what has none is left out. launches: what can be done without
+    at first is marked as late in it."""
+    launches, heads = launches or Launches(), 2  # of keys
     layout = TokenLayout(job.prefix, job.grid, job.suffix)
     q_heads, dtype = heads * job.group, getattr(torch, job.dtype)
     q, k, v = (
