@@ -1,7 +1,8 @@
 """Write example_workflows/ and subgraphs/ from scripts/workflows.mjs in a real page: python scripts/write_workflows.py
 
 Writes one .json per workflow and a picture of the same name for the template browser, and one .json per blueprint. What
-needs no download is run first, so that its picture shows results. Needs a ComfyUI, node, playwright-core and Chromium as scripts/page.mjs does.
+needs no download is run first, so that its picture shows results.
+Needs a ComfyUI, node, playwright-core and Chromium as scripts/page.mjs does.
 """
 
 from __future__ import annotations

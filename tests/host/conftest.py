@@ -208,16 +208,17 @@ def stock_server(host_path, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def page(server):
-    """Runs scripts/page.mjs against the server; skips without Node, playwright-core or a Chromium."""
+    """Runs scripts/page.mjs against the server, with environment variables in capitals; skips without Node,
+    playwright-core or a Chromium."""
     chromium = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
     node = shutil.which("node")
     probe = ["-e", "require('playwright-core')"]
     if node is None or chromium is None or subprocess.run([node, *probe], capture_output=True).returncode:
         pytest.skip("NO BROWSER: needs node, the npm package playwright-core (NODE_PATH) and Chromium (CHROMIUM)")
 
-    def run(*arguments: str) -> dict:
+    def run(*arguments: str, **variables: str) -> dict:
         command = [node, str(PACK / "scripts" / "page.mjs"), arguments[0], server.url, *map(str, arguments[1:])]
-        environment = {**os.environ, "CHROMIUM": chromium}
+        environment = {**os.environ, "CHROMIUM": chromium, **variables}
         done = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.splitlines()[-1])

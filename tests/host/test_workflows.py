@@ -182,12 +182,21 @@ def with_models(server, host_path):
 
 
 @pytest.mark.browser
-def test_page_opens_every_workflow(page, with_models):
+@pytest.mark.parametrize("renderer", ["classic", "nodes2"])
+def test_page_opens_every_workflow(page, with_models, renderer):
     """The page knows every node and finds every file where the workflow says it belongs, so nothing is red, and no node
     lies over another at the size that the page draws it."""
-    opened = page("open", *WORKFLOWS)["opened"]
+    opened = page("open", *WORKFLOWS, RENDERER=renderer)["opened"]
     nothing = {"missing": [], "red": [], "overlaps": [], "errors": []}
     assert {Path(path).stem: found for path, found in opened.items()} == dict.fromkeys(IDS, nothing)
+
+
+@pytest.mark.browser
+def test_nothing_overlaps_before_the_models_are_there(page):
+    """Nodes 2.0 draws an error below each node whose file is missing: how a new user sees most of the workflows."""
+    opened = page("open", *WORKFLOWS, RENDERER="nodes2")["opened"]
+    assert any(found["red"] for found in opened.values())
+    assert not [(path, found["overlaps"]) for path, found in opened.items() if found["overlaps"]]
 
 
 @pytest.mark.browser
