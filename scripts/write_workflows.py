@@ -8,6 +8,7 @@ Needs a ComfyUI, node, playwright-core and Chromium as scripts/page.mjs does.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -24,10 +25,13 @@ PICTURE_SIZE = (900, 900)
 """Pixels a thumbnail has at most: the browser draws it some 400 wide."""
 
 
-def page(*arguments: object) -> dict:
-    """Run scripts/page.mjs and return its answer. Raises RuntimeError where it fails or a workflow does."""
+def page(*arguments: object, **variables: str) -> dict:
+    """Run scripts/page.mjs, with environment variables in capitals, and return its answer.
+
+    Raises RuntimeError where it fails or a workflow does.
+    """
     command = ["node", str(PACK / "scripts" / "page.mjs"), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
     if done.returncode != 0:
         raise RuntimeError(done.stderr[-2000:])
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -8,7 +8,7 @@ const HOPPER = "On Hopper and data-centre Blackwell GPUs (H100, H200, B200) bloc
 
 const fluxText = hub("comfyanonymous/flux_text_encoders");
 const ae = hub("Comfy-Org/Lumina_Image_2.0_Repackaged")("split_files/vae/ae.safetensors");
-const flux = workflow("paro_flux1_dev", [
+const flux = workflow("PARO Flux 1 text to image", [
   "Flux 1 with PARO", ONE,
   "Text tokens and Kontext references are never reordered and never dropped; only the image's own tokens are.",
   "Attention is a small share of an image at 1024 x 1024, so expect little there; the share grows with the size. This workflow " +

@@ -22,7 +22,7 @@ const sampled = (id, title, source) => [
 ];
 const CPU = "On a CPU the plain PyTorch reference computes PARO: right, but slower than without. The speed-up needs a GPU and a long sequence.";
 
-export const demo = workflow("paro_demo_tiny_model", [
+export const demo = workflow("PARO Demo", [
   "PARO on a model that needs no download",
   "A video model of four layers, trained for this pack, draws a moving shape. The same clip is made with PARO and without.",
   "The first step stays dense and calibrates on the way. On a grid as small as this one the preset *balanced* keeps most " +
@@ -35,7 +35,7 @@ export const demo = workflow("paro_demo_tiny_model", [
 [group("With PARO", ...sampled("with", "KSampler with PARO", "paro"))],
 [group("Without", ...sampled("without", "KSampler without PARO", "shift"))]);
 
-export const compare = workflow("paro_compare_tiny_model", [
+export const compare = workflow("PARO Compare", [
   "Is it faster, and is it the same?",
   "**PARO Compare** samples one seed twice, first without PARO and then with it. It shows both, their difference (8 times " +
   "as bright), and says how far they are apart. Nothing has to be downloaded.",

@@ -45,7 +45,7 @@ const TWO = "Each of the two models has its own **PARO Patch Model**, since they
 const expected = (dense, gain) => `Steps: ${dense}. Measured on an H200 with random weights, ${gain} as fast as with ComfyUI's ` +
   "default attention; the README has the table. The gain grows with the number of tokens.";
 
-const text = workflow("paro_wan22_14b_t2v", [
+const text = workflow("PARO Wan 2.2 14B text to video", [
   "Wan 2.2 14B, text to video, with PARO", TWO,
   expected("the first 4 of 20 are dense, all of the low noise model's are sparse", "480p in 20 steps is 1.8 times"),
   "LoRAs go between loader and PARO.",

@@ -153,7 +153,7 @@ def test_template_browser_offers_every_workflow(server):
 def test_round_trip_through_the_page(page, server, tmp_path):
     """The demo workflow opens and runs; as the page saved it, with a plan file that is not here, it runs again."""
     saved = tmp_path / "saved.json"
-    first = page("run", FOLDER / "paro_demo_tiny_model.json", saved)
+    first = page("run", FOLDER / "PARO Demo.json", saved)
     assert first == {"errors": [], "missing": [], "run": {"how": "success"}}
     workflow = json.loads(saved.read_text())
     (patch,) = [node for node in workflow["nodes"] if node["type"] == "PAROPatchModel"]
@@ -209,6 +209,6 @@ def test_files_are_what_the_script_writes(page, tmp_path):
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("name", ["paro_compare_tiny_model", "PARO Check"])
+@pytest.mark.parametrize("name", ["PARO Compare", "PARO Check"])
 def test_workflow_runs_without_a_download(page, name):
     assert page("run", FOLDER / f"{name}.json") == {"errors": [], "missing": [], "run": {"how": "success"}}
