@@ -135,7 +135,7 @@ def test_other_takes_the_place_of_the_run_without_paro(comfy, wan, compare):
     assert torch.equal(made.first["samples"], compare.plain(other, latent))
     assert torch.equal(made.second["samples"], compare.plain(sparse(comfy, wan), latent))
     assert " with the other model, " in made.text and "without PARO" not in made.text
-    assert all(f"\n{name}: " in made.text for name in ("other", "model")) and made.text.count("steps sparse") == 2
+    assert all(f"\n- {name}: " in made.text for name in ("other", "model")) and made.text.count("steps sparse") == 2
 
 
 def test_images(comfy, flux, compare):
