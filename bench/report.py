@@ -362,7 +362,8 @@ def render(reports: list[dict]) -> str:
 def benchmarks_page() -> str:
     """docs/benchmarks.md, from the committed results."""
     lines = ["# Benchmarks", "", "Written by `python bench/report.py`. Do not edit.", ""]
-    lines += [*whole_run_tables(read("whole_run*.json")), render(read("attention*.json"))]
+    attention = [report for report in read("attention*.json") if report["benchmark"] == "attention"]
+    lines += [*whole_run_tables(read("whole_run*.json")), render(attention)]
     lines += [*step_tables(read("end_to_end*.json")), *calibration_tables(read("calibration*.json"))]
     lines += tiny_calibration_tables(read("tiny_calibration*.json"))
     return "\n".join(lines).rstrip() + "\n"
