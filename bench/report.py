@@ -7,9 +7,13 @@ between pairs of marks in it and are written here.
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from bench import cards  # noqa: E402
+
 RESULTS = ROOT / "bench" / "results"
 TARGET = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
@@ -364,6 +368,7 @@ def benchmarks_page() -> str:
     lines = ["# Benchmarks", "", "Written by `python bench/report.py`. Do not edit.", ""]
     attention = [report for report in read("attention*.json") if report["benchmark"] == "attention"]
     lines += [*whole_run_tables(read("whole_run*.json")), render(attention)]
+    lines += cards.sent_tables([cards.read_card(path) for path in sorted(RESULTS.glob("cards/*.json"))])
     lines += [*step_tables(read("end_to_end*.json")), *calibration_tables(read("calibration*.json"))]
     lines += tiny_calibration_tables(read("tiny_calibration*.json"))
     return "\n".join(lines).rstrip() + "\n"

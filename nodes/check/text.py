@@ -8,9 +8,11 @@ from ...paro_runtime.report.reasons import hint_of, with_reason, words_of
 from ...paro_runtime.report.sentences import Sentence, joined, listed, say
 from ...paro_runtime.report.text import in_groups
 from ...paro_runtime.report.verdict import range_of, share, steps_text
+from .card import card_line
 from .check import Check, Outlook
 from .measure import Row
 
+SHARING = "To share these times, copy the next line whole: it tells card, versions, call and times, and nothing else"
 NO_MODEL = "connect a model for what a run would do with it"
 STACKING = (
     "PARO Patch Model after the loader, LoRAs and everything that changes the model; another attention node before or "
@@ -27,7 +29,8 @@ def check_text(check: Check) -> Sentence:
         say("Other nodes on the model"): _others(check),
         say("Notes"): check.notes,
     }
-    return in_groups(check_verdict(check), groups)
+    text, card = in_groups(check_verdict(check), groups), card_line(check)
+    return text if card is None else joined("\n", (text, "", say(SHARING), card))
 
 
 def check_verdict(check: Check) -> str:
