@@ -277,7 +277,8 @@ def test_compiling_is_not_waited_for_without_end(kernels):
 
 
 @pytest.mark.skipif(not support.interpreted(), reason="needs TRITON_INTERPRET=1")
-def test_paros_kernels_are_measured():
+def test_paros_kernels_are_measured(monkeypatch):
+    monkeypatch.setattr(check_measure, "MOST_SECONDS", float("inf"))  # the interpreter on a busy machine takes as long
     small = Size(TokenLayout(3, (2, 8, 10)), 2, 32, torch.float32)
     for row in rows_of(*paro_methods(small, "int8", OPTIONS, 0.5, "triton"), size=small):
         assert row.ms > 0 and row.error < 1, row
