@@ -60,7 +60,8 @@ def compile_row(row: tuple[int, str, str]) -> dict:
 
     return {
         "capability": CAPABILITY, "dim": dim, "precision": f"{precision} gluon",
-        "block_q": 0 if form == "dense" else 128, "tile": asdict(TILE), **asdict(found), "problems": problems,
+        "block_q": 0 if form == "dense" else 128, "form": form, "tile": asdict(TILE), **asdict(found),
+        "problems": problems,
     }  # fmt: skip
 
 

@@ -1,12 +1,13 @@
 """Compile every shipped tile configuration for GPUs that are not there and check the machine code.
 
-    python scripts/check_kernels.py [--json] [--quick] [--capability 90 ...]
+    python scripts/check_kernels.py [--json] [--quick] [--capability 90 ...] [--record]
 
 Prints registers, spills, shared memory, tensor-core instructions and issue slots per softmax element, and compiles the
 pre-pass, the writer of lists and the makers of the tail's pools too. Exits 1 where a loop (or one of those) spills, the
 expected tensor instruction is missing, wgmma is serialised, shared memory exceeds the GPU's or the loop at D = 128
-needs more issue slots than stated here. The Gluon kernel for sm_90 has limits of its own (`_compile_gluon`); with a
-Triton that cannot compile it, that is said.
+needs more issue slots than stated here; and where a tile needs more issue slots, or fits into a multiprocessor fewer
+times, than recorded for this Triton (`_kernel_record`; --record writes what is found instead). The Gluon kernel
+for sm_90 has limits of its own (`_compile_gluon`); with a Triton that cannot compile it, that is said.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import _kernel_record
+
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED_LIMIT = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
 # What the two products must compile to. On sm_100 INT8 is mma.sync before Triton 3.9 and tcgen05 after.
@@ -27,14 +31,15 @@ EXPECTED_PV = {
     "fp8": {90: {"QGMMA"}, 100: {"UTCQMMA"}},
     "int8": {90: {"IGMMA"}, 100: {"IMMA", "UTCIMMA"}},
 }
-# Issue slots per softmax element of INT8 Q K^T at D = 128, whatever the mask's rows.
-SLOT_LIMITS = {90: {"16": 10.0, "fp8": 10.0}, **{sm: {"16": 15.0, "fp8": 15.0} for sm in (80, 86, 89, 120)}}
+# Issue slots per softmax element of INT8 Q K^T at D = 128, whatever the mask's rows, with any Triton.
+SLOT_LIMITS = {90: {"16": 10.0, "fp8": 10.0}, **{sm: {"16": 16.0, "fp8": 15.0} for sm in (80, 86, 89, 120)}}
 DEFAULT_MMA = {"16": {"HMMA"}, "fp8": {"QMMA"}, "int8": {"IMMA"}}
 
 
 # Stores and loads of a parked register among some 600 instructions of a dense call's loop, by precision, architecture
-# and head dimension: no tile without them was found.
-PARKED = {("16bit", 90, 128): 2, ("int8_pv8", 120, 128): 3}
+# and head dimension: no tile without them was found. In 16 bits on sm_120 with Triton 3.6.0 alone; 64 rows, which park
+# none, take 31 slots instead of 18.
+PARKED = {("16bit", 90, 128): 2, ("16bit", 120, 128): 8, ("int8_pv8", 120, 128): 3}
 LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 PREPARE, LISTS, POOLS, MEANS = -1, -2, -3, -4
 NAMES = {PREPARE: "prepass", LISTS: "lists", POOLS: "pools", MEANS: "means"}
@@ -244,6 +249,11 @@ def compile_attention(row: Row) -> dict:
     return {**asdict(row), "tile": asdict(tile), **asdict(found), "problems": problems}
 
 
+def is_recorded(result: dict) -> bool:
+    """Whether it is of an attention kernel, not of the pre-pass or calibration, with a recorded head dimension."""
+    return "kernel" not in result and result["block_q"] not in NAMES and result["dim"] in _kernel_record.DIMS
+
+
 def line_of(result: dict) -> str:
     """One line of the table."""
     problems = "".join(f"  PROBLEM: {problem}" for problem in result["problems"])
@@ -254,13 +264,29 @@ def line_of(result: dict) -> str:
         return f"{start}{name:<7} {'':<15} {result['registers']:<5} {result['spills']:<7} {shared}{problems}"
     tile = result["tile"]
     name = f"{tile['rows']}x{'2x64' if tile['pairs'] else '64'} w{tile['warps']} st{tile['stages']}"
-    call = f"q{result['block_q']}" if result["block_q"] else "dense"
+    call = result.get("form") or (f"q{result['block_q']}" if result["block_q"] else "dense")
     spills = f"{result['loop_spills']}+{result['spills'] - result['loop_spills']}"
     return (
         f"{start}{call:<7} {name:<15} {result['registers']:<5} {spills:<7} {shared}{result['slots']:<6.1f} "
         + ", ".join(result["mma"])
+        + f"; {_kernel_record.programs_of(result)} a multiprocessor"
         + problems
     )
+
+
+def jobs_of(quick: bool, capabilities: list[int], gluon: bool) -> list[tuple]:
+    """All to compile: what prints the result as a line, and what makes it, with arguments. gluon: can be compiled."""
+    import _calibration_kernels
+    import _compile_gluon
+
+    jobs = [(line_of, (compile_row, row)) for row in rows_to_check(quick, capabilities)]
+    if gluon and _compile_gluon.CAPABILITY in capabilities:
+        jobs += [(line_of, (_compile_gluon.compile_row, row)) for row in _compile_gluon.rows_to_check(quick)]
+    jobs += [
+        (_calibration_kernels.line_of, (_calibration_kernels.compile_row, row, SHARED_LIMIT[row.capability]))
+        for row in _calibration_kernels.rows_to_check(quick, capabilities)
+    ]
+    return jobs
 
 
 def main() -> int:
@@ -269,34 +295,35 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="D = 128 with a list and the tail only")
     parser.add_argument("--capability", type=int, nargs="*", default=list(CAPABILITIES))
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1))
+    parser.add_argument("--record", action="store_true", help="record issue slots and occupancy of what is compiled")
     arguments = parser.parse_args()
     os.environ.pop("TRITON_INTERPRET", None)
-    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
-    import _calibration_kernels
     import _checkout
 
     _checkout.register()
     import _compile_gluon
+    import triton
 
-    jobs = [(line_of, (compile_row, row)) for row in rows_to_check(arguments.quick, arguments.capability)]
     missing = _compile_gluon.missing()
-    if _compile_gluon.CAPABILITY in arguments.capability and not missing:
-        jobs += [(line_of, (_compile_gluon.compile_row, row)) for row in _compile_gluon.rows_to_check(arguments.quick)]
-    jobs += [
-        (_calibration_kernels.line_of, (_calibration_kernels.compile_row, row, SHARED_LIMIT[row.capability]))
-        for row in _calibration_kernels.rows_to_check(arguments.quick, arguments.capability)
-    ]
-    results = []
+    jobs = jobs_of(arguments.quick, arguments.capability, not missing)
+    results, recorded = [], None if arguments.record else _kernel_record.read(triton.__version__)
+    if recorded is None and not arguments.record:
+        print(f"not compared: nothing is recorded of Triton {triton.__version__}", file=sys.stderr)
     if not arguments.json:
         print("sm   D    precision    call    tile            regs  spills  KiB  slots  tensor instructions")
     with ProcessPoolExecutor(arguments.jobs) as pool:
         waiting = [(line, pool.submit(*job)) for line, job in jobs]
         for its_line, future in waiting:
             results.append(future.result())
+            if recorded is not None and is_recorded(results[-1]):
+                results[-1]["problems"] += _kernel_record.problems_of(results[-1], recorded)
             if not arguments.json:
                 print(its_line(results[-1]), flush=True)
     if missing:
         print(f"not checked: {missing}", file=sys.stderr)
+    if arguments.record:
+        whole = not arguments.quick and set(arguments.capability) >= set(CAPABILITIES)
+        _kernel_record.write(triton.__version__, [result for result in results if is_recorded(result)], whole)
     if arguments.json:
         print(json.dumps(results, indent=1))
     else:
