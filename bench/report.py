@@ -1,7 +1,7 @@
 """Render the committed results of the speed benchmarks into docs/benchmarks.md, and of whole runs into the README.
 
 `python bench/report.py`. Cells for which there is no figure say "not measured". The README's only speed claims stand
-between pairs of marks in it and are written here.
+between pairs of marks in it and are written here, as is the table of time and energy in docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from bench import cards  # noqa: E402
+from bench import cards, expected, rounds  # noqa: E402
 
 RESULTS = ROOT / "bench" / "results"
 TARGET = ROOT / "docs" / "benchmarks.md"
 README = ROOT / "README.md"
+KERNELS = ROOT / "docs" / "kernels.md"
 CLAIM_MARKS = ("<!-- claim: written by bench/report.py -->", "<!-- /claim -->")
 SPEED_MARKS = ("<!-- speed: written by bench/report.py -->", "<!-- /speed -->")
 # The run of the README's one claim: the largest of the video models in wide use.
@@ -209,10 +210,10 @@ def speed_block(reports: list[dict]) -> str:
 
 
 def with_block(readme: str, marks: tuple[str, str], block: str) -> str:
-    """The README with this block between a pair of marks. Raises ValueError if they are not there, once each."""
+    """A page with this block between a pair of marks. Raises ValueError if they are not there, once each."""
     first, last = marks
     if readme.count(first) != 1 or readme.count(last) != 1:
-        raise ValueError(f"README: the marks {first} and {last} must be there once each")
+        raise ValueError(f"the marks {first} and {last} must be there once each")
     before, _, rest = readme.partition(first)
     _, _, after = rest.partition(last)
     return f"{before}{first}\n{block}{last}{after}"
@@ -368,16 +369,24 @@ def benchmarks_page() -> str:
     lines = ["# Benchmarks", "", "Written by `python bench/report.py`. Do not edit.", ""]
     attention = [report for report in read("attention*.json") if report["benchmark"] == "attention"]
     lines += [*whole_run_tables(read("whole_run*.json")), render(attention)]
+    lines += expected.expected_tables(read("kernel_code.json")[0], attention, read("attention_rounds*.json"))
     lines += cards.sent_tables([cards.read_card(path) for path in sorted(RESULTS.glob("cards/*.json"))])
     lines += [*step_tables(read("end_to_end*.json")), *calibration_tables(read("calibration*.json"))]
     lines += tiny_calibration_tables(read("tiny_calibration*.json"))
     return "\n".join(lines).rstrip() + "\n"
 
 
+def kernels_page() -> str:
+    """docs/kernels.md with its table of time and energy."""
+    page = KERNELS.read_text(encoding="utf-8")
+    return with_block(page, rounds.MARKS, rounds.energy_block(read("attention_rounds*.json")))
+
+
 def main() -> int:
     TARGET.write_text(benchmarks_page(), encoding="utf-8")
     README.write_text(with_speed(README.read_text(encoding="utf-8"), read("whole_run*.json")), encoding="utf-8")
-    print(f"{TARGET.relative_to(ROOT)} and the figures of {README.name} written")
+    KERNELS.write_text(kernels_page(), encoding="utf-8")
+    print(f"{TARGET.relative_to(ROOT)} and the figures of {README.name} and {KERNELS.name} written")
     return 0
 
 

@@ -1,7 +1,7 @@
 """Tile configurations of the attention kernel: one table, keyed by GPU generation, head dimension and precision.
 
 No autotuning: compiling a candidate takes seconds, token counts differ with every resolution, and what is best follows
-from the generation. `python scripts/check_kernels.py` compiles every entry; `docs/kernels.md` has the measurements.
+from the generation. `python scripts/check_kernels.py` compiles every entry; measurements: `docs/kernels_history.md`.
 """
 
 from __future__ import annotations
