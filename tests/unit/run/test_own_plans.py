@@ -39,6 +39,8 @@ def test_a_sparse_step_without_a_plan_uses_what_it_sees(monkeypatch):
     )
     results = sample(session)
     assert not any(map(was_dense, results.values()))
+    (grid,) = session.grids()
+    assert grid.plan is not None and grid.begun is None  # masks that served one step are not kept for the others
     assert budgets == [1] * len(SITES) + [len(SITES)] and {step for step, *_ in measured} == {1}
     report = session.finish()
     assert report.calls == {"sparse": 15} and not report.notes
