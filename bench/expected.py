@@ -16,7 +16,7 @@ SLOTS_PER_CYCLE = 4 * 32
 TOKENS, HEADS, DIM, DENSITIES = 75600, 40, 128, (1.0, 0.3)
 # Of the second product, and of the first.
 PRODUCTS = {"16bit": ("16", "16"), "int8": ("16", "int8"), "int8_pv8": ("int8", "int8"), "fp8": ("fp8", "int8")}
-# Which the runtime takes on cards that are not of compute capability 9 or 10 (`kernels.core.dispatch.resolve_precision`).
+# What `auto` is on cards that are not of compute capability 9 or 10 (`kernels.core.dispatch.resolve_precision`).
 AUTO = "int8_pv8"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comfyui_paro.kernels.core.dispatch import resolve_precision
 from comfyui_paro.kernels.core.precision import PRECISIONS
-from comfyui_paro.paro_runtime.attention.backend import resolve_precision
 from comfyui_paro.paro_runtime.config.recipes import all_recipes
 from comfyui_paro.paro_runtime.config.settings import Settings
 
