@@ -61,6 +61,22 @@ def test_results_looked_at_in_the_end_turn_the_first_site_at_fault_dense():
     assert attempt_with(session, (None, 1)).end(0) and session.log.dense_off
 
 
+def test_nothing_that_a_failed_attempt_counted_stays():
+    """Layers that were sparse before it still are; those that it was the first to make sparse are not."""
+    session = Session(policy(), sigmas=SIGMAS)
+    sound = attempt_with(session, (SITES[0], 0))
+    sound.count_sparse(SITES[0])
+    assert not sound.end(0)
+    failed = attempt_with(session, (SITES[0], 0), (SITES[1], 1))
+    for site in SITES[:2]:
+        failed.count_sparse(site)
+    failed.count("dense", "no plan yet")
+    failed.decline("a mask of shape")
+    assert failed.end(0) and session.log.sparse_sites == {SITES[0]}
+    counts = session.log.counts
+    assert (counts.sparse, +counts.dense, +counts.passed) == (1, {}, {})
+
+
 def test_trouble_in_the_kernel_falls_back_and_strict_raises(monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("no such kernel\nsecond line")
