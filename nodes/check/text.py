@@ -12,7 +12,6 @@ from .card import card_line
 from .check import Check, Outlook
 from .measure import Row
 
-SHARING = "To share these times, copy the next line whole: it tells card, versions, call and times, and nothing else"
 NO_MODEL = "connect a model for what a run would do with it"
 STACKING = (
     "PARO Patch Model after the loader, LoRAs and everything that changes the model; another attention node before or "
@@ -30,7 +29,12 @@ def check_text(check: Check) -> Sentence:
         say("Notes"): check.notes,
     }
     text, card = in_groups(check_verdict(check), groups), card_line(check)
-    return text if card is None else joined("\n", (text, "", say(SHARING), card))
+    if card is None:
+        return text
+    sharing = say(
+        "To share these times, copy the next line whole: it tells card, versions, call and times, and nothing else"
+    )
+    return joined("\n", (text, "", sharing, card))
 
 
 def check_verdict(check: Check) -> str:

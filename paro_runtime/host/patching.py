@@ -59,8 +59,8 @@ def patch_model(
     except Exception as error:
         if settings.strict:
             raise
-        found = f"the model could not be read ({type(error).__name__}: {error})"
-        log.error("PARO: %s", found, exc_info=error)
+        reason = found = f"the model could not be read ({type(error).__name__}: {error})"
+        log.error("PARO: %s", reason, exc_info=error)
         clone = remove(model)  # nothing stays of half an installation
     _say(on_status, not_used(found))
     clone.set_attachments(KEY, found)

@@ -25,12 +25,9 @@ from . import saved
 from .claims import OPTIONS_KEY, HostEvaluation
 from .families import Family, ModelCall
 from .identity import mark_of
-from .override import SLOT, is_override, make_override
+from .standing import KEY, others_around, stand_around, stand_first
 
 log = logging.getLogger("paro")
-
-KEY = "paro"
-"""Under this key the host keeps PARO's wrappers and attachment, so that a second node replaces the first."""
 
 APPLY_MODEL: dict[str, Any] = {
     "x": None, "t": None, "c_concat": None, "c_crossattn": None, "control": None, "transformer_options": {},
@@ -188,7 +185,7 @@ class Lifecycle:
             patcher = getattr(executor.class_obj, "model_patcher", None)
             session = self.start([float(sigma) for sigma in sigmas], patcher)
             run = options[OPTIONS_KEY] = HostRun(session, self.family, executor.class_obj, self)
-            _stand_first(options)
+            stand_first(options)
         except Exception as error:
             if self.strict:
                 raise
@@ -260,7 +257,7 @@ class Lifecycle:
             # Always a new dict: the host hands the same one to every evaluation of a step.
             options = {**given, OPTIONS_KEY: evaluation}
             if evaluation is not None:
-                self._or(None, run, "standing before another attention", _stand_around, evaluation, options)
+                self._or(None, run, "standing before another attention", stand_around, evaluation, options)
             control = bound["control"]  # what another node gives in place of a dict goes on as it is
             control = self._or(control, run, "copying a control net's results", _copied, control)
             passed = {**bound, "control": control, "transformer_options": options}
@@ -353,14 +350,7 @@ def repeatable(model: Any, options: dict[str, Any]) -> bool:
         return False
     model = getattr(model, "_orig_mod", model)
     replaced = any(callable(value) and hasattr(type(model), name) for name, value in vars(model).items())
-    return not replaced and not _others_around(options)
-
-
-def _others_around(options: dict[str, Any]) -> bool:
-    """Whether wrappers of other nodes stand around the model; the host's own for compiled models is none."""
-    wrappers = options.get("wrappers", {})
-    keys = set().union(*(wrappers.get(kind, {}) for kind in ("apply_model", "diffusion_model")))
-    return not keys <= {KEY, "torch.compile"}
+    return not replaced and not others_around(options)
 
 
 def _copied(control: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -368,37 +358,3 @@ def _copied(control: dict[str, Any] | None) -> dict[str, Any] | None:
     if control is None:
         return None
     return {name: list(found) if isinstance(found, list) else found for name, found in control.items()}
-
-
-def _stand_first(options: dict[str, Any]) -> None:
-    """Another node may have put its attention into the one slot there is after PARO did, or does so while sampling:
-    stand before it, so that the order does not matter."""
-    current = options.get(SLOT)
-    if not is_override(current):
-        options[SLOT] = make_override(current)
-
-
-def _stand_around(evaluation: HostEvaluation, options: dict[str, Any]) -> None:
-    """Stand before an attention that was put into the slot since. Wrappers behind PARO's may do so too: where there are
-    any, a last one, next to the model, stands first again. Else there is none, since it would be compiled with the
-    model."""
-    _stand_first(options)
-    if not _others_around(options):
-        return
-    wrappers = options["wrappers"]
-    inner = {name: given for name, given in wrappers.get("diffusion_model", {}).items() if name != KEY}
-    options["wrappers"] = {**wrappers, "diffusion_model": {**inner, KEY: [_next_to_the_model]}}
-    evaluation.reached = False
-
-
-def _next_to_the_model(executor: Any, *args: Any, **kwargs: Any) -> Any:
-    """Wrapper of DIFFUSION_MODEL, whose arguments are each model's own."""
-    for given in (*args, *kwargs.values()):
-        evaluation = given.get(OPTIONS_KEY) if isinstance(given, dict) else None
-        if isinstance(evaluation, HostEvaluation):
-            evaluation.reached = True
-            try:
-                _stand_first(given)
-            except Exception as error:
-                evaluation.trouble("standing before another attention", error)
-    return executor(*args, **kwargs)

@@ -4,16 +4,18 @@ with a reason in its report, and an error only with `strict`."""
 import json
 import logging
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 from comfyui_paro.paro_runtime.config.settings import Settings
 from comfyui_paro.paro_runtime.host import attention_call as calls_module
-from comfyui_paro.paro_runtime.host import override, patching, wrappers
-from comfyui_paro.paro_runtime.host.claims import HostEvaluation
+from comfyui_paro.paro_runtime.host import override, patching, standing, wrappers
+from comfyui_paro.paro_runtime.host.claims import Claim, HostEvaluation, Stream
 from comfyui_paro.paro_runtime.host.override import SLOT
 from comfyui_paro.paro_runtime.host.wrappers import HostRun
+from comfyui_paro.paro_runtime.plan.plan import Site
 from comfyui_paro.paro_runtime.report.reasons import SKIPPED
 from comfyui_paro.paro_runtime.run.evaluation import Evaluation
 from comfyui_paro.paro_runtime.run.session import Session
@@ -118,10 +120,15 @@ def test_what_the_hosts_own_attention_gives_is_not_judged(kind):
         calls.append(1)
         return q.to(kind)
 
-    given = SimpleNamespace(attend=lambda call, claim, dense, plain: dense(), trouble=raising)
-    assert override._attend((given, call, SimpleNamespace(site=None)), theirs, True).dtype == kind and len(calls) == 1
-    given = SimpleNamespace(attend=lambda call, claim, dense, plain: q.to(kind), trouble=lambda *args: calls.append(2))
-    out = override._attend((given, call, SimpleNamespace(site=SimpleNamespace(name="it"))), theirs, True)
+    def given(attend, trouble):
+        stream = Stream(SimpleNamespace(attend=attend), 0, None)
+        return SimpleNamespace(stream_of=lambda call, claim: stream, without_claims=nullcontext, trouble=trouble)
+
+    claim = Claim(Site("it", 0), None, 0)
+    ours = (given(lambda *args, dense, **more: dense(), raising), call, claim)
+    assert override._attend(ours, theirs, True).dtype == kind and len(calls) == 1
+    ours = (given(lambda *args, **more: q.to(kind), lambda *args: calls.append(2)), call, claim)
+    out = override._attend(ours, theirs, True)
     assert out.dtype == kind and calls == [1, 2, 1]
 
 
@@ -130,13 +137,13 @@ def test_standing_first_next_to_the_model_costs_no_generation(comfy, wan, monkey
     from comfy.patcher_extension import WrappersMP
 
     def wrap(executor, *args, **kwargs):
-        monkeypatch.setattr(wrappers, "_stand_first", raising)
+        monkeypatch.setattr(standing, "stand_first", raising)
         try:
             return executor(*args, **kwargs)
         finally:
-            monkeypatch.setattr(wrappers, "_stand_first", stand_first)
+            monkeypatch.setattr(standing, "stand_first", stand_first)
 
-    stand_first = wrappers._stand_first
+    stand_first = standing.stand_first
     for strict in (False, True):
         model = comfy.patched(wan, strict=strict, **SPARSE)
         model.add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, "theirs", wrap)
@@ -518,8 +525,8 @@ def test_what_is_done_around_a_call_costs_no_generation(comfy, wan, monkeypatch)
         (HostRun, "compiles_anew", raising),
         (calls_module, "_read", raising),
         (HostRun, "beside", property(raising)),
-        (wrappers, "_others_around", raising),
-        (wrappers, "_stand_around", raising),
+        (wrappers, "others_around", raising),
+        (wrappers, "stand_around", raising),
     ]
     for where, what, fault in around:
         with monkeypatch.context() as patch:

@@ -11,9 +11,11 @@ from comfyui_paro.kernels.core.layout import TokenLayout
 from comfyui_paro.nodes.check import card as check_card
 from comfyui_paro.nodes.check.check import Check
 from comfyui_paro.nodes.check.measure import Row, Size
-from comfyui_paro.nodes.check.text import SHARING, check_text
+from comfyui_paro.nodes.check.text import check_text
 
 from bench import cards, report
+
+SHARING = "To share these times, copy the next line whole: it tells card, versions, call and times, and nothing else"
 
 MACHINE = {
     "device": "cuda", "gpu": "NVIDIA GeForce RTX 4090", "memory": 23.6, "compute_capability": "8.9", "driver": "580.1",
