@@ -135,7 +135,9 @@ def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention,
             # Rows in front are no part of what the host would compute.
             plain=plain and not stream.first,
             blocks=stream.blocks,
-        )[:, :, stream.first :]
+        )
+        if stream.first:
+            out = out[:, :, stream.first :]
         wrong = None if of_host else call.unlike_result(out)
         if wrong is None:
             return call.to_caller(out)

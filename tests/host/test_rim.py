@@ -40,12 +40,12 @@ class Unmade(wrappers.Lifecycle):
     __init__ = raising
 
 
-def of_other_shape(self, call, *rest):
-    return call.q[:, :, 1:]
+def of_other_shape(self, site, q, *rest, **options):
+    return q[:, :, 1:]
 
 
-def of_other_dtype(self, call, *rest):
-    return call.q.double()
+def of_other_dtype(self, site, q, *rest, **options):
+    return q.double()
 
 
 def nothing(self, *args, **kwargs):
@@ -58,9 +58,9 @@ FAULTS = {
     "claim": (HostEvaluation, "claim", raising, "a call could not be told apart: OwnBugError: an index"),
     "attend": (Evaluation, "attend", raising, "double.0.0: OwnBugError: an index out of range"),
     "site's suitability": (Session, "_find_unsuitable", raising, "double.0.0: OwnBugError"),
-    "shape": (HostEvaluation, "attend", of_other_shape, "double.0.0: RuntimeError: the result is ["),
-    "dtype": (HostEvaluation, "attend", of_other_dtype, "torch.float64 on cpu, expected ["),
-    "no result": (HostEvaluation, "attend", nothing, "double.0.0: RuntimeError: the result is NoneType, not a tensor"),
+    "shape": (Evaluation, "attend", of_other_shape, "double.0.0: RuntimeError: the result is ["),
+    "dtype": (Evaluation, "attend", of_other_dtype, "torch.float64 on cpu, expected ["),
+    "no result": (Evaluation, "attend", nothing, "double.0.0: RuntimeError: the result is NoneType, not a tensor"),
     "evaluation end": (HostEvaluation, "end", raising, "the end of an evaluation: OwnBugError"),
     "report": (Session, "finish", raising, None),
 }
@@ -110,6 +110,12 @@ def test_an_error_of_the_hosts_own_attention_is_the_hosts(comfy, wan):
     assert len(calls) == 1
 
 
+def evaluation_of(attend, trouble):
+    """What the override asks of a running evaluation, with `attend` in the runtime's place."""
+    stream = Stream(SimpleNamespace(attend=attend), 0, None)
+    return SimpleNamespace(stream_of=lambda call, claim: stream, without_claims=nullcontext, trouble=trouble)
+
+
 @pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 def test_what_the_hosts_own_attention_gives_is_not_judged(kind):
     """Another attention may answer in another dtype, and models take it."""
@@ -120,14 +126,10 @@ def test_what_the_hosts_own_attention_gives_is_not_judged(kind):
         calls.append(1)
         return q.to(kind)
 
-    def given(attend, trouble):
-        stream = Stream(SimpleNamespace(attend=attend), 0, None)
-        return SimpleNamespace(stream_of=lambda call, claim: stream, without_claims=nullcontext, trouble=trouble)
-
     claim = Claim(Site("it", 0), None, 0)
-    ours = (given(lambda *args, dense, **more: dense(), raising), call, claim)
+    ours = (evaluation_of(lambda *args, dense, **more: dense(), raising), call, claim)
     assert override._attend(ours, theirs, True).dtype == kind and len(calls) == 1
-    ours = (given(lambda *args, **more: q.to(kind), lambda *args: calls.append(2)), call, claim)
+    ours = (evaluation_of(lambda *args, **more: q.to(kind), lambda *args: calls.append(2)), call, claim)
     out = override._attend(ours, theirs, True)
     assert out.dtype == kind and calls == [1, 2, 1]
 
@@ -223,8 +225,8 @@ def test_what_the_hosts_own_attention_gives_goes_to_the_caller_as_it_is(caplog):
         calls.append(1)
         return q[0, 0]
 
-    given = SimpleNamespace(attend=lambda call, claim, dense, plain: dense(), trouble=lambda *about: troubles.append(1))
-    out = override._attend((given, call, SimpleNamespace(site=SimpleNamespace(name="it"))), theirs, True)
+    given = evaluation_of(lambda *args, dense, **more: dense(), lambda *about: troubles.append(1))
+    out = override._attend((given, call, Claim(Site("it", 0), None, 0)), theirs, True)
     assert torch.equal(out, q[0, 0]) and len(calls) == 2 and len(troubles) == 1
 
 
