@@ -11,8 +11,6 @@ from datetime import date
 from pathlib import Path
 
 RECORD = Path(__file__).resolve().parent.parent / "bench" / "results" / "kernel_code.json"
-# What models use; 256 is compiled and checked, not recorded.
-DIMS = (128, 64)
 # Of one multiprocessor, by compute capability: KiB of shared memory, warps and programs that it holds at most.
 MULTIPROCESSORS = {
     80: (164, 64, 32), 86: (100, 48, 16), 89: (100, 48, 24), 90: (228, 64, 32), 100: (228, 64, 32), 120: (100, 48, 24),
