@@ -113,12 +113,12 @@ def _attend(ours: tuple[HostEvaluation, AttentionCall, Claim], dense: Attention,
     of_host: list[BaseException | None] = []  # of each time it was asked: its error, or None for a result
 
     def host() -> torch.Tensor:
-        try:
-            with evaluation.without_claims():
+        with evaluation.without_claims():
+            try:
                 out = dense()
-        except BaseException as error:
-            of_host.append(error)
-            raise
+            except BaseException as error:
+                of_host.append(error)
+                raise
         of_host.append(None)
         return _with_front(call.from_caller(out), stream.first)
 

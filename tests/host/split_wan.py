@@ -90,7 +90,7 @@ def results(device: str) -> dict:
     split(untold.model.diffusion_model, Ulysses((315,)), told=False)
     passed = tiny.patched(untold, **SETTINGS)
     found["untold"] = tiny.sample(passed, GRID, steps=STEPS)
-    return found | {"passed": tiny.report(passed).status(), "seen": tiny.report(passed).passed}
+    return found | {"passed": str(tiny.report(passed).status()), "seen": tiny.report(passed).passed}
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ FAULTS = {
     "shape": (Evaluation, "attend", of_other_shape, "double.0.0: RuntimeError: the result is ["),
     "dtype": (Evaluation, "attend", of_other_dtype, "torch.float64 on cpu, expected ["),
     "no result": (Evaluation, "attend", nothing, "double.0.0: RuntimeError: the result is NoneType, not a tensor"),
+    "claims set aside": (HostEvaluation, "without_claims", raising, "double.0.0: OwnBugError"),
     "evaluation end": (HostEvaluation, "end", raising, "the end of an evaluation: OwnBugError"),
     "report": (Session, "finish", raising, None),
 }

@@ -127,15 +127,15 @@ def test_told_on_another_machine(comfy, wan, monkeypatch, row):
 
 @pytest.mark.host_on_cpu
 def test_a_folder_that_may_not_be_read(comfy, store, monkeypatch):
-    from comfyui_paro.nodes import patch_model as module
+    from comfyui_paro.nodes import patch_model, storage
 
     def forbidden(self):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(module, "plan_store", lambda: store)
+    monkeypatch.setattr(storage, "plan_store", lambda: store)
     monkeypatch.setattr(Path, "is_file", forbidden)
     with pytest.raises(ValueError) as error:
-        module._load("mine.safetensors")
+        patch_model._load("mine.safetensors", to_check=True)
     assert fits(FOLDER, str(error.value)), str(error.value)
 
 
