@@ -75,7 +75,7 @@ def test_a_fault_costs_no_generation(comfy, wan, monkeypatch, caplog, name):
     model = comfy.patched(wan, strict=False, **SPARSE)
     out = comfy.sample(model, GRID, steps=3)
     assert torch.isfinite(out).all()
-    if name not in ("evaluation end", "report"):  # those end sparse runs
+    if name not in ("claims set aside", "evaluation end", "report"):  # sparse steps are as they were
         assert torch.equal(out, dense)
     report = comfy.report(model)
     if reason is None:
