@@ -6,6 +6,7 @@ import torch
 from comfy_api.latest import io
 
 from .schema import CATEGORY, schema
+from .storage import DEMO_MODEL
 
 DEMO = f"{CATEGORY}/demo"
 # The words of tests/tiny_wan/data.py; repeated here because a node's schema must not import the test folder.
@@ -20,6 +21,29 @@ def _data():
     from ..tests.tiny_wan import data
 
     return data
+
+
+class PARODemoModel(io.ComfyNode):
+    """The tiny model that comes with the pack, which is in no list of models: a workflow of somebody else's may take
+    the first of a list."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="PARODemoModel",
+            display_name="PARO Demo Model",
+            category=DEMO,
+            search_aliases=["PARO demo"],
+            description="Loads the tiny video model that comes with the pack: nothing has to be downloaded.",
+            inputs=[],
+            outputs=[io.Model.Output("model", tooltip="A video model of four layers that draws a moving shape.")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        import comfy.sd
+
+        return io.NodeOutput(comfy.sd.load_diffusion_model(str(DEMO_MODEL)))
 
 
 class PARODemoConditioning(io.ComfyNode):

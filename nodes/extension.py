@@ -10,7 +10,7 @@ from ..paro_runtime.host.saved import keep_records
 from .calibrate import PAROCalibrate
 from .check.node import PAROCheck
 from .compare.node import PAROCompare
-from .demo import PARODemoConditioning, PARODemoDecode, PARODemoVAE
+from .demo import PARODemoConditioning, PARODemoDecode, PARODemoModel, PARODemoVAE
 from .patch_model import PAROPatchModel
 from .report import PAROReport
 from .settings import PAROSettings
@@ -26,5 +26,5 @@ class PAROExtension(ComfyExtension):
         ahead.at_start()
         keep_records()
         follow_language()
-        demo = [PARODemoConditioning, PARODemoDecode, PARODemoVAE]
+        demo = [PARODemoModel, PARODemoConditioning, PARODemoDecode, PARODemoVAE]
         return [PAROSettings, PAROPatchModel, PAROCalibrate, PAROReport, PAROCompare, PAROCheck, *demo]

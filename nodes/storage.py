@@ -16,12 +16,10 @@ DEMO_MODEL = PACK / "tests" / "tiny_wan" / "paro-tiny-wan.safetensors"
 
 
 def register_folders() -> None:
-    """Tell ComfyUI about `models/paro` (users may map it elsewhere) and about the folder of the demo model."""
+    """Tell ComfyUI about `models/paro`, which users may map elsewhere."""
     folder_paths.add_model_folder_path(FOLDER, str(Path(folder_paths.models_dir) / FOLDER))
     # The host creates the entry without extensions, which would list every file.
     folder_paths.folder_names_and_paths[FOLDER][1].add(SUFFIX)
-    if DEMO_MODEL.is_file():
-        folder_paths.add_model_folder_path("diffusion_models", str(DEMO_MODEL.parent))
 
 
 def plan_store() -> PlanStore:

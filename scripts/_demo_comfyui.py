@@ -55,7 +55,7 @@ class ComfyHost:
         f, h, w = self.grid
         shape, direction, background = labels
         graph = {
-            "load": _node("UNETLoader", unet_name="paro-tiny-wan.safetensors", weight_dtype="default"),
+            "load": _node("PARODemoModel"),
             "shift": _node("ModelSamplingSD3", model=["load", 0], shift=SHIFT),
             "prompt": _node("PARODemoConditioning", shape=shape, direction=direction, background=background),
             # Two pixels of the latent per token, eight pixels of the picture per latent cell.

@@ -82,7 +82,7 @@ def graph(
     f, h, w = size
     video = {"width": 16 * w, "height": 16 * h, "length": 4 * (f - 1) + 1, "batch_size": 1}
     nodes: dict[str, tuple[str, dict[str, Any]]] = {
-        "load": ("UNETLoader", {"unet_name": "paro-tiny-wan.safetensors", "weight_dtype": "default"}),
+        "load": ("PARODemoModel", {}),
         "prompt": ("PARODemoConditioning", dict(zip(("shape", "direction", "background"), words, strict=True))),
         "empty": ("EmptyHunyuanLatentVideo", video),
         "sample": (

@@ -3,7 +3,7 @@
 import { group, patch, sampler, settings, workflow } from "./parts.mjs";
 
 const model = group("The model that comes with PARO",
-  { id: "model", type: "UNETLoader", widgets: { unet_name: "paro-tiny-wan.safetensors", weight_dtype: "default" } },
+  { id: "model", type: "PARODemoModel" },
   { id: "shift", type: "ModelSamplingSD3", widgets: { shift: 3 }, inputs: { model: ["model", 0] } });
 const content = (shape, background) => group("Prompt and size",
   { id: "prompt", type: "PARODemoConditioning", widgets: { shape, direction: "right-down", background } },

@@ -38,3 +38,18 @@ def test_a_name_of_the_folder(comfy, tmp_path, monkeypatch, name):
     finally:
         for module in [each for each in sys.modules if each.startswith(package)]:
             del sys.modules[module]
+
+
+def test_the_demos_model_is_in_no_list(comfy):
+    """Or a workflow of somebody else's, whose model is not there, takes it where it stands first."""
+    pytest.importorskip("av", reason="NO av: the host's own nodes cannot be imported")
+    import folder_paths
+    from comfyui_paro.nodes.demo import PARODemoModel
+    from comfyui_paro.nodes.extension import PAROExtension
+    from comfyui_paro.nodes.storage import DEMO_MODEL
+
+    asyncio.run(PAROExtension().get_node_list())
+    lists = {kind: folder_paths.get_filename_list(kind) for kind in list(folder_paths.folder_names_and_paths)}
+    assert [kind for kind, names in lists.items() if any(name.endswith(DEMO_MODEL.name) for name in names)] == []
+    (model,) = PARODemoModel.execute().result
+    assert torch.isfinite(comfy.sample(model, (2, 8, 8), steps=1)).all()
