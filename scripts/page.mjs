@@ -297,9 +297,14 @@ async function help(page, type) {
   }, type);
   const before = new Set((await page.evaluate(() => document.body.innerText)).split("\n"));
   await page.getByTestId("info-button").click();
-  await page.waitForTimeout(1500);
-  const text = await page.evaluate(() => document.body.innerText);
-  return text.split("\n").filter((line) => line.trim() && !before.has(line));
+  // The panel loads its page: every one has a table, whose cells the text divides by tabs.
+  let found = [];
+  for (let tries = 0; tries < 20 && !found.some((line) => line.includes("\t")); tries++) {
+    await page.waitForTimeout(750);
+    const text = await page.evaluate(() => document.body.innerText);
+    found = text.split("\n").filter((line) => line.trim() && !before.has(line));
+  }
+  return found;
 }
 
 const { browser, page, errors } = await open();
